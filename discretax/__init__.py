@@ -1,0 +1,22 @@
+"""Linear recurrent sequence models for JAX and Equinox."""
+
+from discretax import (
+    blocks as blocks,
+    channel_mixers as channel_mixers,
+    encoder as encoder,
+    heads as heads,
+    inference as inference,
+    init as init,
+    models as models,
+    ops as ops,
+    optim as optim,
+    sequence_mixers as sequence_mixers,
+)
+from discretax._timeseries import Timeseries as Timeseries
+from discretax.inference import (
+    discretized as discretized,
+    inference_state as inference_state,
+    streaming_mode as streaming_mode,
+)
+
+__version__ = "0.1.0"

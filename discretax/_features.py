@@ -1,0 +1,33 @@
+"""One linear map over the last axis, and the checks of widths that every layer makes."""
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def linear(layer: eqx.nn.Linear, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
+    """Applies `layer` to the last axis, in the type of `x`: activations choose the precision."""
+    y = x @ layer.weight.T.astype(x.dtype)
+    return y if layer.bias is None else y + layer.bias.astype(x.dtype)
+
+
+def check_features(layer: eqx.Module, x: Array, features: int) -> None:
+    if x.ndim == 0 or x.shape[-1] != features or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"`{type(layer).__name__}` takes floating arrays whose last axis has size {features}; "
+            f"got {x.dtype}{x.shape}."
+        )
+
+
+def check_samples(layer: eqx.Module, x: Array, features: int) -> None:
+    if x.ndim != 2:
+        raise ValueError(
+            f"`{type(layer).__name__}` takes one sequence, (time, features) = (time, {features}); "
+            f"got {x.shape}. Use `jax.vmap` to batch."
+        )
+    check_features(layer, x, features)
+
+
+def check_size(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number of at least 1; got {value!r}.")

@@ -1,0 +1,53 @@
+"""How a layer keeps something in `eqx.nn.State` from one chunk of a stream to the next."""
+
+import abc
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import PyTree
+
+
+class AbstractStreamingLayer(eqx.nn.StatefulLayer):
+    """A layer that carries a cache in its state while streaming, and only then.
+
+    `cache_index` starts out as `StateIndex(None)`: a model in training holds no cache, so none is
+    counted as a parameter, saved or moved about. [`discretax.inference_state`][] fills it.
+    """
+
+    cache_index: eqx.AbstractVar[eqx.nn.StateIndex]
+    streaming: eqx.AbstractVar[bool]
+    inference: eqx.AbstractVar[bool]
+
+    @abc.abstractmethod
+    def allocate_inference_cache(
+        self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
+    ) -> PyTree:
+        """The cache before the first sample."""
+
+    def read_cache(self, state: eqx.nn.State) -> PyTree:
+        if not self.inference:
+            raise ValueError(
+                f"`{type(self).__name__}` streams in inference mode only: in training a norm "
+                "needs whole batches and dropout differs from chunk to chunk. Use "
+                "`discretax.streaming_mode(eqx.nn.inference_mode(model))`."
+            )
+        cache = state.get(self.cache_index)
+        if cache is None:
+            raise ValueError(
+                f"The state holds no inference cache for `{type(self).__name__}`. Make one with "
+                "`state = discretax.inference_state(model, state)`; with "
+                "`discretax.inference_state(model, state, batch_size=8)` for "
+                "`jax.vmap(model)(chunk, state)`."
+            )
+        return cache
+
+
+def check_state(state: Any, layer: eqx.Module) -> None:
+    if not isinstance(state, eqx.nn.State):
+        received = "nothing" if type(state).__name__ == "_Sentinel" else type(state).__name__
+        raise ValueError(
+            f"`{type(layer).__name__}` needs the model's state: call it as "
+            f"`y, state = model(x, state)`; got {received} for `state`. Make it with "
+            "`model, state = eqx.nn.make_with_state(Model)(...)`, or with "
+            "`state = eqx.nn.State(model)`."
+        )

@@ -1,0 +1,161 @@
+"""What flows through a model when a plain array of samples is not enough."""
+
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array, Bool, Float, Int, Shaped
+
+from discretax._types import Length, Resets, Timesteps
+
+
+class Timeseries(eqx.Module):
+    """Samples together with their gaps, their number and their boundaries.
+
+    Encoders, blocks and heads take a `Timeseries` wherever they take an array, and pass on what
+    they were given: an array for an array, a `Timeseries` for a `Timeseries`.
+
+    !!! example
+
+        ```python
+        batch = Timeseries(values, length=lengths)  # values: (batch, time, features)
+        y, state = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(
+            batch, state
+        )
+        ```
+    """
+
+    values: Shaped[Array, "time ..."]
+    timesteps: Float[Array, " time"] | None
+    length: Int[Array, ""] | None
+    resets: Bool[Array, " time"] | None
+
+    def __init__(
+        self,
+        values: Any,
+        timesteps: Any | None = None,
+        length: Any | None = None,
+        resets: Any | None = None,
+    ):
+        """**Arguments:**
+
+        - `values`: the samples, `(time, features)`, or `(time,)` whole numbers for
+            [`discretax.encoder.EmbeddingEncoder`][].
+        - `timesteps`: `(time,)`, elapsed time since the previous sample, in sample intervals.
+        - `length`: how many samples are valid; those at or past it are padding, and are
+            replaced by zeros on the way in so that whatever stands there, a NaN included, is
+            without effect.
+        - `resets`: `(time,)` booleans, True where a new, independent sequence begins.
+
+        Each may carry the same leading batch axes, to be removed with `jax.vmap`.
+
+        **Raises:**
+
+        `ValueError` for shapes that do not match and, where the numbers are known (outside
+        `jax.jit`), for a length outside [0, time] and for negative timesteps.
+        """
+        self.values = jnp.asarray(values)
+        self.timesteps = None if timesteps is None else jnp.asarray(timesteps)
+        self.length = None if length is None else jnp.asarray(length)
+        self.resets = None if resets is None else jnp.asarray(resets)
+        batch_ndims = {
+            name: array.ndim - (0 if name == "length" else 1)
+            for name, array in (
+                ("timesteps", self.timesteps),
+                ("length", self.length),
+                ("resets", self.resets),
+            )
+            if array is not None
+        }
+        if len(set(batch_ndims.values())) > 1 or min(batch_ndims.values(), default=0) < 0:
+            raise ValueError(
+                "`timesteps` and `resets` must be (*batch, time) and `length` (*batch,), with the "
+                f"same batch axes; got {self._shapes()}."
+            )
+        batch_ndim = max(batch_ndims.values(), default=0)
+        if self.values.ndim <= batch_ndim:
+            raise ValueError(
+                "`values` must be (*batch, time, features), with the batch axes of `timesteps`, "
+                f"`length` and `resets`; got {self._shapes()}."
+            )
+        batch, time = self.values.shape[:batch_ndim], self.values.shape[batch_ndim]
+        check_timesteps(self.timesteps, time, batch)
+        check_length(self.length, time, batch)
+        check_resets(self.resets, time, batch)
+
+    def _shapes(self) -> str:
+        names = ("values", "timesteps", "length", "resets")
+        arrays = ((name, getattr(self, name)) for name in names)
+        return ", ".join(f"{name} {array.shape}" for name, array in arrays if array is not None)
+
+
+def values_of(x: Array | Timeseries) -> Array:
+    """The samples of an array or a `Timeseries`, zero where they are padding."""
+    if isinstance(x, Timeseries):
+        return zero_padding(x.values, x.length)
+    return x
+
+
+def with_values(x: Array | Timeseries, values: Array) -> Any:
+    """`values` in place of the samples of `x`: an array for an array, else a `Timeseries`."""
+    if isinstance(x, Timeseries):
+        return Timeseries(values, x.timesteps, x.length, x.resets)
+    return values
+
+
+def length_of(x: Array | Timeseries) -> Int[Array, ""] | None:
+    return x.length if isinstance(x, Timeseries) else None
+
+
+def zero_padding(values: Array, length: Length | None) -> Array:
+    """Selects zero at and past `length`; a NaN in the padding does not get through."""
+    if length is None:
+        return values
+    valid = jnp.arange(values.shape[0]) < length
+    return jnp.where(valid.reshape(-1, *(1,) * (values.ndim - 1)), values, jnp.zeros_like(values))
+
+
+def check_length(length: Length | None, time: int, batch: tuple[int, ...] = ()) -> None:
+    if length is None:
+        return
+    if jnp.shape(length) != batch or not jnp.issubdtype(jnp.result_type(length), jnp.integer):
+        raise ValueError(
+            f"`length` must be a whole number per sequence, of shape {batch}; got "
+            f"{jnp.result_type(length)}{jnp.shape(length)}. Use `jax.vmap` to batch."
+        )
+    lengths = known(length)
+    if lengths is not None and ((lengths < 0) | (lengths > time)).any():
+        raise ValueError(
+            f"`length` must lie between 0 and the number of samples, {time}; got {lengths}."
+        )
+
+
+def check_resets(resets: Resets | None, time: int, batch: tuple[int, ...] = ()) -> None:
+    if resets is not None and (resets.shape != (*batch, time) or resets.dtype != bool):
+        raise ValueError(
+            f"`resets` must be booleans, one per sample: shape {(*batch, time)}; got "
+            f"{resets.dtype}{resets.shape}."
+        )
+
+
+def check_timesteps(timesteps: Timesteps | None, time: int, batch: tuple[int, ...] = ()) -> None:
+    if timesteps is None:
+        return
+    if timesteps.shape != (*batch, time) or not jnp.issubdtype(timesteps.dtype, jnp.floating):
+        raise ValueError(
+            f"timesteps must be floating, one per sample: shape {(*batch, time)}; got "
+            f"{timesteps.dtype}{timesteps.shape}."
+        )
+    gaps = known(timesteps)
+    if gaps is not None and (gaps < 0).any():
+        raise ValueError(
+            "timesteps are elapsed times since the previous sample and must not be negative; got "
+            f"{gaps.min()}. Take the differences of sorted timestamps."
+        )
+
+
+def known(value: Any) -> np.ndarray | None:
+    """The numbers, where there are any: a traced value has none yet."""
+    return None if isinstance(value, Tracer) else np.asarray(value)

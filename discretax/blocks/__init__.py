@@ -1,0 +1,5 @@
+"""Residual blocks around sequence mixers."""
+
+from discretax.blocks._batch_norm import BatchNorm as BatchNorm
+from discretax.blocks.base import AbstractBlock as AbstractBlock
+from discretax.blocks.standard import StandardBlock as StandardBlock

@@ -1,0 +1,87 @@
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from discretax._types import accumulation_dtype
+
+AXIS_NAME = "batch"
+
+
+class BatchNorm(eqx.nn.StatefulLayer):
+    r"""Normalises each feature over the batch and over time, padding left out.
+
+    $y = w \odot (x - \mu)/\sqrt{\sigma^2 + \epsilon} + b$. In training $\mu$ and $\sigma^2$ are those of
+    the valid samples of the batch, gathered over the `jax.vmap` axis named `"batch"`; running
+    averages of them go to the state. In inference mode the running averages are used, divided by
+    the weight that they have collected so far, hence unbiased from the first step on.
+
+    Equinox's layer of this name knows no padding and starts its running variance from one.
+
+    ??? cite
+
+        Ioffe and Szegedy, Batch Normalization, ICML 2015 (arXiv:1502.03167).
+    """
+
+    weight: Float[Array, " features"]
+    bias: Float[Array, " features"]
+    statistics: eqx.nn.StateIndex
+    inference: bool
+    momentum: float = eqx.field(static=True)
+    eps: float = eqx.field(static=True)
+
+    def __init__(self, in_features: int, *, momentum: float = 0.95, eps: float = 1e-5):
+        """**Arguments:** `in_features`; `momentum` of the running averages; `eps`, added to the
+        variance."""
+        self.weight = jnp.ones(in_features)
+        self.bias = jnp.zeros(in_features)
+        zeros = jnp.zeros(in_features)
+        self.statistics = eqx.nn.StateIndex((zeros, zeros, jnp.zeros(())))
+        self.inference = False
+        self.momentum = momentum
+        self.eps = eps
+
+    def __call__(
+        self,
+        x: Float[Array, "time features"],
+        state: eqx.nn.State,
+        *,
+        length: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "time features"], eqx.nn.State]:
+        u = x.astype(accumulation_dtype(x, self.weight))
+        running_mean, running_var, weight = state.get(self.statistics)
+        if self.inference:
+            mean = running_mean / jnp.where(weight == 0, 1, weight)
+            var = jnp.where(weight == 0, 1, running_var / jnp.where(weight == 0, 1, weight))
+        else:
+            mean, var = _batch_statistics(u, length)
+            blend = lambda old, new: self.momentum * old + (1 - self.momentum) * new
+            new = (mean.astype(running_mean.dtype), var.astype(running_var.dtype), 1.0)
+            old = (running_mean, running_var, weight)
+            state = state.set(
+                self.statistics, tuple(blend(*pair) for pair in zip(old, new, strict=True))
+            )
+        y = (u - mean) * lax.rsqrt(var + self.eps) * self.weight + self.bias
+        return y.astype(x.dtype), state
+
+
+def _batch_statistics(x, length):
+    valid = jnp.ones((x.shape[0], 1), bool)
+    if length is not None:
+        valid = jnp.arange(x.shape[0])[:, None] < length
+    total = lambda values: _sum_over_batch(jnp.where(valid, values, 0).sum(0))
+    count = jnp.maximum(_sum_over_batch(valid.sum(dtype=x.dtype)), 1)
+    mean = total(x) / count
+    return mean, total((x - mean) ** 2) / count
+
+
+def _sum_over_batch(value):
+    try:
+        return lax.psum(value, AXIS_NAME)
+    except NameError as error:
+        raise ValueError(
+            'norm="batch" averages over the batch and found no `jax.vmap` axis named "batch". '
+            'Train with `jax.vmap(model, axis_name="batch", in_axes=(0, None), '
+            "out_axes=(0, None))(x, state, key=keys)`, evaluate with `eqx.nn.inference_mode(model)`, "
+            'or choose norm="layer".'
+        ) from error

@@ -1,0 +1,65 @@
+import equinox as eqx
+import jax
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from discretax._features import check_features, linear
+from discretax.channel_mixers.base import AbstractChannelMixer
+
+
+class SwiGLU(AbstractChannelMixer):
+    r"""$y = W_{down}(\mathrm{swish}(W_{gate} x) \odot W_{up} x)$.
+
+    ??? cite
+
+        Shazeer, GLU Variants Improve Transformer, 2020 (arXiv:2002.05202).
+    """
+
+    gate_proj: eqx.nn.Linear
+    up_proj: eqx.nn.Linear
+    down_proj: eqx.nn.Linear
+    in_features: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        in_features: int,
+        key: PRNGKeyArray,
+        *,
+        out_features: int | None = None,
+        intermediate_dim: int | None = None,
+        hidden_ratio: float | None = None,
+        use_bias: bool = False,
+    ):
+        """**Arguments:**
+
+        - `in_features`, `key`.
+        - `out_features`: `in_features` if left out.
+        - `intermediate_dim`: width between the maps.
+        - `hidden_ratio`: instead of `intermediate_dim`, which then is
+            `in_features * hidden_ratio * 2/3` (as many parameters as a plain MLP of that ratio),
+            rounded up to a multiple of 256. 4 if both are left out.
+        - `use_bias`: of all three maps.
+
+        **Raises:**
+
+        `ValueError` if both `intermediate_dim` and `hidden_ratio` are given.
+        """
+        if intermediate_dim is not None and hidden_ratio is not None:
+            raise ValueError(
+                "`intermediate_dim` and `hidden_ratio` both set the inner width; got "
+                f"{intermediate_dim} and {hidden_ratio}. Give one of them."
+            )
+        if intermediate_dim is None:
+            ratio = 4 if hidden_ratio is None else hidden_ratio
+            intermediate_dim = 256 * -(-int(in_features * ratio * 2 / 3) // 256)
+        out_features = in_features if out_features is None else out_features
+        gate_key, up_key, down_key = jr.split(key, 3)
+        self.gate_proj = eqx.nn.Linear(in_features, intermediate_dim, use_bias, key=gate_key)
+        self.up_proj = eqx.nn.Linear(in_features, intermediate_dim, use_bias, key=up_key)
+        self.down_proj = eqx.nn.Linear(intermediate_dim, out_features, use_bias, key=down_key)
+        self.in_features = in_features
+
+    def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... out"]:
+        check_features(self, x, self.in_features)
+        gate = jax.nn.swish(linear(self.gate_proj, x))
+        return linear(self.down_proj, gate * linear(self.up_proj, x))

@@ -1,0 +1,35 @@
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import Array, PRNGKeyArray
+
+from discretax._features import check_samples, check_size, linear
+from discretax._timeseries import Timeseries, values_of, with_values
+from discretax.encoder.base import AbstractEncoder
+
+
+class LinearEncoder(AbstractEncoder):
+    r"""$W x_t$, or $W x_t + b$ with `use_bias=True`, at each time step."""
+
+    linear: eqx.nn.Linear
+
+    def __init__(
+        self, in_features: int, key: PRNGKeyArray, *, out_features: int, use_bias: bool = False
+    ):
+        """**Arguments:** `in_features`, width of the samples; `key`; `out_features`, width of the
+        model; `use_bias`."""
+        check_size("in_features", in_features)
+        check_size("out_features", out_features)
+        self.linear = eqx.nn.Linear(in_features, out_features, use_bias, key=key)
+
+    def __call__(
+        self,
+        x: Array | Timeseries,
+        state: eqx.nn.State,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Any, eqx.nn.State]:
+        del key
+        values = values_of(x)
+        check_samples(self, values, int(self.linear.in_features))
+        return with_values(x, linear(self.linear, values)), state

@@ -1,0 +1,6 @@
+"""Heads: from the residual stream to the answer."""
+
+from discretax.heads.base import AbstractHead as AbstractHead
+from discretax.heads.classification import ClassificationHead as ClassificationHead
+from discretax.heads.pooling import Pooling as Pooling
+from discretax.heads.regression import RegressionHead as RegressionHead

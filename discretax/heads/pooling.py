@@ -1,0 +1,81 @@
+from typing import Any, Literal
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from discretax._stateful import AbstractStreamingLayer
+from discretax._timeseries import Timeseries, length_of, values_of
+from discretax._types import accumulation_dtype
+
+Kind = Literal["mean", "last", "max"]
+
+
+class Pooling(AbstractStreamingLayer):
+    """One vector from a sequence: the mean, the last or the largest of its valid samples.
+
+    While streaming it pools all that has come so far: its cache is the sum, last or largest
+    sample, with the number of samples. A sequence without samples gives zeros.
+    """
+
+    cache_index: eqx.nn.StateIndex
+    streaming: bool
+    inference: bool
+    in_features: int = eqx.field(static=True)
+    kind: Kind = eqx.field(static=True)
+
+    def __init__(self, in_features: int, kind: Kind = "mean"):
+        """**Arguments:** `in_features`; `kind`, one of `"mean"`, `"last"`, `"max"`.
+
+        **Raises:** `ValueError` for another kind.
+        """
+        if kind not in ("mean", "last", "max"):
+            raise ValueError(f"`pooling` must be 'mean', 'last' or 'max'; got {kind!r}.")
+        self.cache_index = eqx.nn.StateIndex(None)
+        self.streaming = False
+        self.inference = False
+        self.in_features = in_features
+        self.kind = kind
+
+    def allocate_inference_cache(
+        self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
+    ) -> tuple[Float[Array, " features"], Int[Array, ""]]:
+        del max_seqlen
+        batch = () if batch_size is None else (batch_size,)
+        return jnp.zeros((*batch, self.in_features), dtype), jnp.zeros(batch, jnp.int32)
+
+    def __call__(
+        self, x: Array | Timeseries, state: eqx.nn.State
+    ) -> tuple[Float[Array, " features"], eqx.nn.State]:
+        """**Arguments:** `x`: `(time, features)` or a [`discretax.Timeseries`][]; `state`.
+
+        **Returns:** `(features,)`, and the state.
+        """
+        values = values_of(x)
+        pooled = values.astype(accumulation_dtype(values))
+        length = length_of(x)
+        count = jnp.asarray(values.shape[0] if length is None else length, jnp.int32)
+        cache = self.allocate_inference_cache(dtype=pooled.dtype)
+        if self.streaming:
+            cache = self.read_cache(state)
+        summary, total = self._add(pooled, count, *cache)
+        if self.streaming:
+            state = state.set(self.cache_index, (summary.astype(cache[0].dtype), total))
+        if self.kind == "mean":
+            summary = summary / jnp.maximum(total, 1).astype(summary.dtype)
+        return summary.astype(values.dtype), state
+
+    def _add(self, values, count, summary, total):
+        summary = summary.astype(values.dtype)
+        if self.kind == "mean":  # padding is zero
+            return summary + values.sum(0), total + count
+        if values.shape[0] == 0:
+            return summary, total
+        if self.kind == "last":
+            last = values[jnp.maximum(count, 1) - 1]
+            return jnp.where(count > 0, last, summary), total + count
+        valid = jnp.arange(values.shape[0])[:, None] < count
+        largest = jnp.where(valid, values, -jnp.inf).max(0)
+        so_far = jnp.where(total > 0, summary, -jnp.inf)
+        total = total + count
+        return jnp.where(total > 0, jnp.maximum(largest, so_far), 0), total

@@ -1,0 +1,3 @@
+"""Initialisations of recurrences."""
+
+from discretax.init._ring import ring as ring

@@ -1,0 +1,100 @@
+"""The stack of blocks that every model is, stated once."""
+
+import functools as ft
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.random as jr
+from jaxtyping import PRNGKeyArray
+
+from discretax._features import check_size
+from discretax._stateful import check_state
+from discretax.blocks import AbstractBlock, StandardBlock
+from discretax.blocks.base import Samples
+from discretax.blocks.standard import Norm
+from discretax.channel_mixers import GLU, AbstractChannelMixer
+from discretax.sequence_mixers import AbstractSequenceMixer
+
+
+class AbstractBackbone(eqx.nn.StatefulLayer):
+    """Blocks one after the other, `(x, state) -> (x, state)`, to stand between encoder and head."""
+
+    blocks: eqx.AbstractVar[tuple[AbstractBlock, ...]]
+
+    def __call__(
+        self, x: Samples, state: eqx.nn.State, *, key: PRNGKeyArray | None = None
+    ) -> tuple[Samples, eqx.nn.State]:
+        """**Arguments:** `x`: `(time, hidden_dim)` or a [`discretax.Timeseries`][] of such; `state`;
+        `key`, for dropout in training.
+
+        **Returns:** the same kind as `x`, and the new state.
+        """
+        check_state(state, self)
+        num_blocks = len(self.blocks)
+        keys = (None,) * num_blocks if key is None else jr.split(key, num_blocks)
+        for block, block_key in zip(self.blocks, keys, strict=True):
+            x, state = block(x, state, key=block_key)
+        return x, state
+
+
+class Backbone(AbstractBackbone):
+    """A model from any mixer: `Backbone(key, hidden_dim=64, sequence_mixer=MyMixer)`."""
+
+    blocks: tuple[AbstractBlock, ...]
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        *,
+        hidden_dim: int,
+        sequence_mixer: Callable[..., AbstractSequenceMixer],
+        channel_mixer: Callable[..., AbstractChannelMixer] = GLU,
+        num_blocks: int = 4,
+        drop_rate: float = 0.1,
+        prenorm: bool = True,
+        norm: Norm = "batch",
+    ):
+        """**Arguments:**
+
+        - `key`: for the initialisation.
+        - `hidden_dim`: width of the residual stream.
+        - `sequence_mixer`, `channel_mixer`: functions `(in_features, *, key)` that make a mixer,
+            called once per block.
+        - `num_blocks`: how many blocks to stack.
+        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        """
+        self.blocks = standard_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            sequence_mixer=sequence_mixer,
+            channel_mixer=channel_mixer,
+            num_blocks=num_blocks,
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
+        )
+
+
+def standard_blocks(
+    key: PRNGKeyArray,
+    *,
+    hidden_dim: int,
+    num_blocks: int,
+    sequence_mixer: Callable[..., AbstractSequenceMixer],
+    channel_mixer: Callable[..., AbstractChannelMixer],
+    drop_rate: float,
+    prenorm: bool,
+    norm: Norm,
+) -> tuple[StandardBlock, ...]:
+    check_size("hidden_dim", hidden_dim)
+    check_size("num_blocks", num_blocks)
+    block = ft.partial(
+        StandardBlock,
+        hidden_dim,
+        sequence_mixer=sequence_mixer,
+        channel_mixer=channel_mixer,
+        drop_rate=drop_rate,
+        prenorm=prenorm,
+        norm=norm,
+    )
+    return tuple(block(block_key) for block_key in jr.split(key, num_blocks))

@@ -1,0 +1,58 @@
+import functools as ft
+import math
+
+from jaxtyping import PRNGKeyArray
+
+from discretax.blocks import StandardBlock
+from discretax.blocks.standard import Norm
+from discretax.channel_mixers import GLU
+from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.sequence_mixers import LRUSequenceMixer
+
+
+class LRU(AbstractBackbone):
+    """Blocks of LRU and GLU (arXiv:2303.06349)."""
+
+    blocks: tuple[StandardBlock, ...]
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        *,
+        hidden_dim: int,
+        num_blocks: int = 4,
+        state_dim: int = 64,
+        r_min: float = 0.0,
+        r_max: float = 1.0,
+        max_phase: float = 2 * math.pi,
+        drop_rate: float = 0.1,
+        prenorm: bool = True,
+        use_bias: bool = True,
+        norm: Norm = "batch",
+    ):
+        """**Arguments:**
+
+        - `key`: for the initialisation.
+        - `hidden_dim`: width of the residual stream.
+        - `num_blocks`: how many blocks to stack.
+        - `state_dim`, `r_min`, `r_max`, `max_phase`: as in
+            [`discretax.sequence_mixers.LRUSequenceMixer`][].
+        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        - `use_bias`: in the GLU.
+        """
+        self.blocks = standard_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            num_blocks=num_blocks,
+            sequence_mixer=ft.partial(
+                LRUSequenceMixer,
+                state_dim=state_dim,
+                r_min=r_min,
+                r_max=r_max,
+                max_phase=max_phase,
+            ),
+            channel_mixer=ft.partial(GLU, use_bias=use_bias),
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
+        )

@@ -1,0 +1,87 @@
+r"""From a continuous diagonal system $\dot h = A h + B x$ to $h_t = \bar A h_{t-1} + \gamma \odot (B x_t)$.
+
+Each function returns the pair $(\bar A, \gamma)$ for an eigenvalue `A` (real or complex) and a step
+`dt`, in sample intervals. Both broadcast, so that `dt` of shape (time, state) gives a system that
+changes with time. The input factor $\gamma$ multiplies $B x_t$ or the rows of $B$.
+"""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Inexact
+
+
+def zoh(
+    A: Inexact[Array, "*state"], dt: Inexact[Array, "*step"]
+) -> tuple[Inexact[Array, "*both"], Inexact[Array, "*both"]]:
+    r"""Zero-order hold: $\bar A = e^{A \Delta}$, $\gamma = A^{-1}(\bar A - 1)$.
+
+    Exact for an input that is constant between samples, and exact at and near $A = 0$, where
+    $\gamma \to \Delta$. (S5, arXiv:2208.04933, eq. 6.)
+
+    **Arguments:** `A`: eigenvalues. `dt`: steps, in sample intervals.
+
+    **Returns:** $(\bar A, \gamma)$.
+    """
+    z = A * dt
+    return jnp.exp(z), dt * _exponential_integral(z)
+
+
+def bilinear(
+    A: Inexact[Array, "*state"], dt: Inexact[Array, "*step"]
+) -> tuple[Inexact[Array, "*both"], Inexact[Array, "*both"]]:
+    r"""Bilinear (Tustin): $\bar A = \frac{1 + A \Delta/2}{1 - A \Delta/2}$, $\gamma = \frac{\Delta}{1 - A \Delta/2}$.
+
+    Maps the left half plane onto the unit disc. With the two signs swapped, a mistake found in
+    other code, the disc is left and the state explodes. (S4, arXiv:2111.00396, eq. 3.)
+
+    **Arguments:** `A`: eigenvalues. `dt`: steps, in sample intervals.
+
+    **Returns:** $(\bar A, \gamma)$.
+    """
+    denominator = 1 - A * dt / 2
+    return (1 + A * dt / 2) / denominator, dt / denominator
+
+
+def dirac(
+    A: Inexact[Array, "*state"], dt: Inexact[Array, "*step"]
+) -> tuple[Inexact[Array, "*both"], Inexact[Array, "*both"]]:
+    r"""Dirac input: $\bar A = e^{A \Delta}$, $\gamma = 1$.
+
+    Each sample is an impulse that arrives undecayed, as an event does. (Event-SSM,
+    arXiv:2404.18508.)
+
+    **Arguments:** `A`: eigenvalues. `dt`: steps, in sample intervals.
+
+    **Returns:** $(\bar A, \gamma)$.
+    """
+    A_bar = jnp.exp(A * dt)
+    return A_bar, jnp.ones_like(A_bar)
+
+
+def asynchronous(
+    A: Inexact[Array, "*state"], dt: Inexact[Array, "*state"], timesteps: Inexact[Array, "*step"]
+) -> tuple[Inexact[Array, "*both"], Inexact[Array, "*state"]]:
+    r"""Asynchronous events: $\bar A_t = e^{A \Delta \tau_t}$, $\gamma = A^{-1}(e^{A \Delta} - 1)$.
+
+    The state decays over the gap $\tau_t$ since the previous event; what an event adds does not
+    depend on how long one waited for it. (Event-SSM, arXiv:2404.18508, eq. 8.)
+
+    **Arguments:** `A`: eigenvalues. `dt`: steps, in sample intervals. `timesteps`: gap before
+    each event, in sample intervals, shaped to broadcast against `A * dt`.
+
+    **Returns:** $(\bar A_t, \gamma)$.
+    """
+    return jnp.exp(A * dt * timesteps), zoh(A, dt)[1]
+
+
+def _exponential_integral(z):
+    """(exp(z) - 1) / z, the mean of exp over [0, z], with its derivative exact near z = 0.
+
+    The quotient rule applied to expm1(z) / z cancels: near 0.01 it would leave five digits of
+    a float32 gradient. Below 0.3 the series serves.
+    """
+    small = jnp.abs(z) < 0.3
+    series = jnp.ones_like(z)
+    for n in range(13, 1, -1):
+        series = 1 + series * jnp.where(small, z, 0) / n
+    nonzero = jnp.where(small, 1, z)
+    return jnp.where(small, series, jnp.expm1(nonzero) / nonzero)

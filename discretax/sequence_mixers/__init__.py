@@ -1,0 +1,9 @@
+"""Sequence mixers: pure functions of a sequence and a cache."""
+
+from discretax.sequence_mixers.base import (
+    AbstractLTIMixer as AbstractLTIMixer,
+    AbstractSequenceMixer as AbstractSequenceMixer,
+)
+from discretax.sequence_mixers.bidirectional import Bidirectional as Bidirectional
+from discretax.sequence_mixers.discretized import Discretized as Discretized
+from discretax.sequence_mixers.lru import LRUSequenceMixer as LRUSequenceMixer

@@ -1,0 +1,98 @@
+from collections.abc import Iterator
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Complex, Float
+
+from discretax._types import Length, Resets, Sample, Values, accumulation_dtype
+from discretax.ops._diagonal_ssm import diagonal_ssm
+from discretax.ops._linear_recurrence import recurrence, times
+
+Planes = tuple[Array, Array]
+
+
+class DiagonalSystem(eqx.Module):
+    r"""$h_t = \bar A \odot h_{t-1} + \bar B x_t$, $y_t = \mathrm{Re}(C h_t) + D \odot x_t$, in discrete time.
+
+    Unpacks as the complex `A_bar, B_bar, C`. They are kept as real planes in the layout that
+    [`discretax.ops.diagonal_ssm`][] computes with, ready for use.
+    """
+
+    A_planes: Float[Array, "2 state"] | Float[Array, "time 2 state"]
+    B_planes: Float[Array, "features 2 state"]
+    C_planes: Float[Array, "2 state features"]
+    D: Float[Array, " features"]
+
+    def __init__(self, A_bar: Planes, B_bar: Planes, C: Planes, D: Float[Array, " features"]):
+        """**Arguments:** `A_bar`, `B_bar` (state, features) and `C` (features, state), each as real
+        and imaginary part; `D`, the elementwise skip."""
+        dtype = accumulation_dtype(D)
+        self.A_planes = jnp.stack(A_bar, axis=-2).astype(dtype)
+        self.B_planes = jnp.stack([B_bar[0].T, B_bar[1].T], axis=1).astype(dtype)
+        self.C_planes = jnp.stack([C[0].T, -C[1].T]).astype(dtype)
+        self.D = D.astype(dtype)
+
+    @property
+    def A_bar(self) -> Complex[Array, "*time state"]:
+        return lax.complex(self.A_planes[..., 0, :], self.A_planes[..., 1, :])
+
+    @property
+    def B_bar(self) -> Complex[Array, "state features"]:
+        return lax.complex(self.B_planes[:, 0].T, self.B_planes[:, 1].T)
+
+    @property
+    def C(self) -> Complex[Array, "features state"]:
+        return lax.complex(self.C_planes[0].T, -self.C_planes[1].T)
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter((self.A_bar, self.B_bar, self.C))
+
+    def __call__(
+        self,
+        x: Values,
+        cache: Float[Array, "2 state"],
+        *,
+        length: Length | None = None,
+        resets: Resets | None = None,
+    ) -> tuple[Values, Float[Array, "2 state"]]:
+        system, u, h0 = self._accumulating(x, cache)
+        y, h = diagonal_ssm(
+            system.A_planes,
+            system.B_planes,
+            system.C_planes,
+            u,
+            h0,
+            length=length,
+            resets=resets,
+        )
+        return (y + system.D * u).astype(x.dtype), h.astype(cache.dtype)
+
+    def step(
+        self, x: Sample, cache: Float[Array, "2 state"]
+    ) -> tuple[Sample, Float[Array, "2 state"]]:
+        system, u, h = self._accumulating(x, cache)
+        state_dim = h.shape[-1]
+        drive = u @ system.B_planes.reshape(-1, 2 * state_dim)
+        h = times(system.A_planes, h) + drive.reshape(2, state_dim)
+        y = h.reshape(-1) @ system.C_planes.reshape(2 * state_dim, -1) + system.D * u
+        return y.astype(x.dtype), h.astype(cache.dtype)
+
+    def powers(self, length: int) -> Complex[Array, "time state"]:
+        r"""$\bar A^l$ for $l = 0, \dots$: the states' response to a unit impulse.
+
+        Run as the recurrence that it is. $e^{l \log \bar A}$ would lose the phase of long lags to
+        rounding.
+        """
+        impulse = jnp.zeros((length, *self.A_planes.shape), self.A_planes.dtype).at[0, 0].set(1)
+        h = recurrence(self.A_planes, impulse, jnp.zeros_like(self.A_planes), None, planes=True)
+        return lax.complex(h[:, 0], h[:, 1])
+
+    def _accumulating(self, x, cache):
+        dtype = accumulation_dtype(x, self.D)
+        cast = lambda array: array.astype(dtype)
+        return (
+            eqx.tree_at(lambda s: (s.A_planes, s.B_planes, s.C_planes, s.D), self, replace_fn=cast),
+            cast(x),
+            cast(cache),
+        )

@@ -1,0 +1,185 @@
+"""What every sequence mixer is."""
+
+import abc
+from typing import Any, Generic, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from discretax._features import check_samples
+from discretax._timeseries import check_length, check_resets, check_timesteps, zero_padding
+from discretax._types import Length, Resets, Sample, Timesteps, Values
+
+Cache = TypeVar("Cache")
+
+
+class AbstractSequenceMixer(eqx.Module, Generic[Cache]):
+    """Mixes along time: a linear recurrence, seen over a whole sequence, a chunk or one step.
+
+    The three views agree to rounding, in outputs, caches and gradients:
+
+    - `mixer(x)` over a whole sequence;
+    - `y, cache = mixer(chunk, cache)` over chunks of any lengths, concatenated;
+    - `y, cache = mixer.step(sample, cache)` over single samples.
+    """
+
+    in_features: eqx.AbstractVar[int]
+    recurrent_parameters: eqx.AbstractClassVar[tuple[str, ...]]
+    """Names of the fields that act inside the recurrence. They are trained with a lower rate and
+    without weight decay ([`discretax.optim`][])."""
+
+    @abc.abstractmethod
+    def allocate_inference_cache(
+        self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
+    ) -> Cache:
+        """The state before the first sample.
+
+        **Arguments:**
+
+        - `batch_size`: None for one sequence; a number for a leading axis to `jax.vmap` over.
+        - `max_seqlen`: how many samples the cache must hold, for mixers whose cache grows with
+            time. Recurrences ignore it.
+        - `dtype`: of the cache; float32 by default, float64 with x64 enabled. The recurrence
+            accumulates in float32 or wider in any case.
+        """
+
+    @abc.abstractmethod
+    def __call__(
+        self,
+        x: Values,
+        cache: Cache | None = None,
+        *,
+        integration_timesteps: Timesteps | None = None,
+        length: Length | None = None,
+        resets: Resets | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Values, Cache]:
+        """Mixes a sequence, or the next chunk of one.
+
+        **Arguments:**
+
+        - `x`: the samples, `(time, features)`.
+        - `cache`: the state before the first sample; None stands for zero.
+        - `integration_timesteps`: `(time,)`, elapsed time since the previous sample, in sample
+            intervals. Mixers without a continuous time refuse it.
+        - `length`: number of valid samples. Those at or past it change neither the returned cache
+            nor any valid output.
+        - `resets`: `(time,)`; where True at `t`, the state before `t` is zero.
+        - `key`: for mixers that draw at random.
+
+        **Returns:**
+
+        The output, `(time, features)`, in the type of `x`, and the cache after the last valid
+        sample.
+
+        **Raises:**
+
+        `ValueError` for shapes that do not fit the mixer.
+        """
+
+    @abc.abstractmethod
+    def step(
+        self, x: Sample, cache: Cache, *, integration_timestep: Any | None = None
+    ) -> tuple[Sample, Cache]:
+        """One sample: `x` of shape `(features,)`, with the cache of the previous step."""
+
+
+class AbstractLTIMixer(AbstractSequenceMixer[Cache]):
+    """A mixer whose system does not change with time, unless timesteps make it.
+
+    It says how its parameters become a discrete system; the system knows how to run.
+    """
+
+    @abc.abstractmethod
+    def discretize(self, integration_timesteps: Timesteps | None = None) -> Any:
+        r"""The discrete system $h_t = \bar A h_{t-1} + \bar B x_t$, $y_t = \mathrm{Re}(C h_t) + D x_t$.
+
+        Unpacks as `A_bar, B_bar, C`; `D` is a field of it. With timesteps, `A_bar` has an axis of
+        time.
+
+        **Raises:** `ValueError` for timesteps if the mixer has no continuous time.
+        """
+
+    @abc.abstractmethod
+    def compute_kernel(self, length: int) -> Array:
+        """What a convolution over `length` samples convolves with."""
+
+    def __call__(
+        self,
+        x: Values,
+        cache: Cache | None = None,
+        *,
+        integration_timesteps: Timesteps | None = None,
+        length: Length | None = None,
+        resets: Resets | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Values, Cache]:
+        del key
+        zero = self.allocate_inference_cache()
+        cache = zero if cache is None else cache
+        x = check_call(self, x, cache, zero, integration_timesteps, length, resets)
+        system = self.discretize(integration_timesteps)
+        return system(x, cache, length=length, resets=resets)
+
+    def step(
+        self, x: Sample, cache: Cache, *, integration_timestep: Any | None = None
+    ) -> tuple[Sample, Cache]:
+        check_step(self, x, cache, self.allocate_inference_cache())
+        return self.discretize(integration_timestep).step(x, cache)
+
+
+def check_call(
+    mixer: AbstractSequenceMixer,
+    x: Array,
+    cache: PyTree,
+    expected_cache: PyTree,
+    integration_timesteps: Timesteps | None,
+    length: Length | None,
+    resets: Resets | None,
+) -> Array:
+    """Refuses inputs that do not fit, by name; returns `x` with its padding set to zero."""
+    check_samples(mixer, x, mixer.in_features)
+    check_cache(mixer, cache, expected_cache)
+    check_timesteps(integration_timesteps, x.shape[0])
+    check_length(length, x.shape[0])
+    check_resets(resets, x.shape[0])
+    return zero_padding(x, length)
+
+
+def check_step(
+    mixer: AbstractSequenceMixer, x: Array, cache: PyTree, expected_cache: PyTree
+) -> None:
+    if x.shape != (mixer.in_features,) or not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(
+            f"`{type(mixer).__name__}.step` takes one floating sample of shape "
+            f"({mixer.in_features},); got {x.dtype}{x.shape}. Use `jax.vmap` to batch."
+        )
+    check_cache(mixer, cache, expected_cache)
+
+
+def check_cache(mixer: AbstractSequenceMixer, cache: PyTree, expected: PyTree) -> None:
+    shapes, expected_shapes = (jax.tree.map(jnp.shape, tree) for tree in (cache, expected))
+    if shapes != expected_shapes:
+        raise ValueError(
+            f"`{type(mixer).__name__}` takes a cache of shapes {expected_shapes}; got {shapes}. "
+            "Make one with `allocate_inference_cache()`; one with a batch axis goes through "
+            "`jax.vmap`."
+        )
+
+
+def refuse_timesteps(mixer: AbstractSequenceMixer, timesteps: Any | None, reason: str) -> None:
+    if timesteps is not None:
+        raise ValueError(
+            f"`{type(mixer).__name__}` takes no integration timesteps: {reason}. Mixers with a "
+            "continuous time do."
+        )
+
+
+def zero_cache(batch_size: int | None, shape: tuple[int, ...], dtype: Any) -> Array:
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(
+            f"`batch_size` must be None (one sequence) or at least 1; got {batch_size}."
+        )
+    return jnp.zeros(shape if batch_size is None else (batch_size, *shape), dtype)

@@ -1,0 +1,99 @@
+from typing import Any, ClassVar, NoReturn
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, PRNGKeyArray
+
+from discretax._timeseries import check_length, check_resets, check_timesteps
+from discretax._types import Length, Resets, Timesteps, Values
+from discretax.sequence_mixers.base import AbstractSequenceMixer
+
+
+class Bidirectional(AbstractSequenceMixer[None]):
+    r"""Two mixers, one in each direction: $y = f(x) + \mathrm{reverse}(g(\mathrm{reverse}(x)))$.
+
+    The backward pass begins at the last valid sample, crosses each gap between two samples once,
+    and stops at the same boundaries as the forward pass. It needs the future: there is nothing to
+    stream, no cache and no step.
+    """
+
+    forward: AbstractSequenceMixer
+    backward: AbstractSequenceMixer
+    in_features: int = eqx.field(static=True)
+
+    recurrent_parameters: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, forward: AbstractSequenceMixer, backward: AbstractSequenceMixer):
+        """**Arguments:** `forward` and `backward`: two mixers of one width, made with two keys.
+
+        **Raises:** `ValueError` if their widths differ.
+        """
+        if forward.in_features != backward.in_features:
+            raise ValueError(
+                "`forward` and `backward` must have the same `in_features`; got "
+                f"{forward.in_features} and {backward.in_features}."
+            )
+        self.forward = forward
+        self.backward = backward
+        self.in_features = forward.in_features
+
+    def allocate_inference_cache(
+        self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
+    ) -> NoReturn:
+        _refuse_to_stream()
+
+    def __call__(
+        self,
+        x: Values,
+        cache: None = None,
+        *,
+        integration_timesteps: Timesteps | None = None,
+        length: Length | None = None,
+        resets: Resets | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Values, None]:
+        if cache is not None:
+            _refuse_to_stream()
+        time = x.shape[0]
+        check_timesteps(integration_timesteps, time)
+        check_length(length, time)
+        check_resets(resets, time)
+        forward_key, backward_key = (None, None) if key is None else jr.split(key)
+        y_forward, _ = self.forward(
+            x,
+            integration_timesteps=integration_timesteps,
+            length=length,
+            resets=resets,
+            key=forward_key,
+        )
+        index = jnp.arange(time)
+        valid = time if length is None else length
+        mirror = jnp.where(index < valid, valid - 1 - index, index)
+
+        def between(per_sample: Array | None, first: float | bool) -> Array | None:
+            # What stands at t belongs to the border between t - 1 and t. From the other side,
+            # that border is met on arriving at t - 1.
+            if per_sample is None:
+                return None
+            later = jnp.roll(per_sample, -1)[mirror]
+            return jnp.where(index == 0, jnp.asarray(first, later.dtype), later)
+
+        y_backward, _ = self.backward(
+            x[mirror],
+            integration_timesteps=between(integration_timesteps, 1.0),
+            length=length,
+            resets=between(resets, False),
+            key=backward_key,
+        )
+        return y_forward + y_backward[mirror], None
+
+    def step(self, x: Any, cache: Any, *, integration_timestep: Any | None = None) -> NoReturn:
+        _refuse_to_stream()
+
+
+def _refuse_to_stream() -> NoReturn:
+    raise ValueError(
+        "`Bidirectional` cannot stream: its output depends on samples that have not come yet. "
+        "Call it on whole sequences, without a cache, or train a causal mixer."
+    )

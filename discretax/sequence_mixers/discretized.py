@@ -1,0 +1,40 @@
+from typing import Any, ClassVar
+
+import equinox as eqx
+from jaxtyping import Array, PyTree
+
+from discretax._types import Timesteps
+from discretax.sequence_mixers.base import AbstractLTIMixer
+
+
+class Discretized(AbstractLTIMixer[Any]):
+    """An LTI mixer whose discrete system is computed once, for fast stepping.
+
+    Usually made for a whole model at once, by [`discretax.discretized`][]. It is for inference:
+    training it would move the system and leave the parameters behind.
+    """
+
+    mixer: AbstractLTIMixer
+    system: PyTree[Array]
+    in_features: int = eqx.field(static=True)
+
+    recurrent_parameters: ClassVar[tuple[str, ...]] = ("system",)
+
+    def __init__(self, mixer: AbstractLTIMixer):
+        """**Arguments:** `mixer`: the mixer whose parameters will not change any more."""
+        self.mixer = mixer
+        self.system = mixer.discretize()
+        self.in_features = mixer.in_features
+
+    def allocate_inference_cache(
+        self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
+    ) -> PyTree[Array]:
+        return self.mixer.allocate_inference_cache(batch_size, max_seqlen, dtype)
+
+    def discretize(self, integration_timesteps: Timesteps | None = None) -> Any:
+        if integration_timesteps is not None:
+            return self.mixer.discretize(integration_timesteps)
+        return self.system
+
+    def compute_kernel(self, length: int) -> Array:
+        return self.mixer.compute_kernel(length)
