@@ -1,0 +1,235 @@
+"""`ops.linear_recurrence` and `ops.diagonal_ssm` against a plain loop, in every variant."""
+
+import functools as ft
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+
+from discretax.ops import diagonal_ssm, linear_recurrence
+
+TIME, STATE = 7, (2, 3)
+
+
+def loop(a, b, h0, resets, reverse):
+    """The definition, sample by sample; what is not selected has no influence."""
+    a = jnp.broadcast_to(a, b.shape)
+    resets = None if resets is None else np.asarray(resets)
+    order = range(b.shape[0])[::-1] if reverse else range(b.shape[0])
+    h, states = h0, {}
+    for t in order:
+        h = b[t] if resets is not None and resets[t] else a[t] * h + b[t]
+        states[t] = h
+    return jnp.stack([states[t] for t in range(b.shape[0])])
+
+
+def draw(dtype, constant, seed=0):
+    keys = jr.split(jr.key(seed), 3)
+    a = jr.normal(keys[0], STATE if constant else (TIME, *STATE), dtype)
+    return a, jr.normal(keys[1], (TIME, *STATE), dtype), jr.normal(keys[2], STATE, dtype)
+
+
+def assert_close(actual, expected, rtol=1e-12):
+    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, e, rtol=0, atol=rtol * np.abs(e).max())
+
+
+def weights(shape, dtype):
+    """Fixed numbers, all different."""
+    w = jnp.cos(jnp.arange(np.prod(shape), dtype=float)).reshape(shape)
+    return jax.lax.complex(w, jnp.sin(3 * w)) if dtype == "complex128" else w
+
+
+@pytest.mark.parametrize("implementation", ["sequential", "associative", None])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("resets", [None, (0, 3, 4)], ids=["", "resets"])
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "varying"])
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_states_and_gradients(dtype, constant, resets, reverse, implementation):
+    with jax.enable_x64(True):
+        arguments = draw(dtype, constant)
+        if resets is not None:
+            resets = jnp.zeros(TIME, bool).at[jnp.array(resets)].set(True)
+        w = weights((TIME, *STATE), dtype)
+        ours = ft.partial(
+            linear_recurrence, resets=resets, reverse=reverse, implementation=implementation
+        )
+        reference = lambda a, b, h0: loop(a, b, h0, resets, reverse)
+        assert_close(jax.jit(ours)(*arguments), reference(*arguments))
+
+        def gradients(f):
+            loss = lambda *args: jnp.sum(w * f(*args)).real
+            return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arguments)
+
+        assert_close(gradients(ours), gradients(reference))
+
+
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "varying"])
+@pytest.mark.parametrize("dtype", ["float64", "complex128"])
+def test_second_order(dtype, constant):
+    with jax.enable_x64(True):
+        arguments = draw(dtype, constant)
+        directions = draw(dtype, constant, seed=1)
+
+        def product(f):
+            gradient = jax.grad(lambda args: jnp.sum(jnp.abs(f(*args)) ** 4) / 4, holomorphic=False)
+            along = lambda args: sum(
+                jnp.sum(g * d).real for g, d in zip(gradient(args), directions, strict=True)
+            )
+            return jax.jit(jax.grad(along))(arguments)
+
+        assert_close(
+            product(linear_recurrence),
+            product(lambda a, b, h0: loop(a, b, h0, None, False)),
+            1e-11,
+        )
+
+
+def test_vmap_over_any_argument():
+    a, b, h0 = draw("float32", constant=False)
+    together = jax.vmap(linear_recurrence, in_axes=(0, None, 0))(
+        jnp.stack([a, -a]), b, jnp.stack([h0, 2 * h0])
+    )
+    assert_close(together[0], linear_recurrence(a, b, h0), 1e-6)
+    assert_close(together[1], linear_recurrence(-a, b, 2 * h0), 1e-6)
+
+
+def test_no_initial_state_is_zero():
+    a, b, h0 = draw("float32", constant=True)
+    assert_close(linear_recurrence(a, b), linear_recurrence(a, b, 0 * h0), 0)
+
+
+def test_bfloat16_accumulates_in_float32():
+    a = jnp.full((3,), 0.99609375, jnp.bfloat16)
+    b = jnp.ones((500, 3), jnp.bfloat16)
+    h = linear_recurrence(a, b)
+    exact = (1 - 0.99609375**500) / (1 - 0.99609375)
+    assert h.dtype == jnp.bfloat16
+    np.testing.assert_allclose(h[-1].astype(jnp.float32), exact, rtol=2**-8)
+
+
+def test_empty_and_single():
+    a, b, h0 = draw("float32", constant=True)
+    assert linear_recurrence(a, b[:0], h0).shape == (0, *STATE)
+    for implementation in ("sequential", "associative"):
+        h = linear_recurrence(a, b[:1], h0, implementation=implementation)
+        assert_close(h, (a * h0 + b[0])[None], 1e-6)
+
+
+def test_saves_the_states_alone():
+    """Residuals of the rule: a, h0 and one array of the size of the states."""
+    a, b, h0 = draw("float32", constant=True)
+    _, backward = jax.vjp(linear_recurrence, a, b, h0)
+    sizes = sorted(leaf.size for leaf in jax.tree.leaves(backward) if hasattr(leaf, "size"))
+    assert sum(size == b.size for size in sizes) == 1
+    assert sum(sizes) <= b.size + a.size + h0.size
+
+
+ONES = jnp.ones((TIME, 3))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"),
+    [
+        ((ONES[:, :2], ONES), {}, ValueError, r"got a: \(7, 2\) and b: \(7, 3\)"),
+        ((jnp.ones(()), ONES), {}, ValueError, "`a` must have the shape of `b`.*broadcast_to"),
+        ((ONES[0], ONES, ONES), {}, ValueError, r"`h0` .* one state, \(3,\); got \(7, 3\)"),
+        ((ONES, ONES), {"resets": jnp.zeros(6, bool)}, ValueError, r"\(7,\); got bool\(6,\)"),
+        ((ONES, ONES), {"resets": jnp.zeros(7)}, ValueError, r"boolean.*got float32\(7,\)"),
+        ((ONES, ONES), {"implementation": "fast"}, ValueError, "'sequential'.*got 'fast'"),
+        ((ONES.astype(jnp.bfloat16), ONES), {}, TypeError, "one floating.*bfloat16, float32"),
+        ((ONES.astype(int), ONES.astype(int)), {}, TypeError, "one floating.*int32"),
+    ],
+)
+def test_unfit_input_is_refused(arguments, options, error, message):
+    with pytest.raises(error, match=message):
+        linear_recurrence(*arguments, **options)
+
+
+# diagonal_ssm
+
+FEATURES, STATES, OUT = 4, 3, 2
+
+
+def system(varying, seed=0):
+    keys = jr.split(jr.key(seed), 5)
+    return (
+        0.5 * jr.normal(keys[0], (TIME, 2, STATES) if varying else (2, STATES)),
+        jr.normal(keys[1], (FEATURES, 2, STATES)),
+        jr.normal(keys[2], (2, STATES, OUT)),
+        jr.normal(keys[3], (TIME, FEATURES)),
+        jr.normal(keys[4], (2, STATES)),
+    )
+
+
+def complex_loop(A, B, C, x, h0, length, resets):
+    """h_t = A h_{t-1} + B x_t, y_t = Re(C h_t) in complex arithmetic."""
+    A = jnp.broadcast_to(A, (TIME, 2, STATES))
+    A = jax.lax.complex(A[:, 0], A[:, 1])
+    B = jax.lax.complex(B[:, 0], B[:, 1]).T
+    C = jax.lax.complex(C[0], -C[1]).T
+    h = final = jax.lax.complex(h0[0], h0[1])
+    resets = () if resets is None else np.flatnonzero(resets)
+    ys = []
+    for t in range(TIME):
+        h = jnp.zeros_like(h) if t in resets else h
+        h = A[t] * h + B @ x[t].astype(B.dtype)
+        ys.append((C @ h).real)
+        final = h if t < length else final
+    return jnp.stack(ys), jnp.stack([final.real, final.imag])
+
+
+@pytest.mark.parametrize("length", [None, 5, "traced"])
+@pytest.mark.parametrize("chunk_size", [None, 3], ids=lambda size: f"chunk_{size}")
+@pytest.mark.parametrize("resets", [None, (2, 3)], ids=["", "resets"])
+@pytest.mark.parametrize("varying", [False, True], ids=["constant", "varying"])
+def test_diagonal_ssm(varying, resets, chunk_size, length):
+    with jax.enable_x64(True):
+        arguments = system(varying)
+        if resets is not None:
+            resets = jnp.zeros(TIME, bool).at[jnp.array(resets)].set(True)
+        valid = {None: TIME, "traced": 4}.get(length, length)
+        length = jnp.asarray(valid) if length == "traced" else length
+        w = weights((TIME, OUT), "float64")
+
+        @jax.jit
+        def ours(*args):
+            return diagonal_ssm(*args, length=length, resets=resets, chunk_size=chunk_size)
+
+        reference = lambda *args: complex_loop(*args, valid, resets)
+
+        def gradients(f):
+            def loss(*args):
+                y, final = f(*args)
+                return jnp.vdot(w, y) + final[0].sum() - 2 * final[1].sum()
+
+            return jax.jit(jax.grad(loss, argnums=tuple(range(5))))(*arguments)
+
+        assert_close(ours(*arguments), jax.jit(reference)(*arguments))
+        assert_close(gradients(ours), gradients(reference))
+
+
+def test_diagonal_ssm_on_nothing():
+    A, B, C, x, h0 = system(varying=False)
+    y, final = diagonal_ssm(A, B, C, x[:0], h0)
+    assert y.shape == (0, OUT)
+    assert_close(final, h0, 0)
+    assert_close(diagonal_ssm(A, B, C, x[:0], h0, length=jnp.asarray(0))[1], h0, 0)
+
+
+def test_long_sequences_run_in_chunks_with_equal_numbers():
+    keys = jr.split(jr.key(0), 3)
+    A = 0.7 * jr.uniform(keys[0], (2, 64), minval=-1.0)
+    B, C = jr.normal(keys[1], (1, 2, 64)), jr.normal(keys[2], (2, 64, 1))
+    x, h0 = jnp.ones((5000, 1)), jnp.zeros((2, 64))
+    chosen = jax.jit(diagonal_ssm)
+    whole = jax.jit(ft.partial(diagonal_ssm, chunk_size=5000))
+    assert_close(chosen(A, B, C, x, h0), whole(A, B, C, x, h0), 1e-5)
+
+    def residual_floats(f):
+        _, backward = jax.vjp(f, A, B, C, x, h0)
+        return sum(leaf.size for leaf in jax.tree.leaves(backward) if hasattr(leaf, "size"))
+
+    assert residual_floats(diagonal_ssm) < residual_floats(whole) / 10
