@@ -1,0 +1,177 @@
+"""What several test files share: the layers' mathematics in numpy, and a mixer written from scratch."""
+
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax import lax
+from jaxtyping import Array
+
+from discretax import Timeseries
+from discretax.sequence_mixers import AbstractSequenceMixer
+from discretax.sequence_mixers.base import check_call, check_step
+
+TIME, FEATURES, STATE = 11, 4, 3
+
+
+def assert_close(actual, expected, rtol=1e-5):
+    """Each leaf of `actual` differs from `expected` by at most `rtol` of the leaf's largest entry."""
+    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        e = np.asarray(e)
+        assert np.shape(a) == e.shape
+        np.testing.assert_allclose(a, e, rtol=0, atol=rtol * np.abs(e).max(initial=0))
+
+
+def assert_equal(actual, expected):
+    """Bit by bit, leaf by leaf."""
+    actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)
+    assert len(actual) == len(expected)
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(a, e)
+
+
+def draw(*shape, seed=1):
+    """Normal numbers, from numpy: they compile nothing."""
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), float)
+
+
+def changed(tree, seed=100, dtype=None):
+    """`tree` with noise added to every floating array: no weight stays at one, no bias at zero."""
+    rng = np.random.default_rng(seed)
+    noisy = lambda p: jnp.asarray(numbers(p) + 0.3 * rng.normal(size=p.shape), dtype or p.dtype)
+    return jax.tree.map(lambda p: noisy(p) if eqx.is_inexact_array(p) else p, tree)
+
+
+def parameters(tree) -> dict[str, Array]:
+    """Every floating array of `tree`, by its path."""
+    leaves, _ = jax.tree.flatten_with_path(eqx.filter(tree, eqx.is_inexact_array))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def nan_padded(x, length):
+    """`x` with NaN from `length` on, as a `Timeseries` that says so."""
+    values = jnp.where(jnp.arange(x.shape[0])[:, None] < length, x, jnp.nan)
+    return Timeseries(values, length=length)
+
+
+def numbers(array) -> np.ndarray:
+    return np.asarray(array, np.float64)
+
+
+def linear(layer, x):
+    y = numbers(x) @ numbers(layer.weight).T
+    return y if layer.bias is None else y + numbers(layer.bias)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def gelu(x):
+    """The approximation by tanh, JAX's default."""
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def glu(mixer, x):
+    return linear(mixer.w1, x) * sigmoid(linear(mixer.w2, x))
+
+
+def lru(mixer, x):
+    """h_t = lambda h_{t-1} + gamma B x_t, y_t = Re(C h_t) + D x_t, one sample after the other."""
+    x = numbers(x)
+    eigenvalues = np.exp(-np.exp(numbers(mixer.nu_log)) + 1j * np.exp(numbers(mixer.theta_log)))
+    B = numbers(mixer.B_re) + 1j * numbers(mixer.B_im)
+    C = numbers(mixer.C_re) + 1j * numbers(mixer.C_im)
+    h, ys = np.zeros(len(eigenvalues), complex), []
+    for sample in x:
+        h = eigenvalues * h + np.exp(numbers(mixer.gamma_log)) * (B @ sample)
+        ys.append((C @ h).real + numbers(mixer.D) * sample)
+    return np.stack(ys)
+
+
+def log_softmax(x):
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def pool(kind, x):
+    if len(x) == 0:
+        return np.zeros(x.shape[1:])
+    return {"mean": np.mean, "max": np.max}[kind](x, 0) if kind != "last" else x[-1]
+
+
+def normalise(norm, layer, x, statistics=None):
+    """`x` (time, features); `statistics`, mean and variance, for the batch norm."""
+    x = numbers(x)
+    if norm is None:
+        return x
+    if norm == "rms":
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * numbers(layer.weight)
+    if norm == "layer":
+        mean, var, eps = x.mean(-1, keepdims=True), x.var(-1, keepdims=True), 1e-6
+    else:
+        (mean, var), eps = statistics, 1e-5
+    return (x - mean) / np.sqrt(var + eps) * numbers(layer.weight) + numbers(layer.bias)
+
+
+class Leaky(AbstractSequenceMixer[dict[str, Array]]):
+    """h_t = exp(-rate * timesteps_t) h_{t-1} + x_t, y_t = h_t, written without the library's ops.
+
+    The cache also counts the samples, as a convolution window or an attention cache would.
+    """
+
+    rate: Array
+    in_features: int = eqx.field(static=True)
+
+    recurrent_parameters: ClassVar[tuple[str, ...]] = ("rate",)
+
+    def __init__(self, in_features: int, key: Any):
+        self.rate = jr.uniform(key, (in_features,), minval=0.1, maxval=1.0)
+        self.in_features = in_features
+
+    def allocate_inference_cache(self, batch_size=None, max_seqlen=1, dtype=None):
+        batch = () if batch_size is None else (batch_size,)
+        return {
+            "h": jnp.zeros((*batch, self.in_features), dtype),
+            "count": jnp.zeros(batch, jnp.int32),
+        }
+
+    def __call__(
+        self, x, cache=None, *, integration_timesteps=None, length=None, resets=None, key=None
+    ):
+        zero = self.allocate_inference_cache()
+        cache = zero if cache is None else cache
+        x = check_call(self, x, cache, zero, integration_timesteps, length, resets)
+        time = x.shape[0]
+        gaps = jnp.ones(time, x.dtype) if integration_timesteps is None else integration_timesteps
+        fresh = jnp.zeros(time, bool) if resets is None else resets
+        valid = jnp.arange(time) < (time if length is None else length)
+
+        def move(h, inputs):
+            x_t, gap, is_fresh, is_valid = inputs
+            moved = jnp.where(is_fresh, 0, jnp.exp(-self.rate * gap) * h) + x_t
+            h = jnp.where(is_valid, moved, h)
+            return h, h
+
+        h, y = lax.scan(move, cache["h"], (x, gaps, fresh, valid))
+        return y, {"h": h, "count": cache["count"] + valid.sum(dtype=jnp.int32)}
+
+    def step(self, x, cache, *, integration_timestep=None):
+        check_step(self, x, cache, self.allocate_inference_cache())
+        gap = None if integration_timestep is None else integration_timestep[None]
+        y, cache = self(x[None], cache, integration_timesteps=gap)
+        return y[0], cache
+
+
+def leaky(mixer, x, timesteps=None):
+    x, rate, ys = numbers(x), numbers(mixer.rate), []
+    h = np.zeros(x.shape[1])
+    for t, sample in enumerate(x):
+        h = np.exp(-rate * (1 if timesteps is None else float(timesteps[t]))) * h + sample
+        ys.append(h)
+    return np.stack(ys)
