@@ -79,7 +79,7 @@ def test_bilinear_maps_the_left_half_plane_into_the_unit_disc():
     with jax.enable_x64(True):
         rng = np.random.default_rng(0)
         A = -rng.exponential(10, 1000) + 1j * rng.normal(0, 10, 1000)
-        A_bar, gamma = bilinear(jnp.asarray(A), jnp.asarray(0.3 + 0j))
+        A_bar, gamma = map(np.asarray, bilinear(jnp.asarray(A), jnp.asarray(0.3 + 0j)))
         assert (np.abs(A_bar) < 1).all()
         # The trapezoid rule: (h' - h) / dt = A (h' + h) / 2 + input.
         h = rng.normal(size=1000)

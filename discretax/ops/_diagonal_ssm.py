@@ -46,7 +46,7 @@ def diagonal_ssm(
     The output, and the planes of the state after the last valid sample.
     """
     time, state_dim = x.shape[0], A.shape[-1]
-    length = time if length is None else length
+    length = time if length is None or time == 0 else length
     if chunk_size is None:
         chunk_size = _choose_chunk_size(time, state_dim)
     varying = A.ndim == 3
