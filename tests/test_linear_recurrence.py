@@ -127,6 +127,17 @@ def test_saves_the_states_alone():
     assert sum(sizes) <= b.size + a.size + h0.size
 
 
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(("platform", "loops"), [("cpu", True), ("cuda", False), ("tpu", False)])
+def test_implementation_is_chosen_when_lowering(platform, loops, direction):
+    a, b, h0 = draw("float32", constant=True)
+    f = linear_recurrence
+    if direction == "backward":
+        f = jax.grad(lambda *args: linear_recurrence(*args).sum(), argnums=(0, 1, 2))
+    text = jax.jit(f).trace(a, b, h0).lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.while" in text) == loops
+
+
 ONES = jnp.ones((TIME, 3))
 
 

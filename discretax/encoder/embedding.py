@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 from discretax._features import check_size
+from discretax._stateful import check_state
 from discretax._timeseries import Timeseries, known, values_of, with_values
 from discretax.encoder.base import AbstractEncoder
 
@@ -37,6 +38,7 @@ class EmbeddingEncoder(AbstractEncoder):
         `jax.jit`), for a token out of range. Under `jit` such a token gives NaN.
         """
         del key
+        check_state(state, self)
         tokens = values_of(x)
         num_classes = int(self.embedding.num_embeddings)
         if tokens.ndim != 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):

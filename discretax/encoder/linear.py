@@ -4,6 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, PRNGKeyArray
 
 from discretax._features import check_samples, check_size, linear
+from discretax._stateful import check_state
 from discretax._timeseries import Timeseries, values_of, with_values
 from discretax.encoder.base import AbstractEncoder
 
@@ -30,6 +31,7 @@ class LinearEncoder(AbstractEncoder):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Any, eqx.nn.State]:
         del key
+        check_state(state, self)
         values = values_of(x)
         check_samples(self, values, int(self.linear.in_features))
         return with_values(x, linear(self.linear, values)), state
