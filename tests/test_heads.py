@@ -157,6 +157,28 @@ def test_streamed_in_padded_chunks(pooling, lengths):
         assert_close(y, formula("regression", head, pool(pooling, numbers(x[:so_far]))))
 
 
+@pytest.mark.parametrize(
+    ("resets", "length", "start"),
+    [((0,), TIME, 0), ((3, 7), TIME, 7), ((3, 9), 8, 3), ((TIME - 1,), TIME, TIME - 1)],
+    ids=str,
+)
+@every_pooling
+def test_a_reset_begins_anew(pooling, resets, length, start):
+    layer, state = eqx.nn.make_with_state(Pooling)(FEATURES, pooling)
+    x = negative()
+    flags = jnp.zeros(TIME, bool).at[jnp.array(resets)].set(True)
+    expected = pool(numbers(x)[start:length], pooling)
+    assert_close(layer(Timeseries(x, length=length, resets=flags), state)[0], expected)
+
+    live = discretax.streaming_mode(eqx.nn.inference_mode(layer))
+    carried = discretax.inference_state(layer, state)
+    for begin, end in ((0, 4), (4, 6), (6, TIME)):
+        left = min(max(length - begin, 0), end - begin)
+        chunk = Timeseries(x[begin:end], length=left, resets=flags[begin:end])
+        answer, carried = live(chunk, carried)
+    assert_close(answer, expected)
+
+
 @every_pooling
 def test_an_empty_chunk_changes_nothing(pooling):
     head, state = make("regression", pooling=pooling)

@@ -52,7 +52,7 @@ class EmbeddingEncoder(AbstractEncoder):
                 f"tokens must lie in [0, {num_classes}); got values from {seen.min()} to "
                 f"{seen.max()}. Raise `num_classes` or clean the data."
             )
-        # A negative index would wrap around, and int8 cannot hold every number of classes.
-        tokens = jnp.where(tokens < 0, num_classes, tokens.astype(jnp.int32))
+        tokens = tokens.astype(int)  # int8 cannot hold every number of classes
+        tokens = jnp.where(tokens < 0, num_classes, tokens)  # no wrapping around
         vectors = self.embedding.weight.at[tokens].get(mode="fill", fill_value=jnp.nan)
         return with_values(x, vectors), state

@@ -14,8 +14,8 @@ Kind = Literal["mean", "last", "max"]
 class Pooling(AbstractStreamingLayer):
     """One vector from a sequence: the mean, the last or the largest of its valid samples.
 
-    While streaming it pools all that has come so far: its cache is the sum, last or largest
-    sample, with the number of samples. A sequence without samples gives zeros.
+    After a reset it begins anew. While streaming it pools all that has come so far: its cache is
+    the sum, last or largest sample, with the number of samples. Without samples it gives zeros.
     """
 
     cache_index: eqx.nn.StateIndex
@@ -52,30 +52,35 @@ class Pooling(AbstractStreamingLayer):
         **Returns:** `(features,)`, and the state.
         """
         values = values_of(x)
-        pooled = values.astype(accumulation_dtype(values))
-        length = length_of(x)
-        count = jnp.asarray(values.shape[0] if length is None else length, jnp.int32)
-        cache = self.allocate_inference_cache(dtype=pooled.dtype)
+        u = values.astype(accumulation_dtype(values))
+        cache = self.allocate_inference_cache(dtype=u.dtype)
         if self.streaming:
             cache = self.read_cache(state)
-        summary, total = self._add(pooled, count, *cache)
+        summary, total = cache[0].astype(u.dtype), cache[1]
+        if u.shape[0] > 0:
+            summary, total = self._add(u, x, summary, total)
         if self.streaming:
             state = state.set(self.cache_index, (summary.astype(cache[0].dtype), total))
         if self.kind == "mean":
-            summary = summary / jnp.maximum(total, 1).astype(summary.dtype)
+            summary = summary / jnp.maximum(total, 1).astype(u.dtype)
         return summary.astype(values.dtype), state
 
-    def _add(self, values, count, summary, total):
-        summary = summary.astype(values.dtype)
-        if self.kind == "mean":  # padding is zero
-            return summary + values.sum(0), total + count
-        if values.shape[0] == 0:
-            return summary, total
-        if self.kind == "last":
-            last = values[jnp.maximum(count, 1) - 1]
-            return jnp.where(count > 0, last, summary), total + count
-        valid = jnp.arange(values.shape[0])[:, None] < count
-        largest = jnp.where(valid, values, -jnp.inf).max(0)
-        so_far = jnp.where(total > 0, summary, -jnp.inf)
-        total = total + count
-        return jnp.where(total > 0, jnp.maximum(largest, so_far), 0), total
+    def _add(self, u, x, summary, total):
+        index = jnp.arange(u.shape[0])
+        length = u.shape[0] if length_of(x) is None else length_of(x)
+        counted = index < length
+        if isinstance(x, Timeseries) and x.resets is not None:
+            start = jnp.max(jnp.where(x.resets & counted, index, -1))
+            counted &= index >= start
+            summary = jnp.where(start >= 0, 0, summary)
+            total = jnp.where(start >= 0, 0, total)
+        count = counted.sum(dtype=total.dtype)
+        if self.kind == "mean":
+            summary = summary + jnp.where(counted[:, None], u, 0).sum(0)
+        elif self.kind == "last":
+            summary = jnp.where(count > 0, u[jnp.maximum(length, 1) - 1], summary)
+        else:
+            largest = jnp.where(counted[:, None], u, -jnp.inf).max(0)
+            so_far = jnp.where(total > 0, summary, -jnp.inf)
+            summary = jnp.where(total + count > 0, jnp.maximum(largest, so_far), 0)
+        return summary, total + count
