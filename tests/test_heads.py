@@ -167,7 +167,7 @@ def test_a_reset_begins_anew(pooling, resets, length, start):
     layer, state = eqx.nn.make_with_state(Pooling)(FEATURES, pooling)
     x = negative()
     flags = jnp.zeros(TIME, bool).at[jnp.array(resets)].set(True)
-    expected = pool(numbers(x)[start:length], pooling)
+    expected = pool(pooling, numbers(x)[start:length])
     assert_close(layer(Timeseries(x, length=length, resets=flags), state)[0], expected)
 
     live = discretax.streaming_mode(eqx.nn.inference_mode(layer))
