@@ -155,10 +155,19 @@ def test_token_out_of_range(token, seen):
         encoder(tokens, make_state(encoder))
 
 
-@pytest.mark.parametrize("token", [-1, -CLASSES, CLASSES])
-def test_token_out_of_range_under_jit_is_nan(token):
+@pytest.mark.parametrize(
+    "token, dtype",
+    [
+        (-1, jnp.int32),
+        (-CLASSES, jnp.int8),
+        (CLASSES, jnp.int32),
+        (CLASSES, jnp.uint8),
+        (2**32 - 1, jnp.uint32),  # a -1 that went through an unsigned type
+    ],
+)
+def test_token_out_of_range_under_jit_is_nan(token, dtype):
     encoder = make_embedding()
-    tokens = TOKENS.at[4].set(token)
+    tokens = TOKENS.astype(dtype).at[4].set(jnp.asarray(token, dtype))
     y = jax.jit(lambda x: encoder(x, make_state(encoder))[0])(tokens)
     expected = np.array(encoder.embedding.weight)[np.asarray(TOKENS)]
     expected[4] = np.nan
