@@ -49,9 +49,6 @@ class Config:
     seed: int
 
 
-# Data
-
-
 def load_mnist(config: Config):
     """Images (n, resolution, resolution) in [0, 1] and labels (n,), to train and to test with."""
     pixels, labels = mnist_data()
@@ -85,9 +82,6 @@ def to_sequences(images, config: Config) -> jax.Array:
     return jnp.reshape(images, (len(images), -1, features))  # (batch, time, features)
 
 
-# Model
-
-
 @eqx.nn.make_with_state
 def make_model(config: Config, key: jax.Array) -> eqx.nn.Sequential:
     features, width = config.resolution if config.rows else 1, config.hidden_dim
@@ -111,14 +105,7 @@ def make_model(config: Config, key: jax.Array) -> eqx.nn.Sequential:
 def predict(model, state, x):
     """Log-probabilities (batch, classes), each sequence taken as a whole."""
     model = eqx.nn.inference_mode(model)
-    log_p, _ = jax.vmap(model, in_axes=(0, None), out_axes=(0, None))(x, state)
-    return log_p
-
-
-def test_accuracy(model, state, test, config: Config) -> float:
-    images, labels = test
-    parts = [predict(model, state, to_sequences(part, config)) for part in np.split(images, 10)]
-    return float(np.mean(np.concatenate(parts).argmax(1) == labels))
+    return lax.map(lambda sequence: model(sequence, state)[0], x, batch_size=100)
 
 
 @eqx.filter_jit
@@ -133,9 +120,6 @@ def stream(model, state, x):
 
     _, log_p = lax.scan(read, state, jnp.swapaxes(x, 0, 1))
     return jnp.swapaxes(log_p, 0, 1)
-
-
-# Training
 
 
 def make_optimiser(config: Config) -> optax.GradientTransformation:
@@ -161,7 +145,7 @@ def train_step(model, state, opt_state, images, labels, key, config: Config):
     return eqx.apply_updates(model, updates), state, opt_state, loss, accuracy
 
 
-def train(config: Config, train_data, test_data, checkpoint: Path, resume: bool):
+def train(config: Config, data, checkpoint: Path, resume: bool):
     model_key, train_key = jr.split(jr.key(config.seed))
     model, state = make_model(config, model_key)
     opt_state = make_optimiser(config).init(eqx.filter(model, eqx.is_inexact_array))
@@ -169,7 +153,8 @@ def train(config: Config, train_data, test_data, checkpoint: Path, resume: bool)
     if resume:
         history, (model, state, opt_state) = load(checkpoint, config, (model, state, opt_state))
 
-    images, labels = train_data
+    (images, labels), (test_images, test_labels) = data
+    test_x = to_sequences(test_images, config)
     steps = config.train_size // config.batch_size
     for epoch in range(len(history), config.epochs):
         # All randomness follows from seed and epoch: a resumed run repeats an unbroken one.
@@ -177,25 +162,25 @@ def train(config: Config, train_data, test_data, checkpoint: Path, resume: bool)
         order = np.asarray(jr.permutation(shuffle_key, config.train_size))
         batches = order[: steps * config.batch_size].reshape(steps, config.batch_size)
         losses, accuracies = [], []
-        with tqdm(batches, f"epoch {epoch + 1}/{config.epochs}", ncols=100) as bar:
-            for batch, key in zip(bar, jr.split(epoch_key, steps), strict=True):
+        with tqdm(total=steps, desc=f"epoch {epoch + 1}/{config.epochs}", ncols=100) as bar:
+            for batch, key in zip(batches, jr.split(epoch_key, steps), strict=True):
                 model, state, opt_state, loss, accuracy = train_step(
                     model, state, opt_state, images[batch], labels[batch], key, config
                 )
                 losses.append(loss.item())
                 accuracies.append(accuracy.item())
                 bar.set_postfix(loss=np.mean(losses), accuracy=np.mean(accuracies))
-            accuracy = test_accuracy(model, state, test_data, config)
+                bar.update()
+            answers = np.asarray(predict(model, state, test_x)).argmax(1)
+            accuracy = float(np.mean(answers == test_labels))
             history.append({"train_loss": float(np.mean(losses)), "test_accuracy": accuracy})
             bar.set_postfix(history[-1])
         save(checkpoint, config, history, (model, state, opt_state))
     return model, state, history
 
 
-# Checkpoint: a line of JSON, then the arrays
-
-
 def save(path: Path, config: Config, history, trees) -> None:
+    """A line of JSON, then the arrays."""
     header = {"epoch": len(history), "config": dataclasses.asdict(config), "history": history}
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".tmp")
@@ -222,9 +207,6 @@ def load(path: Path, config: Config, trees):
                 "same ones, or leave --resume out to start anew."
             )
         return header["history"], eqx.tree_deserialise_leaves(file, trees)
-
-
-# Figure
 
 
 def draw(path: Path, history, images, labels, log_p, unit: str) -> None:
@@ -254,9 +236,6 @@ def draw(path: Path, history, images, labels, log_p, unit: str) -> None:
     columns[0, 1].set_ylabel("probability (broad: the true digit)")
     bottom.legend(lines, range(10), title="digit", loc="outside right center")
     figure.savefig(path, dpi=120)
-
-
-# Command line
 
 
 def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
@@ -298,18 +277,17 @@ def main(argv: list[str] | None = None) -> dict:
     start = time.perf_counter()
     config, out, resume = parse(argv)
     checkpoint, figure = out / "checkpoint.eqx", out / "figure.png"
-    train_data, (images, labels) = load_mnist(config)
-    model, state, history = train(config, train_data, (images, labels), checkpoint, resume)
+    data = load_mnist(config)
+    model, state, history = train(config, data, checkpoint, resume)
 
-    shown = [200, 400, 700, 900]  # 100 of each class in order, hence a 2, a 4, a 7 and a 9
-    x = to_sequences(images[shown], config)
+    # 100 test images of each class in order: a 2, a 4, a 7 and a 9.
+    images, labels = (array[[200, 400, 700, 900]] for array in data[1])
+    x = to_sequences(images, config)
     log_p = stream(model, state, x)
     error = float(abs(log_p[:, -1] - predict(model, state, x)).max())
     if not error <= 1e-3:  # so that NaN does not pass
-        raise RuntimeError(
-            f"Streamed and parallel log-probabilities must agree to 1e-3; they differ by {error}."
-        )
-    draw(figure, history, images[shown], labels[shown], log_p, "rows" if config.rows else "pixels")
+        raise RuntimeError(f"streamed log-probabilities must be the parallel ones; off by {error}")
+    draw(figure, history, images, labels, log_p, "rows" if config.rows else "pixels")
 
     accuracy, seconds = history[-1]["test_accuracy"], time.perf_counter() - start
     print(f"streamed and parallel log-probabilities agree to {error:.1e}")
