@@ -25,6 +25,7 @@ from discretax.channel_mixers import IdentityChannelMixer
 from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
 from discretax.models import LRU, Backbone
+from discretax.sequence_mixers import LRUSequenceMixer
 
 WIDTH, BATCH = 4, 3
 LENGTHS = jnp.array([5, TIME, 0])
@@ -186,6 +187,18 @@ def test_length_of_any_whole_type(dtype, x64):
     with jax.enable_x64(x64):
         x = draw(TIME, FEATURES).astype(jnp.float32)
         assert_close(run(model, state, Timeseries(x, length=jnp.asarray(5, dtype))), expected)
+
+
+def test_unsigned_length_of_a_sequence_that_is_run_in_chunks():
+    """Samples left after a chunk: 200 - 256 is 144 in uint8 and four billion in uint32."""
+    mixer = LRUSequenceMixer(FEATURES, jr.key(0), state_dim=64)
+    time, length = 5000, 200
+    assert time * 64 > 2**18
+    x = draw(time, FEATURES)
+    run = eqx.filter_jit(lambda mixer, x, length=None: mixer(x, length=length)[1])
+    expected = run(mixer, x[:length])
+    for dtype in (jnp.uint8, jnp.uint32):
+        assert_close(run(mixer, x, jnp.asarray(length, dtype)), expected)
 
 
 VALUES = jnp.zeros((TIME, FEATURES))
