@@ -67,8 +67,9 @@ class Pooling(AbstractStreamingLayer):
 
     def _add(self, u, x, summary, total):
         index = jnp.arange(u.shape[0])
-        length = u.shape[0] if length_of(x) is None else length_of(x)
-        counted = index < length
+        length = length_of(x)
+        end = u.shape[0] if length is None else length
+        counted = index < end
         if isinstance(x, Timeseries) and x.resets is not None:
             start = jnp.max(jnp.where(x.resets & counted, index, -1))
             counted &= index >= start
@@ -78,7 +79,7 @@ class Pooling(AbstractStreamingLayer):
         if self.kind == "mean":
             summary = summary + jnp.where(counted[:, None], u, 0).sum(0)
         elif self.kind == "last":
-            summary = jnp.where(count > 0, u[jnp.maximum(length, 1) - 1], summary)
+            summary = jnp.where(count > 0, u[jnp.maximum(end, 1) - 1], summary)
         else:
             largest = jnp.where(counted[:, None], u, -jnp.inf).max(0)
             so_far = jnp.where(total > 0, summary, -jnp.inf)
