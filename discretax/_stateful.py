@@ -24,13 +24,16 @@ class AbstractStreamingLayer(eqx.nn.StatefulLayer):
     ) -> PyTree:
         """The cache before the first sample."""
 
-    def read_cache(self, state: eqx.nn.State) -> PyTree:
-        if not self.inference:
+    def check_inference(self) -> None:
+        if self.streaming and not self.inference:
             raise ValueError(
                 f"`{type(self).__name__}` streams in inference mode only: in training a norm "
                 "needs whole batches and dropout differs from chunk to chunk. Use "
                 "`discretax.streaming_mode(eqx.nn.inference_mode(model))`."
             )
+
+    def read_cache(self, state: eqx.nn.State) -> PyTree:
+        self.check_inference()
         cache = state.get(self.cache_index)
         if cache is None:
             raise ValueError(
@@ -44,7 +47,8 @@ class AbstractStreamingLayer(eqx.nn.StatefulLayer):
 
 def check_state(state: Any, layer: eqx.Module) -> None:
     if not isinstance(state, eqx.nn.State):
-        received = "nothing" if type(state).__name__ == "_Sentinel" else type(state).__name__
+        # `eqx.nn.Sequential` passes a bare object where it was given no state.
+        received = "nothing" if type(state) is object else type(state).__name__
         raise ValueError(
             f"`{type(layer).__name__}` needs the model's state: call it as "
             f"`y, state = model(x, state)`; got {received} for `state`. Make it with "

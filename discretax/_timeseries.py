@@ -21,9 +21,8 @@ class Timeseries(eqx.Module):
 
         ```python
         batch = Timeseries(values, length=lengths)  # values: (batch, time, features)
-        y, state = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))(
-            batch, state
-        )
+        batched = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+        y, state = batched(batch, state, key=keys)
         ```
     """
 

@@ -41,7 +41,8 @@ def adamw_cosine(
 ) -> optax.GradientTransformation:
     """AdamW with linear warm-up and cosine decay; gentler, and undecayed, on the recurrence.
 
-    As in the LRU and S5 papers (arXiv:2303.06349, appendix C; arXiv:2208.04933, appendix G).
+    The recipe of the S5 and LRU papers (arXiv:2208.04933, arXiv:2303.06349); the numbers are to
+    start from.
 
     **Arguments:**
 

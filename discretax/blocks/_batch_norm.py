@@ -3,6 +3,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from discretax._stateful import check_state
 from discretax._types import accumulation_dtype
 
 AXIS_NAME = "batch"
@@ -48,8 +49,22 @@ class BatchNorm(eqx.nn.StatefulLayer):
         *,
         length: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "time features"], eqx.nn.State]:
+        """**Arguments:** `x`; `state`; `length`, number of valid samples, all if left out.
+
+        **Returns:** the normalised `x`, and the state, with new running averages in training.
+
+        **Raises:** `ValueError` in training without a `jax.vmap` axis named `"batch"`, and for a
+        batched state outside `jax.vmap`.
+        """
+        check_state(state, self)
         u = x.astype(accumulation_dtype(x, self.weight))
         running_mean, running_var, weight = state.get(self.statistics)
+        if running_mean.shape != self.weight.shape:
+            raise ValueError(
+                f"the norm's statistics must have the shape {self.weight.shape} of one state; got "
+                f"{running_mean.shape}. A state with a batch axis goes through `jax.vmap`; make "
+                "one without by `discretax.inference_state(model, state)`."
+            )
         if self.inference:
             mean = running_mean / jnp.where(weight == 0, 1, weight)
             var = jnp.where(weight == 0, 1, running_var / jnp.where(weight == 0, 1, weight))

@@ -100,6 +100,7 @@ class StandardBlock(AbstractBlock):
         self, x: Samples, state: eqx.nn.State, *, key: PRNGKeyArray | None = None
     ) -> tuple[Samples, eqx.nn.State]:
         check_state(state, self)
+        self.check_inference()
         skip = values_of(x)
         check_samples(self, skip, self.in_features)
         mixer_key, *drop_keys = (None,) * 3 if key is None else jr.split(key, 3)

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from discretax._stateful import AbstractStreamingLayer
+from discretax._stateful import AbstractStreamingLayer, check_state
 from discretax._timeseries import Timeseries, length_of, values_of
 from discretax._types import accumulation_dtype
 
@@ -51,6 +51,7 @@ class Pooling(AbstractStreamingLayer):
 
         **Returns:** `(features,)`, and the state.
         """
+        check_state(state, self)
         values = values_of(x)
         u = values.astype(accumulation_dtype(values))
         cache = self.allocate_inference_cache(dtype=u.dtype)

@@ -16,11 +16,11 @@ from discretax.sequence_mixers.base import AbstractLTIMixer, refuse_timesteps, z
 class LRUSequenceMixer(AbstractLTIMixer[Float[Array, "2 state"]]):
     r"""The Linear Recurrent Unit.
 
-    $$\lambda = e^{-e^{\nu^{log}} + i e^{\theta^{log}}}, \qquad
-    h_t = \lambda \odot h_{t-1} + e^{\gamma^{log}} \odot (B x_t), \qquad
+    $$\lambda = e^{-e^{\nu^{\log}} + i e^{\theta^{\log}}}, \qquad
+    h_t = \lambda \odot h_{t-1} + e^{\gamma^{\log}} \odot (B x_t), \qquad
     y_t = \mathrm{Re}(C h_t) + D \odot x_t$$
 
-    $|\lambda| < 1$ for any value of the parameters. $\gamma^{log}$ starts at
+    $|\lambda| < 1$ for any value of the parameters. $\gamma^{\log}$ starts at
     $\log\sqrt{1 - |\lambda|^2}$, so that white noise of unit variance drives every state with about
     that variance however long its memory, and is trained freely from there.
 
