@@ -245,7 +245,7 @@ def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
     add = parser.add_argument
     add("--resolution", type=int, choices=(14, 28), help="of the images: 14, but 28 with --rows")
     add("--rows", action="store_true", help="read row by row, not pixel by pixel")
-    add("--epochs", type=int, help="by default 6, or 12 for 784 steps")
+    add("--epochs", type=int, help="by default 6, or 8 for 784 steps")
     add("--train-size", type=int, default=4000, help="how many images to train with")
     add("--hidden-dim", type=int, default=64)
     add("--num-blocks", type=int, default=4)
@@ -258,7 +258,7 @@ def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
     out, resume = options.pop("out"), options.pop("resume")
     options["resolution"] = options["resolution"] or (28 if options["rows"] else 14)
     if options["epochs"] is None:
-        options["epochs"] = 12 if options["resolution"] == 28 and not options["rows"] else 6
+        options["epochs"] = 8 if options["resolution"] == 28 and not options["rows"] else 6
     config = Config(**options)
     size = config.train_size
     for option, holds, rule in (
