@@ -1,5 +1,7 @@
 """One linear map over the last axis, and the checks of widths that every layer makes."""
 
+from typing import Any, get_args
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -31,3 +33,10 @@ def check_samples(layer: eqx.Module, x: Array, features: int) -> None:
 def check_size(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` must be a whole number of at least 1; got {value!r}.")
+
+
+def check_name(argument: str, value: Any, names: Any) -> None:
+    """`names` is the `Literal` of the known ones."""
+    if value not in get_args(names):
+        known = ", ".join(map(repr, get_args(names)))
+        raise ValueError(f"`{argument}` must be one of {known}; got {value!r}.")

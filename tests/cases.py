@@ -19,8 +19,10 @@ from discretax.sequence_mixers import (
     AbstractLTIMixer,
     AbstractSequenceMixer,
     Bidirectional,
+    BidirectionalS5,
     Discretized,
     LRUSequenceMixer,
+    S5SequenceMixer,
 )
 from discretax.sequence_mixers._diagonal_system import DiagonalSystem
 from discretax.sequence_mixers.base import zero_cache
@@ -41,8 +43,12 @@ class Case:
     # |A_bar| as promised by the paper to stay at most one.
     transition_size: Callable[[AbstractSequenceMixer], Array] | None = None
 
+    # Fields that start at the same numbers for every key.
+    not_drawn: tuple[str, ...] = ()
+    variant: str = ""
+
     def __str__(self) -> str:
-        return self.name
+        return f"{self.name}-{self.variant}" if self.variant else self.name
 
 
 class Decay(AbstractLTIMixer[Array]):
@@ -77,7 +83,7 @@ class Decay(AbstractLTIMixer[Array]):
         A_bar, _ = ops.dirac(A, timesteps.astype(A.dtype))
         return DiagonalSystem(
             A_bar=(A_bar.real, A_bar.imag),
-            B_bar=(self.B[..., 0], self.B[..., 1]),
+            B=(self.B[..., 0], self.B[..., 1]),
             C=(self.C[..., 0], self.C[..., 1]),
             D=self.D,
         )
@@ -112,6 +118,33 @@ def bidirectional(key: PRNGKeyArray) -> Bidirectional:
 CASES = (
     Case("LRUSequenceMixer", lru, convolve=convolve_states, transition_size=diagonal_size),
     Case("Discretized", lambda key: Discretized(lru(key))),
+    Case(
+        "S5SequenceMixer",
+        lambda key: S5SequenceMixer(FEATURES, key, state_dim=6, dt_min=0.1, dt_max=1.0),
+        takes_timesteps=True,
+        convolve=convolve_states,
+        transition_size=diagonal_size,
+        not_drawn=("Lambda_re", "Lambda_im"),
+    ),
+    Case(
+        "S5SequenceMixer",
+        lambda key: S5SequenceMixer(
+            FEATURES, key, state_dim=4, ssm_blocks=2, conj_sym=False, discretization="async"
+        ),
+        takes_timesteps=True,
+        gap_is_zero_input=True,
+        convolve=convolve_states,
+        transition_size=diagonal_size,
+        not_drawn=("Lambda_re", "Lambda_im"),
+        variant="async",
+    ),
+    Case(
+        "BidirectionalS5",
+        lambda key: BidirectionalS5(FEATURES, key, state_dim=4, discretization="bilinear"),
+        streams=False,
+        takes_timesteps=True,
+        not_drawn=("Lambda_re", "Lambda_im"),
+    ),
     Case("Bidirectional", bidirectional, streams=False, takes_timesteps=True),
     Case(
         "Decay",

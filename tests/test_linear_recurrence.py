@@ -225,6 +225,21 @@ def test_diagonal_ssm(varying, resets, chunk_size, length):
         assert_close(gradients(ours), gradients(reference))
 
 
+@pytest.mark.parametrize("chunk_size", [None, 3], ids=lambda size: f"chunk_{size}")
+def test_input_factor_that_changes_with_time(chunk_size):
+    """Sample by sample, gamma_t is part of B."""
+    A, B, C, x, h0 = system(varying=False)
+    gamma = jr.normal(jr.key(8), (TIME, 2, STATES))
+    y, final = diagonal_ssm(A, B, C, x, h0, gamma=gamma, chunk_size=chunk_size)
+    h, ys = h0, []
+    for t in range(TIME):
+        g, B_t = jax.lax.complex(*gamma[t]), jax.lax.complex(B[:, 0], B[:, 1])
+        B_t = g * B_t
+        y_t, h = diagonal_ssm(A, jnp.stack([B_t.real, B_t.imag], axis=1), C, x[t : t + 1], h)
+        ys.append(y_t)
+    assert_close((y, final), (jnp.concatenate(ys), h), 1e-5)
+
+
 def test_diagonal_ssm_on_nothing():
     A, B, C, x, h0 = system(varying=False)
     y, final = diagonal_ssm(A, B, C, x[:0], h0)

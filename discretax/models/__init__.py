@@ -2,3 +2,4 @@
 
 from discretax.models._backbone import AbstractBackbone as AbstractBackbone, Backbone as Backbone
 from discretax.models.lru import LRU as LRU
+from discretax.models.s5 import S5 as S5

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from discretax.ops._linear_recurrence import Implementation, recurrence
+from discretax.ops._linear_recurrence import Implementation, recurrence, times
 
 
 def diagonal_ssm(
@@ -15,6 +15,7 @@ def diagonal_ssm(
     x: Float[Array, "time features"],
     h0: Float[Array, "2 state"],
     *,
+    gamma: Float[Array, "time 2 state"] | None = None,
     length: Int[Array, ""] | int | None = None,
     resets: Bool[Array, " time"] | None = None,
     chunk_size: int | None = None,
@@ -36,6 +37,8 @@ def diagonal_ssm(
         sign makes $\mathrm{Re}(C h)$ a plain product with the planes of $h$.
     - `x`: the input.
     - `h0`: planes of the state before the first sample.
+    - `gamma`: planes of an input factor that changes with time, $h_t = A_t h_{t-1} +
+        \gamma_t \odot (B x_t)$.
     - `length`: number of valid samples; the rest changes nothing that is returned as state.
     - `resets`: where True at `t`, the state before `t` is zero.
     - `chunk_size`: samples per chunk; `None` chooses from the shapes.
@@ -53,10 +56,11 @@ def diagonal_ssm(
 
     def run(carry, inputs):
         h_initial, left = carry
-        A_chunk, x_chunk, resets_chunk = inputs
+        A_chunk, gamma_chunk, x_chunk, resets_chunk = inputs
+        drive = (x_chunk @ B.reshape(-1, 2 * state_dim)).reshape(-1, 2, state_dim)
         h = recurrence(
             A_chunk if varying else A,
-            (x_chunk @ B.reshape(-1, 2 * state_dim)).reshape(-1, 2, state_dim),
+            drive if gamma_chunk is None else times(gamma_chunk, drive),
             h_initial,
             resets_chunk,
             planes=True,
@@ -69,7 +73,7 @@ def diagonal_ssm(
         last = h[jnp.clip(left, 1, size) - 1]
         return (jnp.where(left > 0, last, h_initial), jnp.maximum(left - size, 0)), y
 
-    inputs = (A if varying else None, x, resets)
+    inputs = (A if varying else None, gamma, x, resets)
     if time <= chunk_size:
         (h_final, _), y = run((h0, length), inputs)
         return y, h_final

@@ -1,6 +1,7 @@
 from collections.abc import Iterator
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Complex, Float
@@ -23,13 +24,28 @@ class DiagonalSystem(eqx.Module):
     B_planes: Float[Array, "features 2 state"]
     C_planes: Float[Array, "2 state features"]
     D: Float[Array, " features"]
+    gamma_planes: Float[Array, "time 2 state"] | None
 
-    def __init__(self, A_bar: Planes, B_bar: Planes, C: Planes, D: Float[Array, " features"]):
-        """**Arguments:** `A_bar`, `B_bar` (state, features) and `C` (features, state), each as real
-        and imaginary part; `D`, the elementwise skip."""
+    def __init__(
+        self,
+        A_bar: Planes,
+        B: Planes,
+        C: Planes,
+        D: Float[Array, " features"],
+        gamma: Planes | None = None,
+    ):
+        r"""**Arguments:** `A_bar`, `B` (state, features) and `C` (features, state), each as real and
+        imaginary part; `D`, the elementwise skip; `gamma`, the input factor, by which
+        $\bar B = \gamma \odot B$. Where it changes with time, like `A_bar`, it is kept apart."""
         dtype = accumulation_dtype(D)
+        self.gamma_planes = None
+        if gamma is not None and gamma[0].ndim == 2:
+            self.gamma_planes = jnp.stack(gamma, axis=-2).astype(dtype)
+        elif gamma is not None:
+            (g_re, g_im), (B_re, B_im) = (part[:, None] for part in gamma), B
+            B = (g_re * B_re - g_im * B_im, g_re * B_im + g_im * B_re)
         self.A_planes = jnp.stack(A_bar, axis=-2).astype(dtype)
-        self.B_planes = jnp.stack([B_bar[0].T, B_bar[1].T], axis=1).astype(dtype)
+        self.B_planes = jnp.stack([B[0].T, B[1].T], axis=1).astype(dtype)
         self.C_planes = jnp.stack([C[0].T, -C[1].T]).astype(dtype)
         self.D = D.astype(dtype)
 
@@ -38,8 +54,11 @@ class DiagonalSystem(eqx.Module):
         return lax.complex(self.A_planes[..., 0, :], self.A_planes[..., 1, :])
 
     @property
-    def B_bar(self) -> Complex[Array, "state features"]:
-        return lax.complex(self.B_planes[:, 0].T, self.B_planes[:, 1].T)
+    def B_bar(self) -> Complex[Array, "*time state features"]:
+        B = lax.complex(self.B_planes[:, 0].T, self.B_planes[:, 1].T)
+        if self.gamma_planes is None:
+            return B
+        return lax.complex(self.gamma_planes[:, 0], self.gamma_planes[:, 1])[..., None] * B
 
     @property
     def C(self) -> Complex[Array, "features state"]:
@@ -63,6 +82,7 @@ class DiagonalSystem(eqx.Module):
             system.C_planes,
             u,
             h0,
+            gamma=system.gamma_planes,
             length=length,
             resets=resets,
         )
@@ -90,9 +110,4 @@ class DiagonalSystem(eqx.Module):
 
     def _accumulating(self, x, cache):
         dtype = accumulation_dtype(x, self.D)
-        cast = lambda array: array.astype(dtype)
-        return (
-            eqx.tree_at(lambda s: (s.A_planes, s.B_planes, s.C_planes, s.D), self, replace_fn=cast),
-            cast(x),
-            cast(cache),
-        )
+        return jax.tree.map(lambda array: array.astype(dtype), (self, x, cache))

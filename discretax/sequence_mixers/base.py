@@ -1,7 +1,7 @@
 """What every sequence mixer is."""
 
 import abc
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 import equinox as eqx
 import jax
@@ -173,8 +173,15 @@ def refuse_timesteps(mixer: AbstractSequenceMixer, timesteps: Any | None, reason
     if timesteps is not None:
         raise ValueError(
             f"`{type(mixer).__name__}` takes no integration timesteps: {reason}. Mixers with a "
-            "continuous time do."
+            "continuous time, such as S5, do."
         )
+
+
+def refuse_to_stream(mixer: AbstractSequenceMixer) -> NoReturn:
+    raise ValueError(
+        f"`{type(mixer).__name__}` cannot stream: its output depends on samples that have not come "
+        "yet. Call it on whole sequences, without a cache, or train a causal mixer."
+    )
 
 
 def zero_cache(batch_size: int | None, shape: tuple[int, ...], dtype: Any) -> Array:

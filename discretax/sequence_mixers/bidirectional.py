@@ -7,7 +7,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from discretax._timeseries import check_length, check_resets, check_timesteps
 from discretax._types import Length, Resets, Timesteps, Values
-from discretax.sequence_mixers.base import AbstractSequenceMixer
+from discretax.sequence_mixers.base import AbstractSequenceMixer, refuse_to_stream
 
 
 class Bidirectional(AbstractSequenceMixer[None]):
@@ -41,7 +41,7 @@ class Bidirectional(AbstractSequenceMixer[None]):
     def allocate_inference_cache(
         self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
     ) -> NoReturn:
-        _refuse_to_stream()
+        refuse_to_stream(self)
 
     def __call__(
         self,
@@ -54,7 +54,7 @@ class Bidirectional(AbstractSequenceMixer[None]):
         key: PRNGKeyArray | None = None,
     ) -> tuple[Values, None]:
         if cache is not None:
-            _refuse_to_stream()
+            refuse_to_stream(self)
         time = x.shape[0]
         check_timesteps(integration_timesteps, time)
         check_length(length, time)
@@ -89,11 +89,4 @@ class Bidirectional(AbstractSequenceMixer[None]):
         return y_forward + y_backward[mirror], None
 
     def step(self, x: Any, cache: Any, *, integration_timestep: Any | None = None) -> NoReturn:
-        _refuse_to_stream()
-
-
-def _refuse_to_stream() -> NoReturn:
-    raise ValueError(
-        "`Bidirectional` cannot stream: its output depends on samples that have not come yet. "
-        "Call it on whole sequences, without a cache, or train a causal mixer."
-    )
+        refuse_to_stream(self)

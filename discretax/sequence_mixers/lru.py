@@ -102,10 +102,10 @@ class LRUSequenceMixer(AbstractLTIMixer[Float[Array, "2 state"]]):
             self, integration_timesteps, "its eigenvalues are those of one sample, not of a time"
         )
         radius, phase = jnp.exp(-jnp.exp(self.nu_log)), jnp.exp(self.theta_log)
-        gamma = jnp.exp(self.gamma_log)[:, None]
+        gamma = jnp.exp(self.gamma_log)
         return DiagonalSystem(
             A_bar=(radius * jnp.cos(phase), radius * jnp.sin(phase)),
-            B_bar=(gamma * self.B_re, gamma * self.B_im),
+            B=(gamma[:, None] * self.B_re, gamma[:, None] * self.B_im),
             C=(self.C_re, self.C_im),
             D=self.D,
         )

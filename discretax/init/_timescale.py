@@ -1,0 +1,21 @@
+import math
+
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+def log_uniform_step(
+    key: PRNGKeyArray, shape: tuple[int, ...], dt_min: float, dt_max: float
+) -> Float[Array, "..."]:
+    r"""$\log\Delta$ uniform in $[\log\Delta_{min}, \log\Delta_{max}]$, in sample intervals.
+
+    A state of rate 1 remembers about $1/\Delta$ samples: the range of steps is the range of
+    memories. (S4, arXiv:2111.00396, appendix D; S5, arXiv:2208.04933, section B.1.3.)
+
+    **Raises:** `ValueError` unless $0 < \Delta_{min} \le \Delta_{max}$.
+    """
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(
+            f"steps need 0 < dt_min <= dt_max; got dt_min={dt_min} and dt_max={dt_max}."
+        )
+    return jr.uniform(key, shape, minval=math.log(dt_min), maxval=math.log(dt_max))

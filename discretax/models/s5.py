@@ -1,0 +1,71 @@
+import functools as ft
+
+from jaxtyping import PRNGKeyArray
+
+from discretax.blocks import StandardBlock
+from discretax.blocks.standard import Norm
+from discretax.channel_mixers import GLU
+from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.sequence_mixers import BidirectionalS5, S5SequenceMixer
+from discretax.sequence_mixers.s5 import Discretization, OutputInit
+
+
+class S5(AbstractBackbone):
+    """Blocks of S5 and GLU (arXiv:2208.04933); event-driven with timesteps (arXiv:2404.18508)."""
+
+    blocks: tuple[StandardBlock, ...]
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        *,
+        hidden_dim: int,
+        num_blocks: int = 4,
+        state_dim: int = 64,
+        ssm_blocks: int = 1,
+        conj_sym: bool = True,
+        C_init: OutputInit = "lecun_normal",
+        clip_eigs: bool = True,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        step_rescale: float = 1.0,
+        discretization: Discretization = "zoh",
+        bidirectional: bool = False,
+        drop_rate: float = 0.1,
+        prenorm: bool = True,
+        use_bias: bool = True,
+        norm: Norm = "batch",
+    ):
+        """**Arguments:**
+
+        - `key`: for the initialisation.
+        - `hidden_dim`: width of the residual stream.
+        - `num_blocks`: how many blocks to stack.
+        - `state_dim`, `ssm_blocks`, `conj_sym`, `C_init`, `clip_eigs`, `dt_min`, `dt_max`,
+            `step_rescale`, `discretization`: as in
+            [`discretax.sequence_mixers.S5SequenceMixer`][].
+        - `bidirectional`: [`discretax.sequence_mixers.BidirectionalS5`][] instead.
+        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        - `use_bias`: in the GLU.
+        """
+        self.blocks = standard_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            num_blocks=num_blocks,
+            sequence_mixer=ft.partial(
+                BidirectionalS5 if bidirectional else S5SequenceMixer,
+                state_dim=state_dim,
+                ssm_blocks=ssm_blocks,
+                conj_sym=conj_sym,
+                C_init=C_init,
+                clip_eigs=clip_eigs,
+                dt_min=dt_min,
+                dt_max=dt_max,
+                step_rescale=step_rescale,
+                discretization=discretization,
+            ),
+            channel_mixer=ft.partial(GLU, use_bias=use_bias),
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
+        )
