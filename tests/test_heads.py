@@ -131,6 +131,19 @@ def test_mean_accumulates_bfloat16_in_float32():
     np.testing.assert_array_equal(y.astype(jnp.float32), 1.5)  # bfloat16 would stop at 512
 
 
+def test_mean_of_a_long_stream_with_narrow_caches():
+    pooling, state = eqx.nn.make_with_state(Pooling)(FEATURES, "mean")
+    live = discretax.streaming_mode(eqx.nn.inference_mode(pooling))
+    state = discretax.inference_state(pooling, state, dtype=jnp.bfloat16)
+
+    @jax.jit
+    def go(state):
+        step = lambda state, _: live(jnp.full((1, FEATURES), 1.5), state)[::-1]
+        return jax.lax.scan(step, state, length=1000)[1]
+
+    np.testing.assert_array_equal(go(state), 1.5)  # a sum in bfloat16 would stop at 512
+
+
 @every_pooling
 @pytest.mark.parametrize("cuts", [(1, 2, 6), (10,), tuple(range(1, TIME))], ids=str)
 def test_streamed_in_chunks(pooling, cuts):

@@ -311,7 +311,10 @@ def test_dtype_of_the_caches(dtype):
     model, state = trained("batch")
     stream_state = inference_state(model, state, BATCH, dtype=dtype)
     of_type = lambda tree: {leaf.dtype for leaf in jax.tree.leaves(tree)} - {jnp.dtype(jnp.int32)}
-    assert of_type(caches(model, stream_state)) == {jnp.dtype(dtype or jnp.float32)}
+    of_head = caches(model[-1], stream_state)
+    of_mixers = caches(model[:-1], stream_state)
+    assert of_type(of_mixers) == {jnp.dtype(dtype or jnp.float32)}
+    assert of_type(of_head) == {jnp.dtype(jnp.float32)}  # a sum over a long stream
     assert of_type(statistics(model, stream_state)) == {jnp.dtype(jnp.float32)}
     x = draw_batch()
     ys, _ = stream(streaming_mode(model), stream_state, x, cuts=(5, 6))
