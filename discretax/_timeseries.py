@@ -112,8 +112,13 @@ def zero_padding(values: Array, length: Length | None) -> Array:
     """Selects zero at and past `length`; a NaN in the padding does not get through."""
     if length is None:
         return values
-    valid = jnp.arange(values.shape[0]) < length
+    valid = valid_samples(values.shape[0], length)
     return jnp.where(valid.reshape(-1, *(1,) * (values.ndim - 1)), values, jnp.zeros_like(values))
+
+
+def valid_samples(time: int, length: Length) -> Bool[Array, " time"]:
+    """`length` may be of any whole type; compared as it is, an unsigned one would not promote."""
+    return jnp.arange(time) < jnp.asarray(length).astype(int)
 
 
 def check_length(length: Length | None, time: int, batch: tuple[int, ...] = ()) -> None:

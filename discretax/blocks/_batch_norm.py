@@ -4,6 +4,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from discretax._stateful import check_state
+from discretax._timeseries import valid_samples
 from discretax._types import accumulation_dtype
 
 AXIS_NAME = "batch"
@@ -69,25 +70,30 @@ class BatchNorm(eqx.nn.StatefulLayer):
             mean = running_mean / jnp.where(weight == 0, 1, weight)
             var = jnp.where(weight == 0, 1, running_var / jnp.where(weight == 0, 1, weight))
         else:
-            mean, var = _batch_statistics(u, length)
-            blend = lambda old, new: self.momentum * old + (1 - self.momentum) * new
+            mean, var, count = _batch_statistics(u, length)
+            blend = lambda old, new: jnp.where(
+                count > 0, self.momentum * old + (1 - self.momentum) * new, old
+            )
             new = (mean.astype(running_mean.dtype), var.astype(running_var.dtype), 1.0)
             old = (running_mean, running_var, weight)
             state = state.set(
                 self.statistics, tuple(blend(*pair) for pair in zip(old, new, strict=True))
             )
-        y = (u - mean) * lax.rsqrt(var + self.eps) * self.weight + self.bias
+        mean, var, scale, shift = (
+            array.astype(u.dtype) for array in (mean, var, self.weight, self.bias)
+        )
+        y = (u - mean) * lax.rsqrt(var + self.eps) * scale + shift
         return y.astype(x.dtype), state
 
 
 def _batch_statistics(x, length):
     valid = jnp.ones((x.shape[0], 1), bool)
     if length is not None:
-        valid = jnp.arange(x.shape[0])[:, None] < length
+        valid = valid_samples(x.shape[0], length)[:, None]
     total = lambda values: _sum_over_batch(jnp.where(valid, values, 0).sum(0))
-    count = jnp.maximum(_sum_over_batch(valid.sum(dtype=x.dtype)), 1)
-    mean = total(x) / count
-    return mean, total((x - mean) ** 2) / count
+    count = _sum_over_batch(valid.sum(dtype=x.dtype))
+    mean = total(x) / jnp.maximum(count, 1)
+    return mean, total((x - mean) ** 2) / jnp.maximum(count, 1), count
 
 
 def _sum_over_batch(value):

@@ -81,6 +81,14 @@ class StandardBlock(AbstractBlock):
                     f"`{name}` must have the block's width, in_features={in_features}; got "
                     f"{type(mixer).__name__} of width {mixer.in_features}."
                 )
+        sample = jax.ShapeDtypeStruct((in_features,), jnp.float32)
+        out_features = eqx.filter_eval_shape(channel_mixer, sample).shape[-1]
+        if out_features != in_features:
+            raise ValueError(
+                f"`channel_mixer` must keep the block's width, in_features={in_features}, to be "
+                f"added to the residual stream; got {type(channel_mixer).__name__} with "
+                f"out_features={out_features}."
+            )
         self.norm = _make_norm(norm, in_features)
         self.sequence_mixer = sequence_mixer
         self.channel_mixer = channel_mixer

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_features, linear
+from discretax._features import check_features, check_size, linear
 from discretax.channel_mixers.base import AbstractChannelMixer
 
 _NON_LINEARITIES = {
@@ -44,6 +44,8 @@ class MLPChannelMixer(AbstractChannelMixer):
                 f"{non_linearity!r}."
             )
         out_features = in_features if out_features is None else out_features
+        check_size("in_features", in_features)
+        check_size("out_features", out_features)
         self.linear = eqx.nn.Linear(in_features, out_features, use_bias, key=key)
         self.in_features = in_features
         self.non_linearity = non_linearity

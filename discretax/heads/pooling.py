@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from discretax._stateful import AbstractStreamingLayer, check_state
-from discretax._timeseries import Timeseries, length_of, values_of
+from discretax._timeseries import Timeseries, length_of, valid_samples, values_of
 from discretax._types import accumulation_dtype
 
 Kind = Literal["mean", "last", "max"]
@@ -70,7 +70,7 @@ class Pooling(AbstractStreamingLayer):
         index = jnp.arange(u.shape[0])
         length = length_of(x)
         end = u.shape[0] if length is None else length
-        counted = index < end
+        counted = valid_samples(u.shape[0], end)
         if isinstance(x, Timeseries) and x.resets is not None:
             start = jnp.max(jnp.where(x.resets & counted, index, -1))
             counted &= index >= start

@@ -50,6 +50,7 @@ def diagonal_ssm(
     """
     time, state_dim = x.shape[0], A.shape[-1]
     length = time if length is None or time == 0 else length
+    length = length if isinstance(length, int) else jnp.asarray(length).astype(int)
     if chunk_size is None:
         chunk_size = _choose_chunk_size(time, state_dim)
     varying = A.ndim == 3

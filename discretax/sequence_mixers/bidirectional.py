@@ -68,7 +68,7 @@ class Bidirectional(AbstractSequenceMixer[None]):
             key=forward_key,
         )
         index = jnp.arange(time)
-        valid = time if length is None else length
+        valid = time if length is None else jnp.asarray(length).astype(int)
         mirror = jnp.where(index < valid, valid - 1 - index, index)
 
         def between(per_sample: Array | None, first: float | bool) -> Array | None:
