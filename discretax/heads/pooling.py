@@ -42,7 +42,9 @@ class Pooling(AbstractStreamingLayer):
     ) -> tuple[Float[Array, " features"], Int[Array, ""]]:
         del max_seqlen
         batch = () if batch_size is None else (batch_size,)
-        return jnp.zeros((*batch, self.in_features), dtype), jnp.zeros(batch, jnp.int32)
+        summary = jnp.zeros((*batch, self.in_features), dtype)
+        # A sum in bfloat16 would stop growing after some hundred samples.
+        return summary.astype(accumulation_dtype(summary)), jnp.zeros(batch, jnp.int32)
 
     def __call__(
         self, x: Array | Timeseries, state: eqx.nn.State
