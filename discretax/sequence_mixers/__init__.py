@@ -1,6 +1,7 @@
 """Sequence mixers: pure functions of a sequence and a cache."""
 
 from discretax.sequence_mixers.base import (
+    AbstractContinuousMixer as AbstractContinuousMixer,
     AbstractLTIMixer as AbstractLTIMixer,
     AbstractSequenceMixer as AbstractSequenceMixer,
 )

@@ -130,6 +130,16 @@ class AbstractLTIMixer(AbstractSequenceMixer[Cache]):
         return self.discretize(integration_timestep).step(x, cache)
 
 
+class AbstractContinuousMixer(AbstractLTIMixer[Cache]):
+    """A time-invariant mixer of a system in continuous time, sampled with a step of its own.
+
+    It takes timesteps, and it can be sampled at another rate than it was trained at.
+    """
+
+    step_rescale: eqx.AbstractVar[float]
+    """Multiplies every step: 2 for a signal sampled half as often as the one of training."""
+
+
 def check_call(
     mixer: AbstractSequenceMixer,
     x: Array,

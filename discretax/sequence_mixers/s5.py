@@ -14,7 +14,7 @@ from discretax.init import diagonalised_legs, log_uniform_step
 from discretax.ops import asynchronous, bilinear, dirac, zoh
 from discretax.sequence_mixers._diagonal_system import DiagonalSystem
 from discretax.sequence_mixers.base import (
-    AbstractLTIMixer,
+    AbstractContinuousMixer,
     AbstractSequenceMixer,
     refuse_timesteps,
     refuse_to_stream,
@@ -26,7 +26,7 @@ Discretization = Literal["zoh", "bilinear", "dirac", "async", "no_discretization
 OutputInit = Literal["trunc_standard_normal", "lecun_normal", "complex_normal"]
 
 
-class S5SequenceMixer(AbstractLTIMixer[Float[Array, "2 state"]]):
+class S5SequenceMixer(AbstractContinuousMixer[Float[Array, "2 state"]]):
     r"""The simplified state space layer, S5, and, given timesteps, its event-driven form.
 
     $$\dot h = \Lambda \odot h + B x, \qquad h_t = \bar\Lambda \odot h_{t-1} + \gamma \odot (B x_t), \qquad
