@@ -1,4 +1,6 @@
 import functools as ft
+import math
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -22,12 +24,14 @@ from helpers import (
     normalise,
     numbers,
 )
+from jaxtyping import Array
 
 import discretax
 from discretax import Timeseries
 from discretax.blocks import BatchNorm, StandardBlock
 from discretax.channel_mixers import GLU, IdentityChannelMixer
-from discretax.sequence_mixers import Bidirectional, LRUSequenceMixer
+from discretax.models import Backbone
+from discretax.sequence_mixers import AbstractSequenceMixer, Bidirectional, LRUSequenceMixer
 
 NORMS = ("batch", "layer", "rms", None)
 BATCH, MOMENTUM = 3, 0.95
@@ -384,6 +388,92 @@ def test_a_block_takes_a_mixer_that_the_library_does_not_know():
     assert_close(run(block, state, halves).values, y)
 
 
+def test_a_backbone_passes_the_activation_on():
+    model = Backbone(
+        jr.key(0), hidden_dim=4, num_blocks=2, sequence_mixer=SmallLRU, activation=jnp.tanh
+    )
+    assert [block.activation for block in model.blocks] == [jnp.tanh] * 2
+
+
+class Twofold(AbstractSequenceMixer[tuple[Array, Array]]):
+    """Two mixers side by side: an output twice as wide as the input."""
+
+    first: LRUSequenceMixer
+    second: LRUSequenceMixer
+    in_features: int = eqx.field(static=True)
+
+    recurrent_parameters: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, in_features, key):
+        self.first, self.second = (SmallLRU(in_features, k) for k in jr.split(key))
+        self.in_features = in_features
+
+    def allocate_inference_cache(self, batch_size=None, max_seqlen=1, dtype=None):
+        mixers = (self.first, self.second)
+        return tuple(m.allocate_inference_cache(batch_size, max_seqlen, dtype) for m in mixers)
+
+    def __call__(self, x, cache=None, *, integration_timesteps=None, key=None, **options):
+        assert integration_timesteps is None
+        cache = self.allocate_inference_cache() if cache is None else cache
+        first, first_cache = self.first(x, cache[0], **options)
+        second, second_cache = self.second(x, cache[1], **options)
+        return jnp.concatenate([first, second], axis=-1), (first_cache, second_cache)
+
+    def step(self, x, cache, *, integration_timestep=None):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "channel_mixer", [GLU, GLU(8, jr.key(1), out_features=4)], ids=["made", "given"]
+)
+def test_a_wide_mixer_is_led_back_by_the_channel_mixer(channel_mixer):
+    block, state = make(Twofold, channel_mixer)
+    block = changed(block)
+    x = draw(TIME, FEATURES)
+    u = normalise("layer", block.norm, x)
+    both = (block.sequence_mixer.first, block.sequence_mixer.second)
+    mixed = np.concatenate([lru(mixer, u) for mixer in both], axis=-1)
+    assert_close(run(block, state, x), numbers(x) + glu(block.channel_mixer, gelu(mixed)))
+
+
+def test_a_wide_mixer_streams_and_drops():
+    block, state = make(Twofold, drop_rate=0.5)
+    x = draw(TIME, FEATURES)
+    evaluate = eqx.nn.inference_mode(block)
+    live = discretax.streaming_mode(evaluate)
+    stream = discretax.inference_state(block, state)
+    first, stream = live(x[:5], stream)
+    second, _ = live(x[5:], stream)
+    assert_close(jnp.concatenate([first, second]), run(evaluate, state, x))
+    drop = eqx.filter_jit(lambda key: block(x, state, key=key)[0])
+    assert np.abs(drop(jr.key(1)) - drop(jr.key(2))).max() > 0.1
+
+
+ERF = np.vectorize(math.erf)
+
+
+@pytest.mark.parametrize(
+    "activation, formula",
+    [
+        (lambda x: x, lambda x: x),
+        (jnp.tanh, np.tanh),
+        (
+            ft.partial(jax.nn.gelu, approximate=False),
+            lambda x: x / 2 * (1 + ERF(x / np.sqrt(2))),
+        ),
+    ],
+    ids=["none", "tanh", "exact gelu"],
+)
+def test_activation(activation, formula):
+    with jax.enable_x64(True):
+        block, state = make(activation=activation)
+        block = changed(block, dtype=float)
+        x = draw(TIME, FEATURES)
+        mixed = lru(block.sequence_mixer, normalise("layer", block.norm, x))
+        expected = numbers(x) + glu(block.channel_mixer, formula(mixed))
+        assert_close(run(block, state, x), expected, rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     "options, error, message",
     [
@@ -406,6 +496,22 @@ def test_a_block_takes_a_mixer_that_the_library_does_not_know():
             ValueError,
             "`channel_mixer` must have .*in_features=4; got GLU of width 3",
         ),
+        (
+            {"sequence_mixer": Twofold, "channel_mixer": GLU(FEATURES, jr.key(0))},
+            ValueError,
+            "`channel_mixer` must have .*in_features=8; got GLU of width 4",
+        ),
+        (
+            {"sequence_mixer": Twofold, "channel_mixer": GLU(8, jr.key(0))},
+            ValueError,
+            "`channel_mixer` must lead to .*in_features=4.*got GLU with out_features=8",
+        ),
+        (
+            {"sequence_mixer": Twofold, "channel_mixer": IdentityChannelMixer},
+            ValueError,
+            "cannot change the width; got in_features=8 and out_features=4",
+        ),
+        ({"activation": "gelu"}, TypeError, "`activation` must be a function.*got 'gelu'"),
     ],
 )
 def test_options_that_are_refused(options, error, message):

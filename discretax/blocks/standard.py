@@ -21,11 +21,13 @@ Norm = Literal["batch", "layer", "rms"] | None
 class StandardBlock(AbstractBlock):
     r"""The block of the S5 and LRU papers.
 
-    $$x \leftarrow x + \mathrm{drop}(\mathrm{channel}(\mathrm{drop}(\mathrm{gelu}(
+    $$x \leftarrow x + \mathrm{drop}(\mathrm{channel}(\mathrm{drop}(\phi(
     \mathrm{sequence}(\mathrm{norm}(x))))))$$
 
-    with the norm before the mixer, or, with `prenorm=False`, after the sum. Dropout draws one
-    mask of features per sequence and keeps it over time, as the papers' code does.
+    with $\phi$ the `activation`, and with the norm before the mixer, or, with `prenorm=False`,
+    after the sum. Dropout draws one mask of features per sequence and keeps it over time, as the
+    papers' code does. A sequence mixer may put out another width than it takes; the channel mixer
+    then leads back to the width of $x$.
 
     Takes an array or a [`discretax.Timeseries`][]; with the latter, the mixer sees its timesteps,
     length and resets, and padding enters neither norm nor state.
@@ -40,6 +42,7 @@ class StandardBlock(AbstractBlock):
     inference: bool
     in_features: int = eqx.field(static=True)
     prenorm: bool = eqx.field(static=True)
+    activation: Callable[[Array], Array] = eqx.field(static=True)
 
     def __init__(
         self,
@@ -51,41 +54,61 @@ class StandardBlock(AbstractBlock):
         drop_rate: float = 0.1,
         prenorm: bool = True,
         norm: Norm = "batch",
+        activation: Callable[[Array], Array] = jax.nn.gelu,
     ):
         """**Arguments:**
 
         - `in_features`: width of the residual stream.
         - `key`: for the mixers' initialisation.
         - `sequence_mixer`, `channel_mixer`: a mixer, or a function `(in_features, *, key)` that
-            makes one: `functools.partial(LRUSequenceMixer, state_dim=64)`.
+            makes one: `functools.partial(LRUSequenceMixer, state_dim=64)`. If the sequence mixer's
+            output has another width, the function for the channel mixer is given that as its
+            `in_features`, and the block's by the keyword `out_features`.
         - `drop_rate`: probability with which dropout zeroes a feature.
         - `prenorm`: norm before the mixer (True) or after the sum (False).
         - `norm`: `"batch"` over batch and time, as the papers have it; `"layer"` or `"rms"` over
             the features of each sample; None.
+        - `activation`: what the sequence mixer's output goes through: `jax.nn.gelu`, in its
+            approximation by tanh; `functools.partial(jax.nn.gelu, approximate=False)`;
+            `lambda x: x` for none.
 
         **Raises:**
 
-        `ValueError` for an unknown norm, a rate outside [0, 1), or mixers of another width.
+        `ValueError` for an unknown norm, a rate outside [0, 1), or mixers of widths that do not
+        fit; `TypeError` for an activation that is no function.
         """
         check_size("in_features", in_features)
         if not 0 <= drop_rate < 1:
             raise ValueError(f"`drop_rate` must lie in [0, 1); got {drop_rate}.")
+        if not callable(activation):
+            raise TypeError(
+                "`activation` must be a function of an array, such as `jax.nn.gelu`, or "
+                f"`lambda x: x` for none; got {activation!r}."
+            )
         sequence_key, channel_key = jr.split(key)
         if not isinstance(sequence_mixer, AbstractSequenceMixer):
             sequence_mixer = sequence_mixer(in_features, key=sequence_key)
+        if sequence_mixer.in_features != in_features:
+            raise ValueError(
+                f"`sequence_mixer` must have the block's width, in_features={in_features}; got "
+                f"{type(sequence_mixer).__name__} of width {sequence_mixer.in_features}."
+            )
+        mixed_features = _out_features(
+            lambda x: sequence_mixer(x, key=sequence_key)[0], in_features
+        )
         if not isinstance(channel_mixer, AbstractChannelMixer):
-            channel_mixer = channel_mixer(in_features, key=channel_key)
-        for name, mixer in (("sequence_mixer", sequence_mixer), ("channel_mixer", channel_mixer)):
-            if mixer.in_features != in_features:
-                raise ValueError(
-                    f"`{name}` must have the block's width, in_features={in_features}; got "
-                    f"{type(mixer).__name__} of width {mixer.in_features}."
-                )
-        sample = jax.ShapeDtypeStruct((in_features,), jnp.float32)
-        out_features = eqx.filter_eval_shape(channel_mixer, sample).shape[-1]
+            widths = {} if mixed_features == in_features else {"out_features": in_features}
+            channel_mixer = channel_mixer(mixed_features, key=channel_key, **widths)
+        if channel_mixer.in_features != mixed_features:
+            raise ValueError(
+                "`channel_mixer` must have the width of what the sequence mixer puts out, "
+                f"in_features={mixed_features}; got {type(channel_mixer).__name__} of width "
+                f"{channel_mixer.in_features}."
+            )
+        out_features = _out_features(channel_mixer, mixed_features)
         if out_features != in_features:
             raise ValueError(
-                f"`channel_mixer` must keep the block's width, in_features={in_features}, to be "
+                f"`channel_mixer` must lead to the block's width, in_features={in_features}, to be "
                 f"added to the residual stream; got {type(channel_mixer).__name__} with "
                 f"out_features={out_features}."
             )
@@ -98,6 +121,7 @@ class StandardBlock(AbstractBlock):
         self.inference = False
         self.in_features = in_features
         self.prenorm = prenorm
+        self.activation = activation
 
     def allocate_inference_cache(
         self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
@@ -116,7 +140,7 @@ class StandardBlock(AbstractBlock):
         if self.prenorm:
             u, state = self._normalise(u, state, length_of(x))
         u, state = self._mix(u, x, state, mixer_key)
-        u = self._drop(jax.nn.gelu(u), drop_keys[0])
+        u = self._drop(self.activation(u), drop_keys[0])
         u = self._drop(self.channel_mixer(u), drop_keys[1])
         u = skip + u
         if not self.prenorm:
@@ -155,6 +179,11 @@ class StandardBlock(AbstractBlock):
             )
         mask: Array = self.dropout(jnp.ones(u.shape[1], u.dtype), key=key)
         return u * mask
+
+
+def _out_features(mixer: Callable[[Array], Array], in_features: int) -> int:
+    sample = jax.ShapeDtypeStruct((1, in_features), jnp.result_type(float))
+    return eqx.filter_eval_shape(mixer, sample).shape[-1]
 
 
 def _make_norm(norm: Norm, in_features: int):

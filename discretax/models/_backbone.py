@@ -4,8 +4,9 @@ import functools as ft
 from collections.abc import Callable
 
 import equinox as eqx
+import jax
 import jax.random as jr
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from discretax._features import check_size
 from discretax._stateful import check_state
@@ -53,6 +54,7 @@ class Backbone(AbstractBackbone):
         drop_rate: float = 0.1,
         prenorm: bool = True,
         norm: Norm = "batch",
+        activation: Callable[[Array], Array] = jax.nn.gelu,
     ):
         """**Arguments:**
 
@@ -61,7 +63,7 @@ class Backbone(AbstractBackbone):
         - `sequence_mixer`, `channel_mixer`: functions `(in_features, *, key)` that make a mixer,
             called once per block.
         - `num_blocks`: how many blocks to stack.
-        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        - `drop_rate`, `prenorm`, `norm`, `activation`: as in [`discretax.blocks.StandardBlock`][].
         """
         self.blocks = standard_blocks(
             key,
@@ -72,6 +74,7 @@ class Backbone(AbstractBackbone):
             drop_rate=drop_rate,
             prenorm=prenorm,
             norm=norm,
+            activation=activation,
         )
 
 
@@ -85,6 +88,7 @@ def standard_blocks(
     drop_rate: float,
     prenorm: bool,
     norm: Norm,
+    activation: Callable[[Array], Array] = jax.nn.gelu,
 ) -> tuple[StandardBlock, ...]:
     check_size("hidden_dim", hidden_dim)
     check_size("num_blocks", num_blocks)
@@ -96,5 +100,6 @@ def standard_blocks(
         drop_rate=drop_rate,
         prenorm=prenorm,
         norm=norm,
+        activation=activation,
     )
     return tuple(block(block_key) for block_key in jr.split(key, num_blocks))
