@@ -21,7 +21,7 @@ from helpers import (
     sigmoid,
 )
 
-from discretax.channel_mixers import GLU, IdentityChannelMixer, MLPChannelMixer, SwiGLU
+from discretax.channel_mixers import GLU, HalfGLU, IdentityChannelMixer, MLPChannelMixer, SwiGLU
 
 PHI = {
     "relu": lambda x: np.maximum(x, 0),
@@ -41,11 +41,24 @@ def swiglu(mixer, x):
     return linear(mixer.down_proj, gate * sigmoid(gate) * linear(mixer.up_proj, x))
 
 
+def half_glu(phi, mixer, x):
+    return numbers(x) * sigmoid(linear(mixer.linear, phi(numbers(x))))
+
+
 SmallSwiGLU = ft.partial(SwiGLU, intermediate_dim=5)
 CASES = {
     "GLU": (GLU, glu),
     "GLU without bias": (ft.partial(GLU, use_bias=False), glu),
     "GLU to another width": (ft.partial(GLU, out_features=3), glu),
+    "HalfGLU": (HalfGLU, ft.partial(half_glu, lambda x: x)),
+    "HalfGLU without bias": (
+        ft.partial(HalfGLU, use_bias=False),
+        ft.partial(half_glu, lambda x: x),
+    ),
+    "HalfGLU through gelu": (
+        ft.partial(HalfGLU, gate_activation=jax.nn.gelu),
+        ft.partial(half_glu, gelu),
+    ),
     "SwiGLU": (SmallSwiGLU, swiglu),
     "SwiGLU with bias": (ft.partial(SmallSwiGLU, use_bias=True), swiglu),
     "SwiGLU to another width": (ft.partial(SmallSwiGLU, out_features=3), swiglu),
@@ -56,7 +69,8 @@ CASES = {
 } | {phi: (ft.partial(MLPChannelMixer, non_linearity=phi), mlp) for phi in PHI}
 
 every_case = pytest.mark.parametrize("make, formula", CASES.values(), ids=CASES.keys())
-with_parameters = pytest.mark.parametrize("cls", [GLU, SmallSwiGLU, MLPChannelMixer])
+WITH_PARAMETERS = (GLU, HalfGLU, SmallSwiGLU, MLPChannelMixer)
+with_parameters = pytest.mark.parametrize("cls", WITH_PARAMETERS)
 
 
 @every_case
@@ -97,7 +111,7 @@ def test_use_bias_is_for_all_maps(cls, use_bias):
 
 def test_default_bias():
     has_bias = lambda cls: any(p.endswith(".bias") for p in parameters(cls(FEATURES, jr.key(0))))
-    assert [has_bias(cls) for cls in (GLU, SmallSwiGLU, MLPChannelMixer)] == [True, False, False]
+    assert [has_bias(cls) for cls in WITH_PARAMETERS] == [True, True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +134,7 @@ def test_inner_width_of_swiglu(in_features, options, width):
     assert mixer.down_proj.weight.shape == (in_features, width)
 
 
-@pytest.mark.parametrize("cls", [GLU, SmallSwiGLU, MLPChannelMixer, IdentityChannelMixer])
+@pytest.mark.parametrize("cls", [*WITH_PARAMETERS, IdentityChannelMixer])
 def test_key_by_position_or_by_name(cls):
     assert_equal(cls(FEATURES, jr.key(3)), cls(FEATURES, key=jr.key(3)))
 
@@ -131,7 +145,7 @@ def test_identity_needs_no_key():
     assert_equal(IdentityChannelMixer(FEATURES, out_features=FEATURES)(x), x)
 
 
-@pytest.mark.parametrize("cls", [GLU, SmallSwiGLU, MLPChannelMixer, IdentityChannelMixer])
+@pytest.mark.parametrize("cls", [*WITH_PARAMETERS, IdentityChannelMixer])
 @pytest.mark.parametrize(
     "x, received",
     [
@@ -178,12 +192,21 @@ def test_unknown_non_linearity():
         MLPChannelMixer(FEATURES, jr.key(0), non_linearity="rleu")
 
 
-def test_identity_cannot_change_the_width():
-    with pytest.raises(ValueError, match=r"out_features=5\. Use `MLPChannelMixer`"):
-        IdentityChannelMixer(FEATURES, out_features=5)
+@pytest.mark.parametrize(
+    "cls, remedy", [(IdentityChannelMixer, "MLPChannelMixer"), (HalfGLU, "GLU")]
+)
+def test_mixers_that_cannot_change_the_width(cls, remedy):
+    assert cls(FEATURES, jr.key(0), out_features=FEATURES).in_features == FEATURES
+    with pytest.raises(ValueError, match=rf"out_features=5\. Use `{remedy}`"):
+        cls(FEATURES, jr.key(0), out_features=5)
 
 
-@pytest.mark.parametrize("cls", [GLU, SwiGLU, MLPChannelMixer, IdentityChannelMixer])
+def test_gate_activation_is_a_function():
+    with pytest.raises(TypeError, match=r"`gate_activation` must be None or .*got 'gelu'"):
+        HalfGLU(FEATURES, jr.key(0), gate_activation="gelu")
+
+
+@pytest.mark.parametrize("cls", [GLU, HalfGLU, SwiGLU, MLPChannelMixer, IdentityChannelMixer])
 def test_unknown_keyword(cls):
     with pytest.raises(TypeError, match="out_feature"):
         cls(FEATURES, jr.key(0), out_feature=3)

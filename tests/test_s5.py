@@ -213,3 +213,14 @@ def test_model_passes_its_options_on(bidirectional):
     assert mixer.Lambda_re.shape == (8,)
     np.testing.assert_allclose(mixer.Lambda_im[:4], mixer.Lambda_im[4:])
     assert model.blocks[1].channel_mixer.w1.bias is None
+
+
+@pytest.mark.parametrize("activation", ["half_glu1", "half_glu2"])
+def test_half_glu_without_bias(activation):
+    model = S5(jr.key(0), hidden_dim=4, num_blocks=1, use_bias=False, activation=activation)
+    assert model.blocks[0].channel_mixer.linear.bias is None
+
+
+def test_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match=r"one of 'full_glu', 'half_glu1'.*got 'half_glu'"):
+        S5(jr.key(0), hidden_dim=4, activation="half_glu")

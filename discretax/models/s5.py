@@ -1,17 +1,34 @@
 import functools as ft
+from typing import Literal
 
-from jaxtyping import PRNGKeyArray
+import jax
+from jaxtyping import Array, PRNGKeyArray
 
+from discretax._features import check_name
 from discretax.blocks import StandardBlock
 from discretax.blocks.standard import Norm
-from discretax.channel_mixers import GLU
+from discretax.channel_mixers import GLU, HalfGLU, IdentityChannelMixer
 from discretax.models._backbone import AbstractBackbone, standard_blocks
 from discretax.sequence_mixers import BidirectionalS5, S5SequenceMixer
 from discretax.sequence_mixers.s5 import Discretization, OutputInit
 
+Activation = Literal["full_glu", "half_glu1", "half_glu2", "gelu"]
+
 
 class S5(AbstractBackbone):
-    """Blocks of S5 and GLU (arXiv:2208.04933); event-driven with timesteps (arXiv:2404.18508)."""
+    r"""Blocks of S5 and GLU (arXiv:2208.04933); event-driven with timesteps (arXiv:2404.18508).
+
+    Between the S5 layer's output $z$ and the residual sum, with $u = \mathrm{gelu}(z)$, stands
+
+    | `activation` | |
+    |---|---|
+    | `"full_glu"` | $(W_1 u + b_1) \odot \sigma(W_2 u + b_2)$ |
+    | `"half_glu1"` | $u \odot \sigma(W u + b)$ |
+    | `"half_glu2"` | $z \odot \sigma(W u + b)$, as in event-driven S5 |
+    | `"gelu"` | $u$ |
+
+    With `"half_glu2"`, the S5 code drops features of $u$ alone; here they are dropped from $z$.
+    """
 
     blocks: tuple[StandardBlock, ...]
 
@@ -35,6 +52,7 @@ class S5(AbstractBackbone):
         prenorm: bool = True,
         use_bias: bool = True,
         norm: Norm = "batch",
+        activation: Activation = "full_glu",
     ):
         """**Arguments:**
 
@@ -46,8 +64,16 @@ class S5(AbstractBackbone):
             [`discretax.sequence_mixers.S5SequenceMixer`][].
         - `bidirectional`: [`discretax.sequence_mixers.BidirectionalS5`][] instead.
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
-        - `use_bias`: in the GLU.
+        - `use_bias`: $b$ in the table above.
+        - `activation`: see the table above.
         """
+        check_name("activation", activation, Activation)
+        channel_mixers = {
+            "full_glu": ft.partial(GLU, use_bias=use_bias),
+            "half_glu1": ft.partial(HalfGLU, use_bias=use_bias),
+            "half_glu2": ft.partial(HalfGLU, use_bias=use_bias, gate_activation=jax.nn.gelu),
+            "gelu": IdentityChannelMixer,
+        }
         self.blocks = standard_blocks(
             key,
             hidden_dim=hidden_dim,
@@ -64,8 +90,13 @@ class S5(AbstractBackbone):
                 step_rescale=step_rescale,
                 discretization=discretization,
             ),
-            channel_mixer=ft.partial(GLU, use_bias=use_bias),
+            channel_mixer=channel_mixers[activation],
             drop_rate=drop_rate,
             prenorm=prenorm,
             norm=norm,
+            activation=_identity if activation == "half_glu2" else jax.nn.gelu,
         )
+
+
+def _identity(x: Array) -> Array:
+    return x
