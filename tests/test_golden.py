@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 from golden_file import Golden
 
+from discretax import Timeseries
 from discretax.blocks import StandardBlock
 from discretax.channel_mixers import GLU
 from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
-from discretax.models import LRU
+from discretax.models import LRU, S5
 from discretax.sequence_mixers import LRUSequenceMixer
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-5}
 both_precisions = pytest.mark.parametrize("dtype", TOLERANCE)
+S5_FIELDS = ("Lambda_re", "Lambda_im", "B", "C", "D", "log_step")
 LRU_FIELDS = ("nu_log", "theta_log", "gamma_log", "B_re", "B_im", "C_re", "C_im", "D")
 
 
@@ -165,3 +167,67 @@ def test_classifier(dtype):
         assert_close(d_x, golden["g.x"], dtype)
         for actual, expected in zip(leaves(d_model), golden_leaves("g.p"), strict=True):
             assert_close(actual, expected, dtype)
+
+
+S5_LAYERS = [
+    f"s5_layer_{activation}_{order}_L56"
+    for activation, order in (
+        ("full_glu", "prenorm"),
+        ("half_glu1", "prenorm"),
+        ("half_glu1", "postnorm"),
+        ("half_glu2", "prenorm"),
+        ("gelu", "prenorm"),
+    )
+]
+
+
+def s5_layer_leaves(block):
+    mixer = [getattr(block.sequence_mixer, name) for name in S5_FIELDS]
+    return [*mixer, block.norm.weight, block.norm.bias, *jax.tree.leaves(block.channel_mixer)]
+
+
+def golden_s5_layer(golden, kind, mixer, norm, maps):
+    mixer, norm = golden.fields(kind, f"{mixer}."), golden.fields(kind, f"{norm}.")
+    maps = [name for name in maps if golden.fields(kind, f"{name}.")]
+    return (
+        [mixer[name] for name in S5_FIELDS]
+        + [norm["scale"], norm["bias"]]
+        + [leaf for name in maps for leaf in golden_dense(golden, kind, name)]
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, "float64") for name in (*S5_LAYERS, "eventssm_layer_async_L56")]
+    + [("eventssm_layer_async_L56", "float32")],
+)
+def test_s5_layer(name, dtype):
+    if name.startswith("eventssm"):
+        names = ("S5SSM_0", "LayerNorm_0", ("Dense_0",))
+        options = {"discretization": "async", "activation": "half_glu2"}
+    else:
+        names = ("seq", "norm", ("out1", "out2"))
+        activation, _, order = name.removeprefix("s5_layer_").removesuffix("_L56").rpartition("_")
+        options = {"activation": activation, "prenorm": order == "prenorm"}
+    with jax.enable_x64(dtype == "float64"):
+        golden = Golden(name, dtype)
+        model, state = eqx.nn.make_with_state(S5)(
+            jr.key(0), hidden_dim=6, num_blocks=1, state_dim=8, norm="layer", drop_rate=0, **options
+        )
+        block = eqx.tree_at(s5_layer_leaves, model.blocks[0], golden_s5_layer(golden, "p", *names))
+        timesteps = golden.arrays.get("dt")
+
+        def run(arguments, x):
+            block, timesteps = arguments
+            series = Timeseries(x, timesteps=timesteps)
+            return jax.vmap(lambda x: block(x, state)[0].values)(series)
+
+        y, (d_block, d_timesteps), d_x = value_and_gradients(run, (block, timesteps), golden)
+        assert_close(y, golden["y"], dtype)
+        assert_close(d_x, golden["g.x"], dtype)
+        for actual, expected in zip(
+            s5_layer_leaves(d_block), golden_s5_layer(golden, "g.p", *names), strict=True
+        ):
+            assert_close(actual, expected, dtype)
+        if timesteps is not None:
+            assert_close(d_timesteps, golden["g.dt"], dtype)

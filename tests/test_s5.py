@@ -1,5 +1,7 @@
 """S5: the numbers of four original implementations, its initialisation and its errors."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,13 +9,15 @@ import jax.random as jr
 import numpy as np
 import pytest
 from golden_file import FOLDER, Golden
-from test_golden import assert_close, value_and_gradients
+from test_golden import S5_FIELDS, assert_close, value_and_gradients
 
 from discretax.init import diagonalised_legs, hippo_legs, log_uniform_step
 from discretax.models import S5
+from discretax.ops import diagonal_ssm
 from discretax.sequence_mixers import BidirectionalS5, S5SequenceMixer
 
-NAMES = sorted(path.stem for path in FOLDER.glob("*s5*.npz") if path.stem != "s5_hippo_init")
+OTHERS = re.compile("hippo|layer|lti|stride")  # of another form; each has a test of its own
+NAMES = sorted(path.stem for path in FOLDER.glob("*s5*.npz") if not OTHERS.search(path.stem))
 # Those that also run in single precision: one of each form.
 SINGLE = ("s5_zoh_conj_bidir_L56", "eventssm_s5_async_full_L56", "s5_bilinear_full_L56")
 
@@ -38,8 +42,7 @@ def leaves(mixer):
     backward = []
     if isinstance(mixer, BidirectionalS5):
         mixer, backward = mixer.forward, [mixer.C_backward]
-    fields = ("Lambda_re", "Lambda_im", "B", "C", "D", "log_step")
-    return [getattr(mixer, field) for field in fields] + backward
+    return [getattr(mixer, field) for field in S5_FIELDS] + backward
 
 
 def golden_leaves(golden, kind):
@@ -76,6 +79,100 @@ def test_golden(name, dtype):
 
 def test_there_are_golden_numbers():
     assert len(NAMES) == 29
+
+
+def from_lrnnx(parameters, discretization):
+    """lrnnx's time-invariant form: its eigenvalues held stable by softplus, and a real B."""
+    A, B, C, log_dt = (parameters[name] for name in ("A", "B", "C", "log_dt"))
+    return eqx.tree_at(
+        leaves,
+        S5SequenceMixer(
+            6,
+            jr.key(0),
+            state_dim=8,
+            conj_sym=False,
+            clip_eigs=False,
+            discretization=discretization,
+        ),
+        [
+            -jax.nn.softplus(A[:, 0]),
+            A[:, 1],
+            jnp.stack([B, jnp.zeros_like(B)], axis=-1),
+            C,
+            jnp.zeros(6),
+            log_dt[:, None],
+        ],
+    )
+
+
+@pytest.mark.parametrize(
+    ("discretization", "dtype"), [("zoh", "float64"), ("dirac", "float64"), ("zoh", "float32")]
+)
+def test_lrnnx_time_invariant(discretization, dtype):
+    """Its D is a full matrix, added here; its gradients come through the mapping."""
+    with jax.enable_x64(dtype == "float64"):
+        golden = Golden(f"lrnnx_s5lti_{discretization}_L56", dtype)
+        parameters = golden.fields("p")
+
+        def whole(parameters, x):
+            mixer = from_lrnnx(parameters, discretization)
+            return jax.vmap(lambda x: mixer(x)[0])(x) + x @ parameters["D"]
+
+        y, d_parameters, d_x = value_and_gradients(whole, parameters, golden)
+        assert_close(y, golden["y"], dtype)
+        assert_close(d_x, golden["g.x"], dtype)
+        for name, expected in golden.fields("g.p").items():
+            assert_close(d_parameters[name], expected, dtype)
+
+        @jax.jit
+        def steps(x):
+            mixer = from_lrnnx(parameters, discretization)
+            cache = mixer.allocate_inference_cache(batch_size=x.shape[0])
+            step = lambda cache, x: jax.vmap(mixer.step)(x, cache)[::-1]
+            final, y = jax.lax.scan(step, cache, x.swapaxes(0, 1))
+            return y.swapaxes(0, 1) + x @ parameters["D"], final
+
+        y, final = steps(golden["x"])
+        assert_close(y, golden["y_step"], dtype)
+        assert_close(final[:, 0], golden["final_state.re"], dtype)
+        assert_close(final[:, 1], golden["final_state.im"], dtype)
+
+
+def test_event_ssm_with_a_stride():
+    """Each window of three events answers with the state after its first, read out to another
+    width, and D acts on the mean of its inputs, weighted by the gaps."""
+    with jax.enable_x64(True):
+        golden = Golden("eventssm_s5_async_stride3_L56", "float64")
+        arrays = golden.fields("p")
+        mixer = eqx.tree_at(
+            lambda m: [getattr(m, name) for name in ("Lambda_re", "Lambda_im", "B", "log_step")],
+            S5SequenceMixer(6, jr.key(0), state_dim=8, discretization="async"),
+            [arrays[name] for name in ("Lambda_re", "Lambda_im", "B", "log_step")],
+        )
+
+        def single(mixer, C, D, x, tau):
+            system = mixer.discretize(tau)
+            C_planes = 2 * jnp.stack([C[..., 0].T, -C[..., 1].T])
+            cache = mixer.allocate_inference_cache()
+            y, _ = diagonal_ssm(system.A_planes, system.B_planes, C_planes, x, cache)
+            weights = (tau[:54] + 1e-6).reshape(18, 3, 1)
+            windows = x[:54].reshape(18, 3, 6)
+            pooled = (windows * weights).sum(1) / weights.sum(1)
+            return y[:54:3] + pooled @ D.T
+
+        def run(arguments, x):
+            mixer, C, D, timesteps = arguments
+            return jax.vmap(lambda x, tau: single(mixer, C, D, x, tau))(x, timesteps)
+
+        arguments = (mixer, arrays["C"], arrays["D"], golden["dt"])
+        y, (d_mixer, d_C, d_D, d_timesteps), d_x = value_and_gradients(run, arguments, golden)
+        assert_close(y, golden["y"], "float64")
+        assert_close(d_x, golden["g.x"], "float64")
+        assert_close(d_timesteps, golden["g.dt"], "float64")
+        assert_close(d_C, golden["g.p.C"], "float64")
+        assert_close(d_D, golden["g.p.D"], "float64")
+        for name in ("Lambda_re", "Lambda_im", "B", "log_step"):
+            assert_close(getattr(d_mixer, name), golden[f"g.p.{name}"], "float64")
 
 
 @pytest.mark.parametrize("state_dim", [4, 8, 16, 32])
