@@ -16,6 +16,7 @@ from discretax._timeseries import Timeseries as Timeseries
 from discretax.inference import (
     discretized as discretized,
     inference_state as inference_state,
+    resampled as resampled,
     streaming_mode as streaming_mode,
 )
 
