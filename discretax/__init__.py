@@ -7,6 +7,7 @@ from discretax import (
     heads as heads,
     inference as inference,
     init as init,
+    inspection as inspection,
     models as models,
     ops as ops,
     optim as optim,

@@ -31,6 +31,7 @@ MAY_SEE = {
     "heads": _COMMON,
     "models": (*_COMMON, "ops", "init", "sequence_mixers", "channel_mixers", "blocks"),
     "inference": (*_COMMON, "ops", "sequence_mixers", "blocks", "heads", "models"),
+    "inspection": (*_COMMON, "sequence_mixers"),
     "optim": (*_COMMON, "sequence_mixers"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -108,6 +108,22 @@ class DiagonalSystem(eqx.Module):
         h = recurrence(self.A_planes, impulse, jnp.zeros_like(self.A_planes), None, planes=True)
         return lax.complex(h[:, 0], h[:, 1])
 
+    def eigenvalues(self) -> Complex[Array, " state"]:
+        r"""Of the transition: $\bar A$ itself."""
+        return self.A_bar
+
+    def transfer(self, z: Complex[Array, "*shape"]) -> Complex[Array, "*shape out features"]:
+        r"""$H(z) = \sum_l K_l z^{-l}$ of the impulse response $K$, in closed form.
+
+        $K_l = \mathrm{Re}(C \bar A^l \bar B)$ is half of a complex series plus its conjugate, hence
+        $H(z) = (G(z) + \overline{G(\overline z)}) / 2 + D$ with $G(z) = C (1 - \bar A / z)^{-1} \bar B$.
+        """
+        A_bar, B_bar, C = self
+        z = z.astype(A_bar.dtype)[..., None, None]
+        series = lambda z: (C / (1 - A_bar / z)) @ B_bar
+        D = jnp.diag(self.D).astype(A_bar.dtype)
+        return (series(z) + series(z.conj()).conj()) / 2 + D
+
     def _accumulating(self, x, cache):
         dtype = accumulation_dtype(x, self.D)
         return jax.tree.map(lambda array: array.astype(dtype), (self, x, cache))
