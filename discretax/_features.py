@@ -37,6 +37,8 @@ def check_size(name: str, value: int) -> None:
 
 def check_name(argument: str, value: Any, names: Any) -> None:
     """`names` is the `Literal` of the known ones."""
-    if value not in get_args(names):
-        known = ", ".join(map(repr, get_args(names)))
+    known_names = [n for name in get_args(names) for n in (get_args(name) or [name])]
+    known_names = [None if name is type(None) else name for name in known_names]
+    if value not in known_names:
+        known = ", ".join(map(repr, known_names))
         raise ValueError(f"`{argument}` must be one of {known}; got {value!r}.")

@@ -1,5 +1,13 @@
 """Pure array functions: recurrences and discretisations. They know no layer."""
 
+from discretax.ops._convolution import fft_convolution as fft_convolution
+from discretax.ops._depthwise_convolution import depthwise_convolution as depthwise_convolution
+from discretax.ops._depthwise_ssm import (
+    Route as Route,
+    Transition as Transition,
+    depthwise_kernel as depthwise_kernel,
+    depthwise_ssm as depthwise_ssm,
+)
 from discretax.ops._diagonal_ssm import diagonal_ssm as diagonal_ssm
 from discretax.ops._discretization import (
     asynchronous as asynchronous,
@@ -8,3 +16,4 @@ from discretax.ops._discretization import (
     zoh as zoh,
 )
 from discretax.ops._linear_recurrence import linear_recurrence as linear_recurrence
+from discretax.ops._selective_scan import selective_scan as selective_scan

@@ -1,10 +1,9 @@
 """A diagonal state space model from real input to real output, its projections around the scan."""
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from discretax.ops._chunks import samples_left, scan_chunks, state_at
 from discretax.ops._linear_recurrence import Implementation, recurrence, times
 
 
@@ -48,11 +47,9 @@ def diagonal_ssm(
 
     The output, and the planes of the state after the last valid sample.
     """
-    time, state_dim = x.shape[0], A.shape[-1]
-    length = time if length is None or time == 0 else length
-    length = length if isinstance(length, int) else jnp.asarray(length).astype(int)
+    state_dim = A.shape[-1]
     if chunk_size is None:
-        chunk_size = _choose_chunk_size(time, state_dim)
+        chunk_size = _choose_chunk_size(x.shape[0], state_dim)
     varying = A.ndim == 3
 
     def run(carry, inputs):
@@ -68,27 +65,11 @@ def diagonal_ssm(
             implementation=implementation,
         )
         y = h.reshape(-1, 2 * state_dim) @ C.reshape(2 * state_dim, -1)
-        size = x_chunk.shape[0]
-        if isinstance(left, int):  # the common case, free of a gather: no padding
-            return (h[left - 1] if left else h_initial, 0), y
-        last = h[jnp.clip(left, 1, size) - 1]
-        return (jnp.where(left > 0, last, h_initial), jnp.maximum(left - size, 0)), y
+        return (state_at(h, h_initial, left), samples_left(left, x_chunk.shape[0])), y
 
     inputs = (A if varying else None, gamma, x, resets)
-    if time <= chunk_size:
-        (h_final, _), y = run((h0, length), inputs)
-        return y, h_final
-
-    num_chunks = -(-time // chunk_size)
-    padding = num_chunks * chunk_size - time
-
-    def split(value):
-        value = jnp.pad(value, ((0, padding),) + ((0, 0),) * (value.ndim - 1))
-        return value.reshape(num_chunks, chunk_size, *value.shape[1:])
-
-    carry = (h0, jnp.asarray(length))
-    (h_final, _), y = lax.scan(jax.checkpoint(run), carry, jax.tree.map(split, inputs))
-    return y.reshape(-1, y.shape[-1])[:time], h_final
+    h_final, y = scan_chunks(run, h0, inputs, length, chunk_size)
+    return y, h_final
 
 
 def _choose_chunk_size(time: int, state_dim: int) -> int:

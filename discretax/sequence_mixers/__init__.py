@@ -8,6 +8,9 @@ from discretax.sequence_mixers.base import (
 from discretax.sequence_mixers.bidirectional import Bidirectional as Bidirectional
 from discretax.sequence_mixers.discretized import Discretized as Discretized
 from discretax.sequence_mixers.lru import LRUSequenceMixer as LRUSequenceMixer
+from discretax.sequence_mixers.mamba import MambaSequenceMixer as MambaSequenceMixer
+from discretax.sequence_mixers.s4 import S4SequenceMixer as S4SequenceMixer
+from discretax.sequence_mixers.s4d import S4DSequenceMixer as S4DSequenceMixer
 from discretax.sequence_mixers.s5 import (
     BidirectionalS5 as BidirectionalS5,
     S5SequenceMixer as S5SequenceMixer,

@@ -1,0 +1,302 @@
+"""One small state space system per feature: its scan, its chunks of matrices, its convolution."""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from discretax.ops._chunks import samples_left, scan_chunks, state_at
+from discretax.ops._convolution import fft_convolution
+from discretax.ops._linear_recurrence import conjugate, recurrence, times
+
+Route = Literal["scan", "chunks", "fft"] | None
+
+
+class Transition(NamedTuple):
+    r"""$h \mapsto A \odot h + U\,\mathrm{Re}(W h)$ for each feature: diagonal, or plus low rank.
+
+    - `A`: planes (re, im), `(*time, features, 2, state)`.
+    - `U`, `W`: None, or `(*time, features, 2, state, rank)` and `(*time, features, rank, 2, state)`,
+        `W` with the planes (re, -im), so that $\mathrm{Re}(W h)$ is a plain product.
+    """
+
+    A: Array
+    U: Array | None = None
+    W: Array | None = None
+
+    def __call__(self, h: Float[Array, "features 2 state"]) -> Float[Array, "features 2 state"]:
+        moved = times(self.A, h)
+        if self.U is None or self.W is None:
+            return moved
+        return moved + jnp.einsum("fpnr,frqm,fqm->fpn", self.U, self.W, h)
+
+
+def depthwise_ssm(
+    transition: Transition,
+    B: Float[Array, "*time features 2 state"],
+    C: Float[Array, "channels features 2 state"],
+    x: Float[Array, "time features"],
+    h0: Float[Array, "features 2 state"],
+    *,
+    length: Int[Array, ""] | int | None = None,
+    resets: Bool[Array, " time"] | None = None,
+    route: Route = None,
+) -> tuple[Float[Array, "time channels features"], Float[Array, "features 2 state"]]:
+    r"""$h^f_t = A^f h^f_{t-1} + B^f x^f_t$, $y^{cf}_t = \mathrm{Re}(C^{cf} h^f_t)$ for every feature $f$.
+
+    A system with one input has few numbers going in and out and many states in between. Within a
+    chunk of some 32 samples the states are never formed: output and last state are matrix products
+    with the input and the state before the chunk,
+
+    $$y = T x + O h, \qquad h' = A^c h + I x$$
+
+    with $T$ the Toeplitz matrix of the kernel $K_l = \mathrm{Re}(C A^l B)$, $O_j = C A^{j+1}$ and
+    $I_j = A^{c-1-j} B$. That is the route `"chunks"`. `"fft"` convolves with the whole kernel.
+    `"scan"` walks sample by sample and is the only one that can follow a system that changes with
+    time or is reset.
+
+    **Arguments:**
+
+    - `transition`: planes of $A$, constant or one per sample, and its low-rank part if it has one.
+    - `B`: planes of the input vectors, constant or one per sample.
+    - `C`: planes (re, -im) of the readout, so that $\mathrm{Re}(C h)$ is a plain product.
+    - `x`: the input.
+    - `h0`: planes of the state before the first sample.
+    - `length`: number of valid samples; `x` is zero after them.
+    - `resets`: where True at `t`, the state before `t` is zero.
+    - `route`: None takes the scan where it must and chunks otherwise.
+
+    **Returns:**
+
+    The output, and the planes of the state after the last valid sample.
+
+    **Raises:**
+
+    `ValueError` for a system that changes with time, or resets, on another route than the scan.
+    """
+    varying = transition.A.ndim == 4
+    if route is None:
+        route = "scan" if varying or resets is not None else "chunks"
+    if route == "scan":
+        return _scan(transition, B, C, x, h0, length, resets)
+    if varying or resets is not None:
+        raise ValueError(
+            f"the route {route!r} needs a system that stays the same over time; timesteps and "
+            "resets take the 'scan' (leave `route` out)."
+        )
+    if x.shape[0] == 0:
+        return jnp.zeros((0, *C.shape[:2]), x.dtype), h0
+    matrices = _Chunk.of(transition, B, C, _chunk_size(x.shape[0]))
+    if route == "fft":
+        kernel = depthwise_kernel(transition, B, C, x.shape[0])
+        return _convolve(matrices, kernel, transition, B, x, h0, length)
+
+    def run(carry, x_segment):
+        h, left = carry
+        y, h = _in_chunks(matrices, transition, B, x_segment, h, left)
+        return (h, samples_left(left, x_segment.shape[0])), y
+
+    h, y = scan_chunks(run, h0, x, length, SEGMENT)
+    return y, h
+
+
+# Two CPU cores, 256 features of 32 complex states, forward and backward: chunks of 32 samples were
+# fastest to 4096 samples, of 64 beyond. Segments bound the memory and cost no time.
+SEGMENT = 4096
+
+
+def _chunk_size(time: int) -> int:
+    return min(32 if time <= SEGMENT else 64, 1 << (time - 1).bit_length())
+
+
+def depthwise_kernel(
+    transition: Transition,
+    B: Float[Array, "features 2 state"],
+    C: Float[Array, "channels features 2 state"],
+    length: int,
+) -> Float[Array, "length channels features"]:
+    r"""$K_l = \mathrm{Re}(C A^l B)$ for $l = 0, \dots$, length - 1.
+
+    In two levels, $l = ic + j$ with $c \approx \sqrt{\mathrm{length}}$: $K = (C A^{ic})(A^j B)$ is a
+    matrix product of two short lists of vectors, where a Vandermonde matrix would hold one power for
+    every state and lag.
+    """
+    size = 1 << ((length - 1).bit_length() + 1) // 2
+    count = -(-length // size)
+    ahead, power = _krylov(_Power.of(transition), _flat(B), size)
+    back, _ = _krylov(power.transpose(), _flat(C), count)
+    kernel = jnp.einsum("icfs,jfs->fcij", back, ahead)
+    return jnp.moveaxis(kernel.reshape(*kernel.shape[:2], -1)[..., :length], -1, 0).swapaxes(1, 2)
+
+
+class _Power(NamedTuple):
+    """A power of the transition as a real map of flat states: planes if diagonal, else dense."""
+
+    planes: Array | None
+    dense: Array | None
+
+    @classmethod
+    def of(cls, transition: Transition) -> "_Power":
+        A, U, W = transition
+        if U is None or W is None:
+            return cls(A, None)
+        state_dim = A.shape[-1]
+        eye = jnp.eye(2 * state_dim, dtype=A.dtype).reshape(-1, 1, 2, state_dim)
+        columns = _flat(times(A, eye))  # (column, features, row)
+        low_rank = jnp.einsum("fsr,frt->fst", _flat_columns(U), _flat(W))
+        return cls(None, jnp.moveaxis(columns, 0, -1) + low_rank)
+
+    def __call__(self, v: Float[Array, "*lead features flat"]) -> Float[Array, "*lead features flat"]:
+        if self.planes is not None:
+            return _flat(times(self.planes, v.reshape(*v.shape[:-1], 2, -1)))
+        return jnp.einsum("fst,...ft->...fs", self.dense, v)
+
+    def transpose(self) -> "_Power":
+        if self.planes is not None:  # a complex number as a real 2x2 matrix
+            return _Power(conjugate(self.planes), None)
+        return _Power(None, self.dense.swapaxes(-1, -2))
+
+    def square(self) -> "_Power":
+        if self.planes is not None:
+            return _Power(times(self.planes, self.planes), None)
+        return _Power(None, self.dense @ self.dense)
+
+
+def _krylov(power: _Power, v: Array, count: int) -> tuple[Array, _Power]:
+    """v, A v, ..., A^(count - 1) v by doubling, and A^count if `count` is a power of two."""
+    vectors = v[None]
+    while vectors.shape[0] < count:
+        vectors = jnp.concatenate([vectors, power(vectors)])
+        power = power.square()
+    return vectors[:count], power
+
+
+class _Chunk(NamedTuple):
+    """One chunk of samples as matrices, for every feature."""
+
+    toeplitz: Float[Array, "features chunk channels*chunk"]
+    from_input: Float[Array, "features chunk flat"]
+    to_output: Float[Array, "features flat channels*chunk"]
+    power: _Power
+
+    @classmethod
+    def of(cls, transition: Transition, B: Array, C: Array, size: int) -> "_Chunk":
+        one = _Power.of(transition)
+        ahead, power = _krylov(one, _flat(B), size)  # A^j B
+        back, _ = _krylov(one.transpose(), one.transpose()(_flat(C)), size)  # C A^(j + 1)
+        kernel = jnp.einsum("cfs,jfs->fcj", _flat(C), ahead)
+        lag = jnp.arange(size)[None] - jnp.arange(size)[:, None]
+        toeplitz = jnp.where(lag >= 0, kernel[:, :, jnp.maximum(lag, 0)], 0)
+        features = kernel.shape[0]
+        return cls(
+            toeplitz.swapaxes(1, 2).reshape(features, size, -1),
+            jnp.moveaxis(ahead[::-1], 0, 1),
+            jnp.moveaxis(back, (2, 3), (0, 1)).swapaxes(2, 3).reshape(features, ahead.shape[-1], -1),
+            power,
+        )
+
+
+def _in_chunks(matrices: _Chunk, transition, B, x, h0, left):
+    inputs = _split(x, matrices)
+    flat = matrices.from_input.shape[-1]
+    both = jnp.concatenate([matrices.from_input, matrices.toeplitz], axis=-1)
+    products = jnp.einsum("fmj,fjk->fmk", inputs, both)
+    before, after = _boundary_states(matrices.power, products[..., :flat], h0)
+    y = products[..., flat:] + jnp.einsum("mfs,fsk->fmk", before, matrices.to_output)
+    h = _state_within(transition, B, x, before, after, left, inputs.shape[2])
+    return _join(y, x.shape[0], matrices), h
+
+
+def _convolve(matrices: _Chunk, kernel, transition, B, x, h0, length):
+    inputs = _split(x, matrices)
+    ahead = jnp.einsum("fmj,fjs->fms", inputs, matrices.from_input)
+    before, after = _boundary_states(matrices.power, ahead, h0)
+    free, _ = _boundary_states(matrices.power, jnp.zeros_like(ahead), h0)
+    y = jnp.einsum("mfs,fsk->fmk", free, matrices.to_output)
+    y = _join(y, x.shape[0], matrices) + fft_convolution(kernel, x[:, None])
+    left = x.shape[0] if length is None else length
+    return y, _state_within(transition, B, x, before, after, left, inputs.shape[2])
+
+
+def _boundary_states(power: _Power, inputs: Float[Array, "features chunks flat"], h0):
+    """The states before each chunk, (chunks, features, flat), and the one after the last."""
+
+    def move(h, v):
+        return power(h) + v, h
+
+    after, before = lax.scan(move, _flat(h0), jnp.moveaxis(inputs, 1, 0))
+    return before, after
+
+
+def _state_within(transition, B, x, before, after, left, size):
+    """The state after the last valid of `left` samples: from the boundary before it, by steps."""
+    time, features = x.shape
+    planes = lambda h: h.reshape(features, 2, -1)
+    padding = -time % size
+    if isinstance(left, int) and left >= time and padding == 0:
+        return planes(after)
+    states = jnp.concatenate([before, after[None]])
+    left = jnp.minimum(left, time)
+    chunk = left // size
+    rest = jnp.pad(x, ((0, padding + size), (0, 0)))
+    rest = lax.dynamic_slice_in_dim(rest, chunk * size, size)
+
+    def step(h, inputs):
+        x_t, valid = inputs
+        return jnp.where(valid, transition(h) + B * x_t[:, None, None], h), None
+
+    valid = jnp.arange(size) < left - chunk * size
+    return lax.scan(step, planes(states[chunk]), (rest, valid))[0]
+
+
+def _scan(transition: Transition, B, C, x, h0, length, resets):
+    varying = transition.A.ndim == 4
+
+    def run(carry, inputs):
+        h_initial, left = carry
+        x_chunk, (moving, B_chunk), resets_chunk = inputs
+        system = moving if varying else transition
+        drive = (B_chunk if varying else B) * x_chunk[..., None, None]
+        if system.U is None:
+            h = recurrence(system.A, drive, h_initial, resets_chunk, planes=True)
+        else:
+            h = _step_by_step(system, drive, h_initial, resets_chunk, varying)
+        y = jnp.einsum("cfpn,tfpn->tcf", C, h)
+        return (state_at(h, h_initial, left), samples_left(left, x_chunk.shape[0])), y
+
+    moving = (transition, B) if varying else (None, None)
+    h, y = scan_chunks(run, h0, (x, moving, resets), length, 64)
+    return y, h
+
+
+def _step_by_step(system, drive, h0, resets, varying):
+    def step(h, inputs):
+        moving, drive_t, reset_t = inputs
+        if reset_t is not None:
+            h = jnp.where(reset_t, 0, h)
+        h = (moving if varying else system)(h) + drive_t
+        return h, h
+
+    return lax.scan(step, h0, (system if varying else None, drive, resets))[1]
+
+
+def _flat(planes: Float[Array, "*lead 2 state"]) -> Float[Array, "*lead flat"]:
+    return planes.reshape(*planes.shape[:-2], -1)
+
+
+def _flat_columns(planes: Float[Array, "features 2 state rank"]) -> Float[Array, "features flat rank"]:
+    return planes.reshape(planes.shape[0], -1, planes.shape[-1])
+
+
+def _split(x: Float[Array, "time features"], matrices: _Chunk) -> Float[Array, "features chunks chunk"]:
+    size = matrices.from_input.shape[1]
+    x = jnp.pad(x, ((0, -x.shape[0] % size), (0, 0)))
+    return jnp.moveaxis(x.reshape(-1, size, x.shape[1]), -1, 0)
+
+
+def _join(y: Float[Array, "features chunks channels*chunk"], time: int, matrices: _Chunk):
+    features, chunks, _ = y.shape
+    y = y.reshape(features, chunks, -1, matrices.from_input.shape[1])
+    y = jnp.transpose(y, (1, 3, 2, 0))
+    return y.reshape(-1, *y.shape[2:])[:time]

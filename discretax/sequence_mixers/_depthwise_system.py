@@ -1,0 +1,134 @@
+from collections.abc import Iterator
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Complex, Float
+
+from discretax._types import Length, Resets, Sample, Values, accumulation_dtype
+from discretax.ops._depthwise_ssm import Route, Transition, depthwise_kernel, depthwise_ssm
+
+
+class DepthwiseSystem(eqx.Module):
+    r"""$h_t = \bar A h_{t-1} + \bar B x_t$, $y_t = \mathrm{Re}(C h_t) + D x_t$ for each feature by itself.
+
+    Unpacks as the complex `A_bar, B_bar, C`. With several `channels`, each feature has so many
+    readouts, and the output is `(time, channels * features)`, one channel after the other. They are
+    kept as real planes, as [`discretax.ops.depthwise_ssm`][] computes with them.
+    """
+
+    transition: Transition
+    B_planes: Float[Array, "*time features 2 state"]
+    C_planes: Float[Array, "channels features 2 state"]
+    D: Float[Array, "channels features"]
+    l_max: int | None = eqx.field(static=True)
+    route: Route = eqx.field(static=True)
+
+    def __init__(
+        self,
+        A_bar: Complex[Array, "*time features state"],
+        B_bar: Complex[Array, "*time features state"],
+        C: Complex[Array, "channels features state"],
+        D: Float[Array, "channels features"],
+        *,
+        low_rank: tuple[Array, Array] | None = None,
+        l_max: int | None = None,
+        route: Route = None,
+    ):
+        r"""**Arguments:** `A_bar`, the diagonal; `B_bar`; `C`; `D`; `low_rank`, complex $U$
+        `(*time, features, state, rank)` and $W$ `(*time, features, rank, state)` by which the transition is
+        $h \mapsto \bar A \odot h + U\,\mathrm{Re}(W h)$; `l_max`, the longest sequence to accept; `route`, as in [`discretax.ops.depthwise_ssm`][].
+        """
+        U = W = None
+        if low_rank is not None:
+            U = jnp.stack([low_rank[0].real, low_rank[0].imag], axis=-3)
+            W = jnp.stack([low_rank[1].real, -low_rank[1].imag], axis=-2)
+        self.transition = Transition(_planes(A_bar), U, W)
+        self.B_planes = _planes(B_bar)
+        self.C_planes = _planes(C.conj())
+        self.D = D
+        self.l_max = l_max
+        self.route = route
+
+    @property
+    def A_bar(self) -> Complex[Array, "*time features state"]:
+        """The diagonal; with a low-rank part, the dense matrices acting on the states followed by
+        their conjugates, `(features, 2 state, 2 state)`."""
+        A, U, W = self.transition
+        diagonal = _complex(A)
+        if U is None or W is None:
+            return diagonal
+        U = lax.complex(U[..., 0, :, :], U[..., 1, :, :])
+        W = _complex(W).conj()
+        mix = jnp.concatenate([U, U.conj()], -2) @ jnp.concatenate([W, W.conj()], -1) / 2
+        diagonal = jnp.concatenate([diagonal, diagonal.conj()], -1)
+        return mix + diagonal[..., None] * jnp.eye(diagonal.shape[-1], dtype=diagonal.dtype)
+
+    @property
+    def B_bar(self) -> Complex[Array, "*time features state"]:
+        return self._with_conjugates(_complex(self.B_planes))
+
+    @property
+    def C(self) -> Complex[Array, "channels features state"]:
+        C = self._with_conjugates(_complex(self.C_planes).conj())
+        return C if self.transition.U is None else C / 2
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter((self.A_bar, self.B_bar, self.C))
+
+    def __call__(
+        self,
+        x: Values,
+        cache: Float[Array, "features 2 state"],
+        *,
+        length: Length | None = None,
+        resets: Resets | None = None,
+    ) -> tuple[Values, Float[Array, "features 2 state"]]:
+        if self.l_max is not None and x.shape[0] > self.l_max:
+            raise ValueError(
+                f"this mixer was built for sequences of at most l_max={self.l_max} samples; got "
+                f"{x.shape[0]}. Feed the sequence in chunks, or build the mixer with a larger "
+                "`l_max`, or None."
+            )
+        system, u, h0 = self._accumulating(x, cache)
+        y, h = depthwise_ssm(
+            system.transition,
+            system.B_planes,
+            system.C_planes,
+            u,
+            h0,
+            length=length,
+            resets=resets,
+            route=self.route,
+        )
+        y = y + system.D * u[:, None]
+        return y.reshape(u.shape[0], -1).astype(x.dtype), h.astype(cache.dtype)
+
+    def step(
+        self, x: Sample, cache: Float[Array, "features 2 state"]
+    ) -> tuple[Sample, Float[Array, "features 2 state"]]:
+        system, u, h = self._accumulating(x, cache)
+        h = system.transition(h) + system.B_planes * u[:, None, None]
+        y = jnp.einsum("cfpn,fpn->cf", system.C_planes, h) + system.D * u
+        return y.reshape(-1).astype(x.dtype), h.astype(cache.dtype)
+
+    def kernel(self, length: int) -> Float[Array, "time channels features"]:
+        return depthwise_kernel(self.transition, self.B_planes, self.C_planes, length)
+
+    def _with_conjugates(self, vectors):
+        if self.transition.U is None:
+            return vectors
+        return jnp.concatenate([vectors, vectors.conj()], -1)
+
+    def _accumulating(self, x, cache):
+        dtype = accumulation_dtype(x, self.D)
+        return jax.tree.map(lambda array: array.astype(dtype), (self, x, cache))
+
+
+def _planes(values):
+    return jnp.stack([values.real, values.imag], axis=-2)
+
+
+def _complex(planes):
+    return lax.complex(planes[..., 0, :], planes[..., 1, :])
