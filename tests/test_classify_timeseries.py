@@ -1,0 +1,178 @@
+"""The example, run small."""
+
+import functools as ft
+import importlib.util
+import re
+import statistics
+import sys
+from pathlib import Path
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import numpy as np
+import pytest
+
+PATH = Path(__file__).parents[1] / "examples" / "classify_timeseries.py"
+SMALL = ("--hidden-dim=8", "--num-blocks=1", "--state-dim=8", "--epochs=15", "--batch-size=12")
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("classify_timeseries", PATH)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["classify_timeseries"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["classify_timeseries"]
+
+
+@pytest.fixture(scope="module")
+def read(example):
+    return ft.cache(example.read)
+
+
+@pytest.fixture
+def small(example, read, monkeypatch):
+    """Three speakers, twelve utterances of each."""
+
+    def read_some(dataset, part):
+        series, labels = read(dataset, part)
+        some = np.concatenate([np.flatnonzero(labels == k)[:12] for k in range(3)])
+        return [series[i] for i in some], labels[some]
+
+    monkeypatch.setattr(example, "read", read_some)
+    return example
+
+
+def train(example, data, seed=0):
+    _, config = example.parse([*SMALL])
+    with jax.numpy_dtype_promotion("standard"):  # which Optax relies on
+        return example.train("s5", config, seed, *data)
+
+
+@pytest.fixture
+def padded(small):
+    return small.load("JapaneseVowels", None)
+
+
+def test_the_table_is_what_the_models_answer(small, tmp_path, capsys):
+    with jax.numpy_dtype_promotion("standard"):
+        results = small.main([*SMALL, "--model=s5", "--seeds=2", f"--out={tmp_path}"])
+    printed = capsys.readouterr().out
+    row = re.search(r"^s5 +(\d+) +(\d+\.\d) ± (\d+\.\d) % +\d+$", printed, re.MULTILINE)
+
+    data = small.load("JapaneseVowels", None)
+    accuracies = []
+    for seed in (0, 1):
+        model, state, history = train(small, data, seed)
+        assert history == results["s5"]["histories"][seed]
+        answers = np.asarray(small.predict(model, state, data[1][0])).argmax(1)
+        accuracies.append(100 * np.mean(answers == np.asarray(data[1][1])))
+    assert results["s5"]["parameters"] == int(row[1])
+    assert f"{statistics.mean(accuracies):.1f}" == row[2]
+    assert f"{statistics.stdev(accuracies):.1f}" == row[3]
+    assert min(accuracies) > 60  # a guess would be right a third of the time
+    # Encoder 12 x 8; Lambda, step, B, C and D; GLU; norm; head to 3 classes.
+    mixer = 4 * 3 + 2 * (4 * 8 * 2) + 8
+    assert int(row[1]) == 96 + mixer + 2 * (64 + 8) + 2 * 8 + (24 + 3)
+    assert [path.name for path in tmp_path.iterdir()] == ["JapaneseVowels.png"]
+    assert (tmp_path / "JapaneseVowels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_padding_has_no_influence(small, padded):
+    model, state, history = train(small, padded)
+    assert np.isnan(padded[0][0].values).any()
+
+    def filled(x):
+        return eqx.tree_at(lambda x: x.values, x, np.nan_to_num(x.values, nan=1e3))
+
+    _, _, again = train(small, [(filled(x), labels) for x, labels in padded])
+    assert again == history
+
+    log_p = small.predict(model, state, padded[1][0])
+    for i in (0, 20):
+        length = int(padded[1][0].length[i])
+        assert length < padded[1][0].values.shape[1]
+        alone = jax.tree.map(lambda a, i=i: a[i : i + 1], padded[1][0])
+        alone = eqx.tree_at(lambda x: x.values, alone, alone.values[:, :length])
+        np.testing.assert_allclose(small.predict(model, state, alone)[0], log_p[i], atol=1e-4)
+
+
+def test_every_model_can_be_trained(example, padded):
+    """By shapes alone, which compiles nothing."""
+    _, config = example.parse([*SMALL])
+    optimiser, key = example.make_optimiser(config, 36), jr.key(0)
+    batch = jax.ShapeDtypeStruct((12,), np.int32)
+    for name in example.MODELS:
+        model, state = eqx.filter_eval_shape(example.make_model, name, config, 12, 3, key)
+        with jax.numpy_dtype_promotion("standard"):
+            opt_state = eqx.filter_eval_shape(
+                lambda model: optimiser.init(eqx.filter(model, eqx.is_inexact_array)), model
+            )
+            trained, *_, loss = eqx.filter_eval_shape(
+                example.train_step, model, state, opt_state, padded[0], batch, key, config
+            )
+        assert jax.tree.structure(trained) == jax.tree.structure(model), name
+        assert loss.shape == (), name
+
+
+def test_samples_are_standardised_by_the_training_set(small, padded):
+    raw = np.concatenate(small.read("JapaneseVowels", "TRAIN")[0])
+    series, labels = small.read("JapaneseVowels", "TEST")
+    (x, _), (test_x, test_labels) = padded
+    np.testing.assert_allclose(np.nanmean(x.values, (0, 1)), 0, atol=1e-5)
+    np.testing.assert_allclose(np.nanstd(x.values, (0, 1)), 1, atol=1e-5)
+    for i, samples in enumerate(series):
+        expected = (samples - raw.mean(0)) / raw.std(0)
+        np.testing.assert_allclose(test_x.values[i, : len(samples)], expected, atol=1e-5)
+        assert np.isnan(test_x.values[i, len(samples) :]).all()
+        assert test_x.length[i] == len(samples)
+    np.testing.assert_array_equal(test_labels, labels)
+
+
+def test_validation_does_not_look_at_the_test_set(example, read, monkeypatch):
+    series, labels = read("JapaneseVowels", "TRAIN")
+    parts = []
+    monkeypatch.setattr(example, "read", lambda *args: parts.append(args[1]) or (series, labels))
+    held_out = []
+    for i in range(5):
+        (x, y), (test_x, test_y) = example.load("JapaneseVowels", i)
+        assert np.bincount(y).tolist() == [24] * 9
+        assert np.bincount(test_y).tolist() == [6] * 9
+        assert x.length.sum() + test_x.length.sum() == sum(map(len, series))
+        held_out.append(example.fifths(labels) == i)
+    assert set(parts) == {"TRAIN"}
+    assert (np.sum(held_out, 0) == 1).all()
+
+
+def test_the_files_hold_what_their_authors_say(read):
+    for part, size in (("TRAIN", 270), ("TEST", 370)):
+        series, labels = read("JapaneseVowels", part)
+        assert len(series) == len(labels) == size
+        assert {s.shape[1] for s in series} == {12}
+        assert min(map(len, series)) == 7 and max(map(len, series)) <= 29
+        assert set(labels) == set(range(9))
+    first = read("JapaneseVowels", "TRAIN")[0][0]
+    np.testing.assert_array_equal(first[:2, :2], [[1.860936, -0.207383], [1.891651, -0.193249]])
+    for part in ("TRAIN", "TEST"):
+        series, labels = read("ACSF1", part)
+        assert {s.shape for s in series} == {(1460, 1)}
+        assert np.bincount(labels).tolist() == [10] * 10
+
+
+@pytest.mark.parametrize(
+    "option, rule",
+    [
+        ("--dataset=MNIST", r"'MNIST' \(choose from '?JapaneseVowels'?, '?ACSF1'?\)"),
+        ("--model=lstm", r"'lstm' \(choose from '?lru'?, '?s5'?, .*'?all'?\)"),
+        ("--seeds=0", "--seeds must be above 0; got 0"),
+        ("--learning-rate=-1", r"--learning-rate must be above 0; got -1\.0"),
+        ("--batch-size=271", "--batch-size must be at most 270, .*; got 271"),
+    ],
+)
+def test_settings_out_of_range_are_refused(example, tmp_path, capsys, option, rule):
+    with pytest.raises(SystemExit) as error:
+        example.main([option, f"--out={tmp_path}"])
+    assert re.search(rule, capsys.readouterr().err + str(error.value))
+    assert not any(tmp_path.iterdir())
