@@ -20,8 +20,12 @@ from discretax.sequence_mixers import (
     AbstractSequenceMixer,
     Bidirectional,
     BidirectionalS5,
+    Centaurus,
     Discretized,
     LRUSequenceMixer,
+    MambaSequenceMixer,
+    S4DSequenceMixer,
+    S4SequenceMixer,
     S5SequenceMixer,
 )
 from discretax.sequence_mixers._diagonal_system import DiagonalSystem
@@ -97,9 +101,55 @@ def convolve_states(mixer: AbstractLTIMixer, x: Array) -> Array:
     _, B_bar, C = mixer.discretize()
     kernel = mixer.compute_kernel(x.shape[0])
     drive = x.astype(B_bar.dtype) @ B_bar.T
-    delayed = lambda lag: jnp.pad(drive, ((lag, 0), (0, 0)))[: x.shape[0]]
-    h = sum(kernel[lag] * delayed(lag) for lag in range(x.shape[0]))
+    h = sum(kernel[lag] * delayed(drive, lag) for lag in range(x.shape[0]))
     return (h @ C.T).real + mixer.discretize().D * x
+
+
+def delayed(x: Array, lag: int) -> Array:
+    return jnp.pad(x, ((lag, 0), (0, 0)))[: x.shape[0]]
+
+
+def convolve_features(mixer: S4DSequenceMixer | S4SequenceMixer, x: Array) -> Array:
+    """y_t = sum_l K_l x_{t-l} + D x_t for each feature, lag by lag."""
+    kernel = mixer.compute_kernel(x.shape[0])[:, 0]
+    return sum(kernel[lag] * delayed(x, lag) for lag in range(x.shape[0])) + mixer.D[0] * x
+
+
+def convolve_channels(mixer: Centaurus, x: Array) -> Array:
+    """Project, convolve each channel lag by lag, project back."""
+    kernel = mixer.compute_kernel(x.shape[0])
+    features = x.shape[1]
+    if mixer.mode == "full":
+        u = x[:, None] * mixer.B.reshape(features, features)  # (time, out, in)
+        u = u.reshape(x.shape[0], -1)
+    else:
+        u = x @ mixer.B.T if mixer.mode == "neck" else x * mixer.B
+    v = sum(kernel[lag] * delayed(u, lag) for lag in range(x.shape[0]))
+    if mixer.mode == "neck":
+        return v @ mixer.C.T
+    v = v * mixer.C
+    return v.reshape(-1, features, features).sum(-1) if mixer.mode == "full" else v
+
+
+def spectral_norm(mixer: S4SequenceMixer) -> Array:
+    return jnp.linalg.norm(mixer.discretize().A_bar, ord=2, axis=(-2, -1))
+
+
+def centaurus(mode: str, **options) -> Case:
+    pointwise = mode == "pointwise"
+    fixed = ("log_A_real", "A_imag", "log_delta", *(("B", "C") if mode == "dws" else ()))
+    return Case(
+        "Centaurus",
+        lambda key: Centaurus(
+            FEATURES, key, mode=mode, sub_state_dim=3, dt_min=0.1, dt_max=1.0, **options
+        ),
+        takes_timesteps=True,
+        gap_is_zero_input=options.get("discretization") == "dirac",
+        convolve=convolve_states if pointwise else convolve_channels,
+        transition_size=diagonal_size,
+        not_drawn=fixed,
+        variant=mode,
+    )
 
 
 def diagonal_size(mixer: AbstractLTIMixer) -> Array:
@@ -108,6 +158,22 @@ def diagonal_size(mixer: AbstractLTIMixer) -> Array:
 
 def lru(key: PRNGKeyArray) -> LRUSequenceMixer:
     return LRUSequenceMixer(FEATURES, key, state_dim=3, r_min=0.3)
+
+
+def mamba(key: PRNGKeyArray, **options) -> MambaSequenceMixer:
+    """With B and C large enough for the state to be heard beside the skip."""
+    mixer = MambaSequenceMixer(FEATURES, key, state_dim=3, dt_min=0.1, dt_max=1.0, **options)
+    return eqx.tree_at(lambda m: m.x_proj.weight, mixer, replace_fn=lambda weight: 4 * weight)
+
+
+def mamba_size(mixer: MambaSequenceMixer) -> Array:
+    """For steps that inputs of any size ask for, and for those between events."""
+    low_rank = 3 * jr.normal(jr.key(0), (100, mixer.dt_rank))
+    steps = jax.nn.softplus(jax.vmap(mixer.dt_proj)(low_rank))
+    if mixer.dt_A_bias is not None:
+        steps = jnp.linspace(0, 5, 100)[:, None] * jax.nn.softplus(mixer.dt_A_bias)
+    discretize = ops.bilinear if mixer.discretization == "bilinear" else ops.dirac
+    return jnp.abs(discretize(-jnp.exp(mixer.A_log), steps[..., None])[0])
 
 
 def bidirectional(key: PRNGKeyArray) -> Bidirectional:
@@ -145,6 +211,59 @@ CASES = (
         takes_timesteps=True,
         not_drawn=("Lambda_re", "Lambda_im"),
     ),
+    Case(
+        "MambaSequenceMixer",
+        mamba,
+        transition_size=mamba_size,
+        not_drawn=("A_log", "D"),
+    ),
+    Case(
+        "MambaSequenceMixer",
+        lambda key: mamba(key, event=True, discretization="bilinear", use_bias=True),
+        takes_timesteps=True,
+        transition_size=mamba_size,
+        not_drawn=("A_log", "D"),
+        variant="event",
+    ),
+    Case(
+        "S4DSequenceMixer",
+        lambda key: S4DSequenceMixer(FEATURES, key, state_dim=6, dt_min=0.1, dt_max=1.0),
+        takes_timesteps=True,
+        convolve=convolve_features,
+        transition_size=diagonal_size,
+        not_drawn=("A_real", "A_imag", "B"),
+    ),
+    Case(
+        "S4DSequenceMixer",
+        lambda key: S4DSequenceMixer(
+            FEATURES,
+            key,
+            state_dim=4,
+            init="rand",
+            n_ssm=2,
+            dt_tie=False,
+            discretization="dirac",
+            route="fft",
+        ),
+        takes_timesteps=True,
+        gap_is_zero_input=True,
+        convolve=convolve_features,
+        transition_size=diagonal_size,
+        not_drawn=("A_real", "B"),
+        variant="fft",
+    ),
+    Case(
+        "S4SequenceMixer",
+        lambda key: S4SequenceMixer(FEATURES, key, state_dim=6, dt_min=0.1, dt_max=1.0),
+        takes_timesteps=True,
+        convolve=convolve_features,
+        transition_size=spectral_norm,
+        not_drawn=("A_real", "A_imag", "B", "P"),
+    ),
+    centaurus("neck", state_dim=5),
+    centaurus("pointwise", state_dim=2),
+    centaurus("dws", discretization="dirac"),
+    centaurus("full", route="fft"),
     Case("Bidirectional", bidirectional, streams=False, takes_timesteps=True),
     Case(
         "Decay",

@@ -1,6 +1,10 @@
 """Pure array functions: recurrences and discretisations. They know no layer."""
 
-from discretax.ops._convolution import fft_convolution as fft_convolution
+from discretax.ops._convolution import (
+    fft_convolution as fft_convolution,
+    matrix_convolution as matrix_convolution,
+    projected_convolution as projected_convolution,
+)
 from discretax.ops._depthwise_convolution import depthwise_convolution as depthwise_convolution
 from discretax.ops._depthwise_ssm import (
     Route as Route,

@@ -4,9 +4,9 @@ from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
-from discretax.ops._chunks import samples_left, scan_chunks, state_at
+from discretax.ops._chunks import Left, samples_left, scan_chunks, state_at
 from discretax.ops._convolution import fft_convolution
 from discretax.ops._linear_recurrence import conjugate, recurrence, times
 
@@ -39,7 +39,7 @@ def depthwise_ssm(
     x: Float[Array, "time features"],
     h0: Float[Array, "features 2 state"],
     *,
-    length: Int[Array, ""] | int | None = None,
+    length: Left | None = None,
     resets: Bool[Array, " time"] | None = None,
     route: Route = None,
 ) -> tuple[Float[Array, "time channels features"], Float[Array, "features 2 state"]]:
@@ -87,10 +87,11 @@ def depthwise_ssm(
         )
     if x.shape[0] == 0:
         return jnp.zeros((0, *C.shape[:2]), x.dtype), h0
-    matrices = _Chunk.of(transition, B, C, _chunk_size(x.shape[0]))
     if route == "fft":
         kernel = depthwise_kernel(transition, B, C, x.shape[0])
-        return _convolve(matrices, kernel, transition, B, x, h0, length)
+        free, h = carried_state(transition, B, C, x, h0, length)
+        return fft_convolution(kernel, x[:, None]) + free, h
+    matrices = _Chunk.of(transition, B, C, _chunk_size(x.shape[0]))
 
     def run(carry, x_segment):
         h, left = carry
@@ -99,6 +100,21 @@ def depthwise_ssm(
 
     h, y = scan_chunks(run, h0, x, length, SEGMENT)
     return y, h
+
+
+def carried_state(
+    transition: Transition, B: Array, C: Array, x: Array, h0: Array, length: Left | None
+) -> tuple[Float[Array, "time channels features"], Float[Array, "features 2 state"]]:
+    """What a convolution leaves out: the output that `h0` alone brings forth, and the last state."""
+    matrices = _Chunk.of(transition, B, C, _chunk_size(x.shape[0]))
+    inputs = _split(x, matrices)
+    ahead = jnp.einsum("fmj,fjs->fms", inputs, matrices.from_input)
+    before, after = _boundary_states(matrices.power, ahead, h0)
+    free, _ = _boundary_states(matrices.power, jnp.zeros_like(ahead), h0)
+    y = jnp.einsum("mfs,fsk->fmk", free, matrices.to_output)
+    left = x.shape[0] if length is None else length
+    h = _state_within(transition, B, x, before, after, left, inputs.shape[2])
+    return _join(y, x.shape[0], matrices), h
 
 
 # Two CPU cores, 256 features of 32 complex states, forward and backward: chunks of 32 samples were
@@ -147,7 +163,9 @@ class _Power(NamedTuple):
         low_rank = jnp.einsum("fsr,frt->fst", _flat_columns(U), _flat(W))
         return cls(None, jnp.moveaxis(columns, 0, -1) + low_rank)
 
-    def __call__(self, v: Float[Array, "*lead features flat"]) -> Float[Array, "*lead features flat"]:
+    def __call__(
+        self, v: Float[Array, "*lead features flat"]
+    ) -> Float[Array, "*lead features flat"]:
         if self.planes is not None:
             return _flat(times(self.planes, v.reshape(*v.shape[:-1], 2, -1)))
         return jnp.einsum("fst,...ft->...fs", self.dense, v)
@@ -192,7 +210,9 @@ class _Chunk(NamedTuple):
         return cls(
             toeplitz.swapaxes(1, 2).reshape(features, size, -1),
             jnp.moveaxis(ahead[::-1], 0, 1),
-            jnp.moveaxis(back, (2, 3), (0, 1)).swapaxes(2, 3).reshape(features, ahead.shape[-1], -1),
+            jnp.moveaxis(back, (2, 3), (0, 1))
+            .swapaxes(2, 3)
+            .reshape(features, ahead.shape[-1], -1),
             power,
         )
 
@@ -206,17 +226,6 @@ def _in_chunks(matrices: _Chunk, transition, B, x, h0, left):
     y = products[..., flat:] + jnp.einsum("mfs,fsk->fmk", before, matrices.to_output)
     h = _state_within(transition, B, x, before, after, left, inputs.shape[2])
     return _join(y, x.shape[0], matrices), h
-
-
-def _convolve(matrices: _Chunk, kernel, transition, B, x, h0, length):
-    inputs = _split(x, matrices)
-    ahead = jnp.einsum("fmj,fjs->fms", inputs, matrices.from_input)
-    before, after = _boundary_states(matrices.power, ahead, h0)
-    free, _ = _boundary_states(matrices.power, jnp.zeros_like(ahead), h0)
-    y = jnp.einsum("mfs,fsk->fmk", free, matrices.to_output)
-    y = _join(y, x.shape[0], matrices) + fft_convolution(kernel, x[:, None])
-    left = x.shape[0] if length is None else length
-    return y, _state_within(transition, B, x, before, after, left, inputs.shape[2])
 
 
 def _boundary_states(power: _Power, inputs: Float[Array, "features chunks flat"], h0):
@@ -285,11 +294,15 @@ def _flat(planes: Float[Array, "*lead 2 state"]) -> Float[Array, "*lead flat"]:
     return planes.reshape(*planes.shape[:-2], -1)
 
 
-def _flat_columns(planes: Float[Array, "features 2 state rank"]) -> Float[Array, "features flat rank"]:
+def _flat_columns(
+    planes: Float[Array, "features 2 state rank"],
+) -> Float[Array, "features flat rank"]:
     return planes.reshape(planes.shape[0], -1, planes.shape[-1])
 
 
-def _split(x: Float[Array, "time features"], matrices: _Chunk) -> Float[Array, "features chunks chunk"]:
+def _split(
+    x: Float[Array, "time features"], matrices: _Chunk
+) -> Float[Array, "features chunks chunk"]:
     size = matrices.from_input.shape[1]
     x = jnp.pad(x, ((0, -x.shape[0] % size), (0, 0)))
     return jnp.moveaxis(x.reshape(-1, size, x.shape[1]), -1, 0)

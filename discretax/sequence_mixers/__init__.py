@@ -6,6 +6,13 @@ from discretax.sequence_mixers.base import (
     AbstractSequenceMixer as AbstractSequenceMixer,
 )
 from discretax.sequence_mixers.bidirectional import Bidirectional as Bidirectional
+from discretax.sequence_mixers.centaurus import (
+    Centaurus as Centaurus,
+    CentaurusDWS as CentaurusDWS,
+    CentaurusFull as CentaurusFull,
+    CentaurusNeck as CentaurusNeck,
+    CentaurusPWNeck as CentaurusPWNeck,
+)
 from discretax.sequence_mixers.discretized import Discretized as Discretized
 from discretax.sequence_mixers.lru import LRUSequenceMixer as LRUSequenceMixer
 from discretax.sequence_mixers.mamba import MambaSequenceMixer as MambaSequenceMixer

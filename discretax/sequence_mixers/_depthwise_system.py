@@ -44,9 +44,9 @@ class DepthwiseSystem(eqx.Module):
         if low_rank is not None:
             U = jnp.stack([low_rank[0].real, low_rank[0].imag], axis=-3)
             W = jnp.stack([low_rank[1].real, -low_rank[1].imag], axis=-2)
-        self.transition = Transition(_planes(A_bar), U, W)
-        self.B_planes = _planes(B_bar)
-        self.C_planes = _planes(C.conj())
+        self.transition = Transition(planes(A_bar), U, W)
+        self.B_planes = planes(B_bar)
+        self.C_planes = planes(C.conj())
         self.D = D
         self.l_max = l_max
         self.route = route
@@ -56,22 +56,22 @@ class DepthwiseSystem(eqx.Module):
         """The diagonal; with a low-rank part, the dense matrices acting on the states followed by
         their conjugates, `(features, 2 state, 2 state)`."""
         A, U, W = self.transition
-        diagonal = _complex(A)
+        diagonal = unplanes(A)
         if U is None or W is None:
             return diagonal
         U = lax.complex(U[..., 0, :, :], U[..., 1, :, :])
-        W = _complex(W).conj()
+        W = unplanes(W).conj()
         mix = jnp.concatenate([U, U.conj()], -2) @ jnp.concatenate([W, W.conj()], -1) / 2
         diagonal = jnp.concatenate([diagonal, diagonal.conj()], -1)
         return mix + diagonal[..., None] * jnp.eye(diagonal.shape[-1], dtype=diagonal.dtype)
 
     @property
     def B_bar(self) -> Complex[Array, "*time features state"]:
-        return self._with_conjugates(_complex(self.B_planes))
+        return self._with_conjugates(unplanes(self.B_planes))
 
     @property
     def C(self) -> Complex[Array, "channels features state"]:
-        C = self._with_conjugates(_complex(self.C_planes).conj())
+        C = self._with_conjugates(unplanes(self.C_planes).conj())
         return C if self.transition.U is None else C / 2
 
     def __iter__(self) -> Iterator[Array]:
@@ -126,9 +126,9 @@ class DepthwiseSystem(eqx.Module):
         return jax.tree.map(lambda array: array.astype(dtype), (self, x, cache))
 
 
-def _planes(values):
+def planes(values: Complex[Array, "*lead state"]) -> Float[Array, "*lead 2 state"]:
     return jnp.stack([values.real, values.imag], axis=-2)
 
 
-def _complex(planes):
-    return lax.complex(planes[..., 0, :], planes[..., 1, :])
+def unplanes(values: Float[Array, "*lead 2 state"]) -> Complex[Array, "*lead state"]:
+    return lax.complex(values[..., 0, :], values[..., 1, :])
