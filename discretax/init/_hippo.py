@@ -8,7 +8,9 @@ Measure = Literal["legs", "legt", "fourier"]
 
 def hippo(
     measure: Measure, state_dim: int
-) -> tuple[Float[np.ndarray, "state state"], Float[np.ndarray, " state"], Float[np.ndarray, "r state"]]:
+) -> tuple[
+    Float[np.ndarray, "state state"], Float[np.ndarray, " state"], Float[np.ndarray, "r state"]
+]:
     r"""A HiPPO system $\dot h = A h + B x$ and the vectors $P$ that make $A + P^T P$ normal.
 
     | `measure` | $h$ keeps | rank |

@@ -53,8 +53,7 @@ def depthwise_ssm(
 
     with $T$ the Toeplitz matrix of the kernel $K_l = \mathrm{Re}(C A^l B)$, $O_j = C A^{j+1}$ and
     $I_j = A^{c-1-j} B$. That is the route `"chunks"`. `"fft"` convolves with the whole kernel.
-    `"scan"` walks sample by sample and is the only one that can follow a system that changes with
-    time or is reset.
+    `"scan"` walks sample by sample and can follow a system that changes with time or is reset.
 
     **Arguments:**
 
@@ -65,26 +64,16 @@ def depthwise_ssm(
     - `h0`: planes of the state before the first sample.
     - `length`: number of valid samples; `x` is zero after them.
     - `resets`: where True at `t`, the state before `t` is zero.
-    - `route`: None takes the scan where it must and chunks otherwise.
+    - `route`: for a system that stays the same over time, without resets; any other takes the scan.
+        None takes chunks.
 
     **Returns:**
 
     The output, and the planes of the state after the last valid sample.
-
-    **Raises:**
-
-    `ValueError` for a system that changes with time, or resets, on another route than the scan.
     """
     varying = transition.A.ndim == 4
-    if route is None:
-        route = "scan" if varying or resets is not None else "chunks"
-    if route == "scan":
+    if route == "scan" or varying or resets is not None:
         return _scan(transition, B, C, x, h0, length, resets)
-    if varying or resets is not None:
-        raise ValueError(
-            f"the route {route!r} needs a system that stays the same over time; timesteps and "
-            "resets take the 'scan' (leave `route` out)."
-        )
     if x.shape[0] == 0:
         return jnp.zeros((0, *C.shape[:2]), x.dtype), h0
     if route == "fft":

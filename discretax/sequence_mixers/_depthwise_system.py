@@ -103,7 +103,7 @@ class DepthwiseSystem(eqx.Module):
             route=self.route,
         )
         y = y + system.D * u[:, None]
-        return y.reshape(u.shape[0], -1).astype(x.dtype), h.astype(cache.dtype)
+        return y.reshape(u.shape[0], self.D.size).astype(x.dtype), h.astype(cache.dtype)
 
     def step(
         self, x: Sample, cache: Float[Array, "features 2 state"]

@@ -325,7 +325,7 @@ class CentaurusSystem(eqx.Module):
         if self.mode == "neck":
             return v @ self.C_out.T
         v = v * self.C_out
-        return v if self.mode == "dws" else v.reshape(v.shape[0], self._features(), -1).sum(-1)
+        return v if self.mode == "dws" else v.reshape(-1, self._features(), self._features()).sum(-1)
 
     def _accumulating(self, x, cache):
         dtype = accumulation_dtype(x, self.B_in)

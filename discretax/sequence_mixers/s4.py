@@ -149,9 +149,10 @@ class S4SequenceMixer(AbstractContinuousMixer[Float[Array, "features 2 state"]])
         R = 1 / (1 - dt * Lambda / 2)
         # With a step for each state, Delta multiplies the rows of A: it belongs to P, not to P^*.
         P_dt, RP_adjoint = dt[..., None] * P, R[..., None] * P.conj()
-        M = 2 * jnp.eye(P.shape[-1], dtype=R.real.dtype) + 2 * jnp.einsum(
-            "...fnr,...fns->...frs", RP_adjoint, P_dt
-        ).real
+        M = (
+            2 * jnp.eye(P.shape[-1], dtype=R.real.dtype)
+            + 2 * jnp.einsum("...fnr,...fns->...frs", RP_adjoint, P_dt).real
+        )
         U = -2 * R[..., None] * P_dt @ _inverse(M).astype(P.dtype)
         W = 2 * jnp.swapaxes(RP_adjoint, -1, -2)
         B_bar = R * dt * B

@@ -119,8 +119,12 @@ class S4DSequenceMixer(AbstractContinuousMixer[Float[Array, "features 2 state"]]
         size = 2 * state_dim if is_real else state_dim
         half = size // 2
         A_keys = jr.split(A_key, n_ssm)
-        systems = [s4.init_diagonal(init, size, k) for k in A_keys[: n_ssm if init == "rand" else 1]]
-        A, B = (np.broadcast_to(np.stack(part), (n_ssm, half)) for part in zip(*systems, strict=True))
+        systems = [
+            s4.init_diagonal(init, size, k) for k in A_keys[: n_ssm if init == "rand" else 1]
+        ]
+        A, B = (
+            np.broadcast_to(np.stack(part), (n_ssm, half)) for part in zip(*systems, strict=True)
+        )
         _, V = s4.diagonalised_hippo("legs", size) if init == "legs" else (None, None)
 
         self.A_real = s4.untransformed(A.real, real_transform)

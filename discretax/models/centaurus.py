@@ -1,0 +1,71 @@
+import functools as ft
+
+from jaxtyping import PRNGKeyArray
+
+from discretax import sequence_mixers
+from discretax.blocks import StandardBlock
+from discretax.blocks.standard import Norm
+from discretax.channel_mixers import GLU
+from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.ops import Route
+from discretax.sequence_mixers.centaurus import Discretization, Mode
+
+
+class Centaurus(AbstractBackbone):
+    """Blocks of Centaurus in one mode, and GLU (arXiv:2501.13230).
+
+    The paper's networks change the mode from stage to stage, as a convolutional network changes
+    its kind of convolution; build such a one from blocks.
+    """
+
+    blocks: tuple[StandardBlock, ...]
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        *,
+        hidden_dim: int,
+        num_blocks: int = 4,
+        mode: Mode = "neck",
+        state_dim: int | None = None,
+        sub_state_dim: int = 8,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        step_rescale: float = 1.0,
+        discretization: Discretization = "zoh",
+        route: Route = None,
+        drop_rate: float = 0.1,
+        prenorm: bool = True,
+        use_bias: bool = True,
+        norm: Norm = "batch",
+    ):
+        """**Arguments:**
+
+        - `key`: for the initialisation.
+        - `hidden_dim`: width of the residual stream.
+        - `num_blocks`: how many blocks to stack.
+        - `mode`, `state_dim`, `sub_state_dim`, `dt_min`, `dt_max`, `step_rescale`, `discretization`,
+            `route`: as in [`discretax.sequence_mixers.Centaurus`][].
+        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        - `use_bias`: in the GLU.
+        """
+        self.blocks = standard_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            num_blocks=num_blocks,
+            sequence_mixer=ft.partial(
+                sequence_mixers.Centaurus,
+                mode=mode,
+                state_dim=state_dim,
+                sub_state_dim=sub_state_dim,
+                dt_min=dt_min,
+                dt_max=dt_max,
+                step_rescale=step_rescale,
+                discretization=discretization,
+                route=route,
+            ),
+            channel_mixer=ft.partial(GLU, use_bias=use_bias),
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
+        )

@@ -1,0 +1,85 @@
+import functools as ft
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from discretax.blocks import StandardBlock
+from discretax.blocks.standard import Norm
+from discretax.channel_mixers import GLU
+from discretax.init import Measure
+from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.ops import Route
+from discretax.sequence_mixers import S4SequenceMixer
+from discretax.sequence_mixers._s4_parameters import StepTransform, Transform
+
+
+class S4(AbstractBackbone):
+    """Blocks of S4, exact GELU and GLU (arXiv:2111.00396)."""
+
+    blocks: tuple[StandardBlock, ...]
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        *,
+        hidden_dim: int,
+        num_blocks: int = 4,
+        state_dim: int = 64,
+        init: Measure = "legs",
+        rank: int = 1,
+        n_ssm: int | None = None,
+        channels: int = 1,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_tie: bool = True,
+        dt_transform: StepTransform = "exp",
+        real_transform: Transform = "exp",
+        imag_transform: Transform = "none",
+        deterministic: bool = False,
+        l_max: int | None = None,
+        step_rescale: float = 1.0,
+        route: Route = None,
+        drop_rate: float = 0.1,
+        prenorm: bool = True,
+        use_bias: bool = True,
+        norm: Norm = "batch",
+    ):
+        """**Arguments:**
+
+        - `key`: for the initialisation.
+        - `hidden_dim`: width of the residual stream.
+        - `num_blocks`: how many blocks to stack.
+        - `state_dim`, `init`, `rank`, `n_ssm`, `channels`, `dt_min`, `dt_max`, `dt_tie`,
+            `dt_transform`, `real_transform`, `imag_transform`, `deterministic`, `l_max`,
+            `step_rescale`, `route`: as in [`discretax.sequence_mixers.S4SequenceMixer`][].
+        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        - `use_bias`: in the GLU.
+        """
+        self.blocks = standard_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            num_blocks=num_blocks,
+            sequence_mixer=ft.partial(
+                S4SequenceMixer,
+                state_dim=state_dim,
+                init=init,
+                rank=rank,
+                n_ssm=n_ssm,
+                channels=channels,
+                dt_min=dt_min,
+                dt_max=dt_max,
+                dt_tie=dt_tie,
+                dt_transform=dt_transform,
+                real_transform=real_transform,
+                imag_transform=imag_transform,
+                deterministic=deterministic,
+                l_max=l_max,
+                step_rescale=step_rescale,
+                route=route,
+            ),
+            channel_mixer=ft.partial(GLU, use_bias=use_bias),
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
+            activation=ft.partial(jax.nn.gelu, approximate=False),
+        )
