@@ -32,11 +32,14 @@ from tqdm import tqdm
 import discretax
 from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
-from discretax.models import LRU, S5
+from discretax.models import LRU, S4, S4D, S5, Centaurus
 
 MODELS = {
     "lru": LRU,
     "s5": S5,
+    "s4d": S4D,
+    "s4": S4,
+    "centaurus": Centaurus,
 }
 
 
