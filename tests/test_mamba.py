@@ -10,6 +10,7 @@ from golden_file import FOLDER, Golden
 from helpers import normalise, numbers
 from test_golden import assert_close, value_and_gradients
 
+from discretax import Timeseries, inference_state, streaming_mode
 from discretax.init import inverse_softplus
 from discretax.models import Mamba
 from discretax.sequence_mixers import MambaSequenceMixer
@@ -229,3 +230,20 @@ def test_model_is_mixers_around_the_residual_stream():
         normed = normalise("rms", block.norm, expected)
         expected = expected + numbers(mixer(jnp.asarray(normed, x.dtype))[0])
     np.testing.assert_allclose(model(x, state)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_model_streams():
+    """Event by event and in chunks, a padded one among them, as over the whole."""
+    make = lambda: Mamba(jr.key(0), hidden_dim=4, num_blocks=2, state_dim=3, event=True)
+    model, state = eqx.nn.make_with_state(make)()
+    x, gaps = jr.normal(jr.key(1), (9, 4)), jr.exponential(jr.key(2), (9,))
+    expected = model(Timeseries(x, gaps), state)[0].values
+    live = streaming_mode(eqx.nn.inference_mode(model))
+    stream = inference_state(model, state)
+    padded = Timeseries(jnp.pad(x[:3], ((0, 2), (0, 0))), jnp.pad(gaps[:3], (0, 2)), length=3)
+    y, stream = live(padded, stream)
+    ys = [y.values[:3]]
+    for start, end in ((3, 4), (4, 9)):
+        y, stream = live(Timeseries(x[start:end], gaps[start:end]), stream)
+        ys.append(y.values)
+    np.testing.assert_allclose(jnp.concatenate(ys), expected, rtol=1e-5, atol=1e-5)

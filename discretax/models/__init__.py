@@ -1,5 +1,9 @@
 """Models: stacks of blocks, to be put between an encoder and a head by `eqx.nn.Sequential`."""
 
 from discretax.models._backbone import AbstractBackbone as AbstractBackbone, Backbone as Backbone
+from discretax.models.centaurus import Centaurus as Centaurus
 from discretax.models.lru import LRU as LRU
+from discretax.models.mamba import Mamba as Mamba
+from discretax.models.s4 import S4 as S4
+from discretax.models.s4d import S4D as S4D
 from discretax.models.s5 import S5 as S5

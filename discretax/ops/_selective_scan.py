@@ -127,17 +127,23 @@ def _step(
     inputs: tuple[Array, ...],
 ) -> tuple[Float[Array, "state features"], Float[Array, " features"]]:
     x, dt, dt_A, B, C, reset = inputs
-    dt_A = dt if dt_A is None else dt_A
+    over_states = ft.partial(_outer, jnp.ones(A.shape[0], A.dtype))
+    decay_step, input_step = over_states(dt if dt_A is None else dt_A), over_states(dt)
     if discretization == "mamba":
-        A_bar, gamma = dirac(A, dt_A)[0], dt
+        A_bar, drive = dirac(A, decay_step)[0], _outer(B, dt * x)
     elif discretization == "zoh":
-        A_bar, gamma = dirac(A, dt_A)[0], zoh(A, dt)[1]
+        A_bar, drive = dirac(A, decay_step)[0], zoh(A, input_step)[1] * _outer(B, x)
     elif discretization == "bilinear":
-        A_bar, gamma = bilinear(A, dt_A)[0], bilinear(A, dt)[1]
+        A_bar, drive = bilinear(A, decay_step)[0], bilinear(A, input_step)[1] * _outer(B, x)
     else:
-        A_bar, gamma = dirac(A, dt_A)
+        A_bar, drive = dirac(A, decay_step)[0], _outer(B, x)
     if reset is not None:
         h = jnp.where(reset, 0, h)
-    h = A_bar * h + gamma * x * B[:, None]
-    # A product with a matrix, and so are its derivatives; as a sum over h * C it is slower.
-    return h, C @ h
+    h = A_bar * h + drive
+    return h, jnp.dot(C, h, precision="highest")
+
+
+def _outer(a: Float[Array, " state"], b: Float[Array, " features"]):
+    # As a product of matrices, so that its derivatives are such products too. Those of a product
+    # with broadcasting would be sums, at which XLA on CPU calls its threads in every step.
+    return jnp.tensordot(a, b, axes=0, precision="highest")
