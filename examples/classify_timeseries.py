@@ -55,8 +55,8 @@ class Config:
 
 
 DEFAULTS = {
-    "JapaneseVowels": Config(64, 2, 64, 0.1, epochs=40, batch_size=30, learning_rate=5e-3),
-    "ACSF1": Config(32, 4, 32, 0.1, epochs=40, batch_size=10, learning_rate=5e-3),
+    "JapaneseVowels": Config(32, 2, 32, 0.1, epochs=40, batch_size=30, learning_rate=1e-2),
+    "ACSF1": Config(32, 2, 32, 0.1, epochs=100, batch_size=10, learning_rate=1e-2),
 }
 
 

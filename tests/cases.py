@@ -227,7 +227,9 @@ CASES = (
     ),
     Case(
         "S4DSequenceMixer",
-        lambda key: S4DSequenceMixer(FEATURES, key, state_dim=6, dt_min=0.1, dt_max=1.0),
+        lambda key: S4DSequenceMixer(
+            FEATURES, key, state_dim=6, dt_min=0.1, dt_max=1.0, route="chunks"
+        ),
         takes_timesteps=True,
         convolve=convolve_features,
         transition_size=diagonal_size,
@@ -260,7 +262,7 @@ CASES = (
         transition_size=spectral_norm,
         not_drawn=("A_real", "A_imag", "B", "P"),
     ),
-    centaurus("neck", state_dim=5),
+    centaurus("neck", state_dim=5, route="chunks"),
     centaurus("pointwise", state_dim=2),
     centaurus("dws", discretization="dirac"),
     centaurus("full", route="fft"),

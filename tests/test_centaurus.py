@@ -123,11 +123,12 @@ def test_discretization_is_honoured():
     """A constant input: zero-order hold is exact, and twice the rate changes nothing."""
     with jax.enable_x64(True):
         options = {"sub_state_dim": 3, "dt_min": 0.1, "dt_max": 0.5}
+        run = eqx.filter_jit(lambda mixer, x: mixer(x)[0])
         outputs = {}
         for name in ("zoh", "bilinear", "dirac", "euler"):
             slow = Centaurus(2, jr.key(0), discretization=name, **options)
             fast = Centaurus(2, jr.key(0), discretization=name, step_rescale=0.5, **options)
-            y_slow, y_fast = slow(jnp.ones((8, 2)))[0], fast(jnp.ones((16, 2)))[0][1::2]
+            y_slow, y_fast = run(slow, jnp.ones((8, 2))), run(fast, jnp.ones((16, 2)))[1::2]
             outputs[name] = y_slow
             error = np.abs(y_slow - y_fast).max() / np.abs(y_slow).max()
             assert (error < 1e-12) == (name == "zoh")

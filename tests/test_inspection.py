@@ -13,8 +13,11 @@ from discretax.models import LRU
 from discretax.sequence_mixers import (
     Bidirectional,
     BidirectionalS5,
+    Centaurus,
     Discretized,
     LRUSequenceMixer,
+    S4DSequenceMixer,
+    S4SequenceMixer,
     S5SequenceMixer,
 )
 
@@ -30,12 +33,19 @@ def s5(**options):
     return S5SequenceMixer(FEATURES, jr.key(1), **options)
 
 
+def s4(make, **options):
+    return make(FEATURES, jr.key(2), state_dim=4, dt_min=0.3, dt_max=1.0, **options)
+
+
 # All decay to nothing within `LENGTH`.
 MIXERS = {
     "LRU": lru,
     "S5": s5,
     "S5 without symmetry": lambda: s5(conj_sym=False, discretization="dirac"),
     "S5 resampled": lambda: resampled(s5(), 0.5),
+    "S4D, two channels": lambda: s4(S4DSequenceMixer, channels=2),
+    "S4": lambda: s4(S4SequenceMixer),
+    "Centaurus": lambda: Centaurus(FEATURES, jr.key(3), dt_min=0.3, dt_max=1.0),
     "discretized": lambda: Discretized(lru()),
 }
 every_mixer = pytest.mark.parametrize("make", MIXERS.values(), ids=MIXERS.keys())
@@ -64,7 +74,7 @@ def test_eigenvalues_of_s5(x64, rtol):
         assert_close(eigenvalues(mixer), np.exp(2 * dt * Lambda), rtol)
 
 
-@every_mixer
+@pytest.mark.parametrize("make", [lru, s5], ids=["LRU", "S5"])
 @precisions
 def test_impulse_response_is_the_sum_over_states(make, x64, rtol):
     with jax.enable_x64(x64):

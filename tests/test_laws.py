@@ -73,9 +73,7 @@ def whole(mixer, x, cache):
 
 
 VIEWS = {
-    "halves": ft.partial(in_chunks, cuts=(6,)),
-    "uneven": ft.partial(in_chunks, cuts=(1, 2, 9)),
-    "empty": ft.partial(in_chunks, cuts=(4, 4)),
+    "chunks": ft.partial(in_chunks, cuts=(1, 2, 2, 9)),  # of length one, empty and uneven
     "steps": in_steps,
 }
 
@@ -93,9 +91,16 @@ def value_and_gradients(view, mixer, x, cache):
 # Law 1
 
 
-@pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
 @pytest.mark.parametrize("view", VIEWS)
-@streaming_case
+@pytest.mark.parametrize(
+    ("case", "x64"),
+    [
+        pytest.param(case, x64, id=f"{case}-{'float64' if x64 else 'float32'}")
+        for case in CASES
+        for x64 in (True, False)
+        if case.streams and (x64 or not case.variant)  # one of each mixer in single precision
+    ],
+)
 def test_whole_is_chunks_is_steps(case, view, x64):
     with jax.enable_x64(x64):
         mixer, x = make(case)

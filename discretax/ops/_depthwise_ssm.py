@@ -2,6 +2,7 @@
 
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -65,13 +66,15 @@ def depthwise_ssm(
     - `length`: number of valid samples; `x` is zero after them.
     - `resets`: where True at `t`, the state before `t` is zero.
     - `route`: for a system that stays the same over time, without resets; any other takes the scan.
-        None takes chunks.
+        None takes chunks beyond 16 samples.
 
     **Returns:**
 
     The output, and the planes of the state after the last valid sample.
     """
     varying = transition.A.ndim == 4
+    if route is None:
+        route = "scan" if x.shape[0] <= 16 else "chunks"
     if route == "scan" or varying or resets is not None:
         return _scan(transition, B, C, x, h0, length, resets)
     if x.shape[0] == 0:
@@ -128,7 +131,7 @@ def depthwise_kernel(
     every state and lag.
     """
     size = 1 << ((length - 1).bit_length() + 1) // 2
-    count = -(-length // size)
+    count = 1 << (-(-length // size) - 1).bit_length()
     ahead, power = _krylov(_Power.of(transition), _flat(B), size)
     back, _ = _krylov(power.transpose(), _flat(C), count)
     kernel = jnp.einsum("icfs,jfs->fcij", back, ahead)
@@ -165,18 +168,24 @@ class _Power(NamedTuple):
         return _Power(None, self.dense.swapaxes(-1, -2))
 
     def square(self) -> "_Power":
-        if self.planes is not None:
-            return _Power(times(self.planes, self.planes), None)
         return _Power(None, self.dense @ self.dense)
 
 
 def _krylov(power: _Power, v: Array, count: int) -> tuple[Array, _Power]:
-    """v, A v, ..., A^(count - 1) v by doubling, and A^count if `count` is a power of two."""
+    """v, A v, ..., A^(count - 1) v, and A^count, for a `count` that is a power of two."""
+    if power.planes is not None:  # one by one: products unrolled would take XLA long to compile
+
+        def multiply(carry, _):
+            return jax.tree.map(power, carry), carry[0]
+
+        one = _flat(jnp.zeros_like(power.planes).at[:, 0].set(1))
+        (_, last), vectors = lax.scan(multiply, (v, one), length=count)
+        return vectors, _Power(last.reshape(power.planes.shape), None)
     vectors = v[None]
     while vectors.shape[0] < count:
         vectors = jnp.concatenate([vectors, power(vectors)])
         power = power.square()
-    return vectors[:count], power
+    return vectors, power
 
 
 class _Chunk(NamedTuple):

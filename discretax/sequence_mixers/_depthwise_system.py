@@ -116,6 +116,26 @@ class DepthwiseSystem(eqx.Module):
     def kernel(self, length: int) -> Float[Array, "time channels features"]:
         return depthwise_kernel(self.transition, self.B_planes, self.C_planes, length)
 
+    def eigenvalues(self) -> Complex[Array, "features eigenvalue"]:
+        r"""Of the transition: $\bar A$ itself, or what its dense form has."""
+        return self.A_bar if self.transition.U is None else jnp.linalg.eigvals(self.A_bar)
+
+    def transfer(self, z: Complex[Array, "*shape"]) -> Complex[Array, "*shape out features"]:
+        r"""$H(z) = \sum_l K_l z^{-l}$ of the impulse response $K$, in closed form."""
+        A_bar, B_bar, C = self
+        z = z.astype(A_bar.dtype)[..., None, None]
+
+        def series(z):
+            if self.transition.U is None:
+                return jnp.einsum("cfn,...fn,fn->...cf", C, 1 / (1 - A_bar / z), B_bar)
+            eye = jnp.eye(A_bar.shape[-1], dtype=A_bar.dtype)
+            states = jnp.linalg.solve(eye - A_bar / z[..., None], B_bar[..., None])[..., 0]
+            return jnp.einsum("cfn,...fn->...cf", C, states)
+
+        response = (series(z) + series(z.conj()).conj()) / 2 + self.D.astype(A_bar.dtype)
+        matrix = response[..., None] * jnp.eye(A_bar.shape[0], dtype=A_bar.dtype)
+        return matrix.reshape(*matrix.shape[:-3], -1, matrix.shape[-1])
+
     def _with_conjugates(self, vectors):
         if self.transition.U is None:
             return vectors

@@ -113,17 +113,24 @@ class DiagonalSystem(eqx.Module):
         return self.A_bar
 
     def transfer(self, z: Complex[Array, "*shape"]) -> Complex[Array, "*shape out features"]:
-        r"""$H(z) = \sum_l K_l z^{-l}$ of the impulse response $K$, in closed form.
-
-        $K_l = \mathrm{Re}(C \bar A^l \bar B)$ is half of a complex series plus its conjugate, hence
-        $H(z) = (G(z) + \overline{G(\overline z)}) / 2 + D$ with $G(z) = C (1 - \bar A / z)^{-1} \bar B$.
-        """
-        A_bar, B_bar, C = self
-        z = z.astype(A_bar.dtype)[..., None, None]
-        series = lambda z: (C / (1 - A_bar / z)) @ B_bar
-        D = jnp.diag(self.D).astype(A_bar.dtype)
-        return (series(z) + series(z.conj()).conj()) / 2 + D
+        r"""$H(z) = \sum_l K_l z^{-l}$ of the impulse response $K$, in closed form."""
+        return transfer(*self, z) + jnp.diag(self.D).astype(self.A_bar.dtype)
 
     def _accumulating(self, x, cache):
         dtype = accumulation_dtype(x, self.D)
         return jax.tree.map(lambda array: array.astype(dtype), (self, x, cache))
+
+
+def transfer(
+    A_bar: Complex[Array, " state"],
+    B_bar: Complex[Array, "state features"],
+    C: Complex[Array, "out state"],
+    z: Complex[Array, "*shape"],
+) -> Complex[Array, "*shape out features"]:
+    r"""$\sum_l \mathrm{Re}(C \bar A^l \bar B) z^{-l}$: half of a complex series plus its conjugate.
+
+    $(G(z) + \overline{G(\overline z)}) / 2$ with $G(z) = C (1 - \bar A / z)^{-1} \bar B$.
+    """
+    z = z.astype(A_bar.dtype)[..., None, None]
+    series = lambda z: (C / (1 - A_bar / z)) @ B_bar
+    return (series(z) + series(z.conj()).conj()) / 2

@@ -25,7 +25,7 @@ from discretax.ops import (
 )
 from discretax.ops._depthwise_ssm import carried_state
 from discretax.sequence_mixers._depthwise_system import planes, unplanes
-from discretax.sequence_mixers._diagonal_system import DiagonalSystem
+from discretax.sequence_mixers._diagonal_system import DiagonalSystem, transfer
 from discretax.sequence_mixers.base import AbstractContinuousMixer, zero_cache
 
 Mode = Literal["neck", "pointwise", "pw", "s5", "dws", "full"]
@@ -289,6 +289,14 @@ class CentaurusSystem(eqx.Module):
         transition = Transition(self.A_planes)
         return depthwise_kernel(transition, self.gamma_planes, self.E_planes, length)[:, 0]
 
+    def eigenvalues(self) -> Complex[Array, " state"]:
+        r"""Of the transition: $\bar A$ itself."""
+        return self.A_bar
+
+    def transfer(self, z: Complex[Array, "*shape"]) -> Complex[Array, "*shape out features"]:
+        r"""$H(z) = \sum_l K_l z^{-l}$ of the impulse response $K$, in closed form."""
+        return transfer(*self, z)
+
     def _convolve(self, u, h0, length):
         kernel = self.kernel(u.shape[0])
         free, h = carried_state(
@@ -325,7 +333,9 @@ class CentaurusSystem(eqx.Module):
         if self.mode == "neck":
             return v @ self.C_out.T
         v = v * self.C_out
-        return v if self.mode == "dws" else v.reshape(-1, self._features(), self._features()).sum(-1)
+        return (
+            v if self.mode == "dws" else v.reshape(-1, self._features(), self._features()).sum(-1)
+        )
 
     def _accumulating(self, x, cache):
         dtype = accumulation_dtype(x, self.B_in)
