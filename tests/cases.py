@@ -47,6 +47,8 @@ class Case:
     # |A_bar| as promised by the paper to stay at most one.
     transition_size: Callable[[AbstractSequenceMixer], Array] | None = None
 
+    # A transform over all of time: what comes later moves the past by rounding.
+    rounds_the_past: bool = False
     # Fields that start at the same numbers for every key.
     not_drawn: tuple[str, ...] = ()
     variant: str = ""
@@ -147,6 +149,7 @@ def centaurus(mode: str, **options) -> Case:
         gap_is_zero_input=options.get("discretization") == "dirac",
         convolve=convolve_states if pointwise else convolve_channels,
         transition_size=diagonal_size,
+        rounds_the_past=options.get("route") == "fft",
         not_drawn=fixed,
         variant=mode,
     )
@@ -251,6 +254,7 @@ CASES = (
         gap_is_zero_input=True,
         convolve=convolve_features,
         transition_size=diagonal_size,
+        rounds_the_past=True,
         not_drawn=("A_real", "B"),
         variant="fft",
     ),
