@@ -22,6 +22,7 @@ from discretax.sequence_mixers import (
     BidirectionalS5,
     Centaurus,
     Discretized,
+    GatedSequenceMixer,
     LRUSequenceMixer,
     MambaSequenceMixer,
     S4DSequenceMixer,
@@ -270,6 +271,12 @@ CASES = (
     centaurus("pointwise", state_dim=2),
     centaurus("dws", discretization="dirac"),
     centaurus("full", route="fft"),
+    Case(
+        "GatedSequenceMixer",
+        lambda key: GatedSequenceMixer(FEATURES, key, sequence_mixer=Decay, bottleneck=2, gate=1),
+        takes_timesteps=True,
+        transition_size=lambda mixer: diagonal_size(mixer.sequence_mixer),
+    ),
     Case("Bidirectional", bidirectional, streams=False, takes_timesteps=True),
     Case(
         "Decay",

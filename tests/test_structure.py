@@ -35,7 +35,7 @@ MAY_SEE = {
     "optim": (*_COMMON, "sequence_mixers"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
-WRAPPERS = {"bidirectional.py", "discretized.py"}
+WRAPPERS = {"bidirectional.py", "discretized.py", "gated.py"}
 
 
 def imports(path: pathlib.Path) -> list[str]:

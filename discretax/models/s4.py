@@ -1,6 +1,5 @@
 import functools as ft
 
-import jax
 from jaxtyping import PRNGKeyArray
 
 from discretax.blocks import StandardBlock
@@ -8,6 +7,7 @@ from discretax.blocks.standard import Norm
 from discretax.channel_mixers import GLU
 from discretax.init import Measure
 from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.models._gated import gated
 from discretax.ops import Route
 from discretax.sequence_mixers import S4SequenceMixer
 from discretax.sequence_mixers._s4_parameters import StepTransform, Transform
@@ -39,6 +39,8 @@ class S4(AbstractBackbone):
         l_max: int | None = None,
         step_rescale: float = 1.0,
         route: Route = None,
+        bottleneck: int | None = None,
+        gate: int | None = None,
         drop_rate: float = 0.1,
         prenorm: bool = True,
         use_bias: bool = True,
@@ -52,14 +54,13 @@ class S4(AbstractBackbone):
         - `state_dim`, `init`, `rank`, `n_ssm`, `channels`, `dt_min`, `dt_max`, `dt_tie`,
             `dt_transform`, `real_transform`, `imag_transform`, `deterministic`, `l_max`,
             `step_rescale`, `route`: as in [`discretax.sequence_mixers.S4SequenceMixer`][].
+        - `bottleneck`, `gate`: as in [`discretax.sequence_mixers.GatedSequenceMixer`][]; without
+            both, the mixer stands alone.
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
         - `use_bias`: in the GLU.
         """
-        self.blocks = standard_blocks(
-            key,
-            hidden_dim=hidden_dim,
-            num_blocks=num_blocks,
-            sequence_mixer=ft.partial(
+        sequence_mixer, activation = gated(
+            ft.partial(
                 S4SequenceMixer,
                 state_dim=state_dim,
                 init=init,
@@ -77,9 +78,17 @@ class S4(AbstractBackbone):
                 step_rescale=step_rescale,
                 route=route,
             ),
+            bottleneck,
+            gate,
+        )
+        self.blocks = standard_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            num_blocks=num_blocks,
+            sequence_mixer=sequence_mixer,
             channel_mixer=ft.partial(GLU, use_bias=use_bias),
             drop_rate=drop_rate,
             prenorm=prenorm,
             norm=norm,
-            activation=ft.partial(jax.nn.gelu, approximate=False),
+            activation=activation,
         )

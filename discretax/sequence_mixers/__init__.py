@@ -14,6 +14,7 @@ from discretax.sequence_mixers.centaurus import (
     CentaurusPWNeck as CentaurusPWNeck,
 )
 from discretax.sequence_mixers.discretized import Discretized as Discretized
+from discretax.sequence_mixers.gated import GatedSequenceMixer as GatedSequenceMixer
 from discretax.sequence_mixers.lru import LRUSequenceMixer as LRUSequenceMixer
 from discretax.sequence_mixers.mamba import MambaSequenceMixer as MambaSequenceMixer
 from discretax.sequence_mixers.s4 import S4SequenceMixer as S4SequenceMixer

@@ -1,0 +1,177 @@
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from discretax._features import check_samples, check_size, linear
+from discretax._timeseries import check_length, zero_padding
+from discretax._types import Length, Resets, Sample, Timesteps, Values
+from discretax.sequence_mixers.base import AbstractSequenceMixer, check_step
+
+
+def exact_gelu(x: Array) -> Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+class GatedSequenceMixer(AbstractSequenceMixer[Any]):
+    r"""A mixer in a narrower space, a gate beside it, or both: the block options of S4 and GSS.
+
+    $$y = W_y\, \phi(\mathrm{mixer}(W_u x + b_u)) + b_y, \qquad v = \psi(W_v x + b_v), \qquad
+    \text{output } y \odot v$$
+
+    with $\phi$ the `activation` and $\psi$ the `gate_activation`. Without `bottleneck` the mixer
+    sees $x$ itself; without `gate` there is neither $v$ nor $W_y$. Where the mixer's output is as
+    wide as the gate, $W_y$ is left out too, as in the original code.
+
+    All maps but the mixer's own are of one sample at a time: cache, timesteps, length and resets
+    are the mixer's, and this one streams if that one does. In a [`discretax.blocks.StandardBlock`][]
+    give `activation=lambda x: x` to the block, whose activation comes after the product
+    (`mult_act` of the original), and a channel mixer such as `GLU` leads back to the block's width.
+
+    In the original code's latest version these options stop with an error: the widths of a
+    bottleneck's maps do not fit, and a gate asks for the inner layer before it is made. The order
+    of operations is the one written there, the widths are those of the paper.
+
+    ??? cite
+
+        Mehta, Gupta, Cutkosky and Neyshabur, Long Range Language Modeling via Gated State Spaces,
+        ICLR 2023 (arXiv:2206.13947).
+    """
+
+    sequence_mixer: AbstractSequenceMixer
+    input_linear: eqx.nn.Linear | None
+    input_gate: eqx.nn.Linear | None
+    output_gate: eqx.nn.Linear | None
+    in_features: int = eqx.field(static=True)
+    activation: Callable[[Array], Array] | None = eqx.field(static=True)
+    gate_activation: Callable[[Array], Array] | None = eqx.field(static=True)
+
+    recurrent_parameters: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        in_features: int,
+        key: PRNGKeyArray,
+        *,
+        sequence_mixer: AbstractSequenceMixer | Callable[..., AbstractSequenceMixer],
+        bottleneck: int | None = None,
+        gate: int | None = None,
+        activation: Callable[[Array], Array] | None = exact_gelu,
+        gate_activation: Callable[[Array], Array] | None = None,
+    ):
+        """**Arguments:**
+
+        - `in_features`: width of the input.
+        - `key`: for the initialisation.
+        - `sequence_mixer`: a mixer of width `in_features // bottleneck`, or a function
+            `(in_features, *, key)` that makes one: `functools.partial(S4SequenceMixer, state_dim=8)`.
+        - `bottleneck`: how many times narrower than the input the mixer is; None for no map to it.
+        - `gate`: how many times wider than the input gate and output are; None for no gate.
+        - `activation`: what the mixer's output goes through, exact GELU unless given; None for none.
+        - `gate_activation`: what the gate goes through; None for none.
+
+        **Raises:**
+
+        `ValueError` if neither `bottleneck` nor `gate` is given, if one of them is below 1,
+        if `bottleneck` does not divide `in_features`, or for a mixer of another width;
+        `TypeError` for an activation that is no function.
+        """
+        check_size("in_features", in_features)
+        if bottleneck is None and gate is None:
+            raise ValueError(
+                "`GatedSequenceMixer` takes `bottleneck`, `gate` or both; got neither. Use the "
+                "sequence mixer itself."
+            )
+        for name, size in (("bottleneck", bottleneck), ("gate", gate)):
+            if size is not None:
+                check_size(name, size)
+        for name, function in (("activation", activation), ("gate_activation", gate_activation)):
+            if function is not None and not callable(function):
+                raise TypeError(
+                    f"`{name}` must be None or a function of an array, such as `jax.nn.silu`; got "
+                    f"{function!r}."
+                )
+        width, remainder = divmod(in_features, bottleneck or 1)
+        if remainder:
+            raise ValueError(
+                f"`bottleneck` must divide in_features={in_features}; got {bottleneck}."
+            )
+        mixer_key, input_key, gate_key, output_key = jr.split(key, 4)
+        if not isinstance(sequence_mixer, AbstractSequenceMixer):
+            sequence_mixer = sequence_mixer(width, key=mixer_key)
+        if sequence_mixer.in_features != width:
+            raise ValueError(
+                f"`sequence_mixer` must be of width in_features // bottleneck = {width}; got "
+                f"{type(sequence_mixer).__name__} of width {sequence_mixer.in_features}."
+            )
+        self.sequence_mixer = sequence_mixer
+        self.input_linear = self.input_gate = self.output_gate = None
+        if bottleneck is not None:
+            self.input_linear = eqx.nn.Linear(in_features, width, key=input_key)
+        if gate is not None:
+            gated = gate * in_features
+            sample = jax.ShapeDtypeStruct((1, width), jnp.result_type(float))
+            mix = lambda x: sequence_mixer(x, key=mixer_key)[0]
+            mixed = eqx.filter_eval_shape(mix, sample).shape[-1]
+            self.input_gate = eqx.nn.Linear(in_features, gated, key=gate_key)
+            if mixed != gated:
+                self.output_gate = eqx.nn.Linear(mixed, gated, key=output_key)
+        self.in_features = in_features
+        self.activation = activation
+        self.gate_activation = gate_activation
+
+    def allocate_inference_cache(
+        self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
+    ) -> Any:
+        return self.sequence_mixer.allocate_inference_cache(batch_size, max_seqlen, dtype)
+
+    def __call__(
+        self,
+        x: Values,
+        cache: Any = None,
+        *,
+        integration_timesteps: Timesteps | None = None,
+        length: Length | None = None,
+        resets: Resets | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Values, Any]:
+        check_samples(self, x, self.in_features)
+        check_length(length, x.shape[0])
+        x = zero_padding(x, length)
+        y, cache = self.sequence_mixer(
+            self._narrowed(x),
+            cache,
+            integration_timesteps=integration_timesteps,
+            length=length,
+            resets=resets,
+            key=key,
+        )
+        return self._gated(y, x), cache
+
+    def step(
+        self, x: Sample, cache: Any, *, integration_timestep: Any | None = None
+    ) -> tuple[Sample, Any]:
+        check_step(self, x, cache, self.allocate_inference_cache())
+        y, cache = self.sequence_mixer.step(
+            self._narrowed(x), cache, integration_timestep=integration_timestep
+        )
+        return self._gated(y, x), cache
+
+    def _narrowed(self, x: Float[Array, "... features"]) -> Float[Array, "... inner"]:
+        return x if self.input_linear is None else linear(self.input_linear, x)
+
+    def _gated(
+        self, y: Float[Array, "... mixed"], x: Float[Array, "... features"]
+    ) -> Float[Array, "... out"]:
+        if self.activation is not None:
+            y = self.activation(y)
+        if self.input_gate is None:
+            return y
+        if self.output_gate is not None:
+            y = linear(self.output_gate, y)
+        v = linear(self.input_gate, x)
+        return y * (v if self.gate_activation is None else self.gate_activation(v))
