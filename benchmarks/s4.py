@@ -14,7 +14,6 @@ gradients once through memory at the machine's measured copy rate.
 import argparse
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 from common import compare, header
@@ -74,7 +73,7 @@ def main() -> None:
     repeats = parser.parse_args().repeats
     rates = header(repeats, "time | features | state | batch | mixer")
     for length, batch in ((1024, 1), (1024, 8), (4096, 1), (16384, 1)):
-        mixer = S4DSequenceMixer(256, jr.key(0), state_dim=64, init="legs")
+        mixer = S4DSequenceMixer(256, jr.key(0), state_dim=64)
         x = jr.normal(jr.key(1), (batch, length, 256))
         compare(
             f"{length} | 256 | 64 | {batch} | S4D",

@@ -63,7 +63,9 @@ def projected_convolution(
     **Raises:** `ValueError` for an unknown order.
     """
     check_name("order", order, Order)
-    order = order or _cheapest_order(x.shape[0], kernel.shape[0], *B.shape, C.shape[0])
+    channels, features = B.shape
+    if order is None:
+        order = _cheapest_order(x.shape[0], kernel.shape[0], channels, features, C.shape[0])
     if order == "merge":
         return matrix_convolution(jnp.einsum("on,ln,ni->loi", C, kernel, B), x)
     if order == "project":
@@ -91,11 +93,11 @@ def _complex_times_real(values, matrix):
     return lax.complex(values.real @ matrix, values.imag @ matrix)
 
 
-def _cheapest_order(time: int, lags: int, channels: int, features: int, out: int) -> str:
+def _cheapest_order(time: int, lags: int, channels: int, features: int, out: int) -> Order:
     size = fft_size(time + lags - 1)
     transform = 2.5 * size * max(size.bit_length() - 1, 1)  # of one real signal
     projections = 2 * channels * (features + out)
-    costs = {
+    costs: dict[Order, float] = {
         "project": time * projections + (3 * transform + 3 * size) * channels,
         "transform": size * projections
         + (transform + 3 * size) * channels

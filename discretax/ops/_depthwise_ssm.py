@@ -132,60 +132,66 @@ def depthwise_kernel(
     """
     size = 1 << ((length - 1).bit_length() + 1) // 2
     count = 1 << (-(-length // size) - 1).bit_length()
-    ahead, power = _krylov(_Power.of(transition), _flat(B), size)
-    back, _ = _krylov(power.transpose(), _flat(C), count)
+    ahead, power = _power(transition).krylov(_flat(B), size)
+    back, _ = power.transpose().krylov(_flat(C), count)
     kernel = jnp.einsum("icfs,jfs->fcij", back, ahead)
     return jnp.moveaxis(kernel.reshape(*kernel.shape[:2], -1)[..., :length], -1, 0).swapaxes(1, 2)
 
 
-class _Power(NamedTuple):
-    """A power of the transition as a real map of flat states: planes if diagonal, else dense."""
+class _Diagonal(NamedTuple):
+    """A power of a diagonal transition, as a map of flat states."""
 
-    planes: Array | None
-    dense: Array | None
+    planes: Float[Array, "features 2 state"]
 
-    @classmethod
-    def of(cls, transition: Transition) -> "_Power":
-        A, U, W = transition
-        if U is None or W is None:
-            return cls(A, None)
-        state_dim = A.shape[-1]
-        eye = jnp.eye(2 * state_dim, dtype=A.dtype).reshape(-1, 1, 2, state_dim)
-        columns = _flat(times(A, eye))  # (column, features, row)
-        low_rank = jnp.einsum("fsr,frt->fst", _flat_columns(U), _flat(W))
-        return cls(None, jnp.moveaxis(columns, 0, -1) + low_rank)
+    def __call__(self, v: Float[Array, "*lead flat"]) -> Float[Array, "*lead flat"]:
+        return _flat(times(self.planes, v.reshape(*v.shape[:-1], 2, -1)))
 
-    def __call__(
-        self, v: Float[Array, "*lead features flat"]
-    ) -> Float[Array, "*lead features flat"]:
-        if self.planes is not None:
-            return _flat(times(self.planes, v.reshape(*v.shape[:-1], 2, -1)))
-        return jnp.einsum("fst,...ft->...fs", self.dense, v)
+    def transpose(self) -> "_Diagonal":  # of a complex number as a real 2x2 matrix
+        return _Diagonal(conjugate(self.planes))
 
-    def transpose(self) -> "_Power":
-        if self.planes is not None:  # a complex number as a real 2x2 matrix
-            return _Power(conjugate(self.planes), None)
-        return _Power(None, self.dense.swapaxes(-1, -2))
+    def krylov(self, v: Array, count: int) -> "tuple[Array, _Diagonal]":
+        """v, A v, ..., A^(count - 1) v, and A^count.
 
-    def square(self) -> "_Power":
-        return _Power(None, self.dense @ self.dense)
-
-
-def _krylov(power: _Power, v: Array, count: int) -> tuple[Array, _Power]:
-    """v, A v, ..., A^(count - 1) v, and A^count, for a `count` that is a power of two."""
-    if power.planes is not None:  # one by one: products unrolled would take XLA long to compile
+        One by one: products unrolled would take XLA long to compile.
+        """
 
         def multiply(carry, _):
-            return jax.tree.map(power, carry), carry[0]
+            return jax.tree.map(self, carry), carry[0]
 
-        one = _flat(jnp.zeros_like(power.planes).at[:, 0].set(1))
+        one = _flat(jnp.zeros_like(self.planes).at[:, 0].set(1))
         (_, last), vectors = lax.scan(multiply, (v, one), length=count)
-        return vectors, _Power(last.reshape(power.planes.shape), None)
-    vectors = v[None]
-    while vectors.shape[0] < count:
-        vectors = jnp.concatenate([vectors, power(vectors)])
-        power = power.square()
-    return vectors, power
+        return vectors, _Diagonal(last.reshape(self.planes.shape))
+
+
+class _Dense(NamedTuple):
+    """A power of a transition with a low-rank part, as a real matrix of flat states."""
+
+    matrix: Float[Array, "features flat flat"]
+
+    def __call__(self, v: Float[Array, "*lead flat"]) -> Float[Array, "*lead flat"]:
+        return jnp.einsum("fst,...ft->...fs", self.matrix, v)
+
+    def transpose(self) -> "_Dense":
+        return _Dense(self.matrix.swapaxes(-1, -2))
+
+    def krylov(self, v: Array, count: int) -> "tuple[Array, _Dense]":
+        """v, A v, ..., A^(count - 1) v by doubling, and A^count; `count` is a power of two."""
+        vectors, power = v[None], self
+        while vectors.shape[0] < count:
+            vectors = jnp.concatenate([vectors, power(vectors)])
+            power = _Dense(power.matrix @ power.matrix)
+        return vectors, power
+
+
+def _power(transition: Transition) -> _Diagonal | _Dense:
+    A, U, W = transition
+    if U is None or W is None:
+        return _Diagonal(A)
+    state_dim = A.shape[-1]
+    eye = jnp.eye(2 * state_dim, dtype=A.dtype).reshape(-1, 1, 2, state_dim)
+    columns = _flat(times(A, eye))  # (column, features, row)
+    U = U.reshape(U.shape[0], -1, U.shape[-1])
+    return _Dense(jnp.moveaxis(columns, 0, -1) + jnp.einsum("fsr,frt->fst", U, _flat(W)))
 
 
 class _Chunk(NamedTuple):
@@ -194,13 +200,13 @@ class _Chunk(NamedTuple):
     toeplitz: Float[Array, "features chunk channels*chunk"]
     from_input: Float[Array, "features chunk flat"]
     to_output: Float[Array, "features flat channels*chunk"]
-    power: _Power
+    power: _Diagonal | _Dense
 
     @classmethod
     def of(cls, transition: Transition, B: Array, C: Array, size: int) -> "_Chunk":
-        one = _Power.of(transition)
-        ahead, power = _krylov(one, _flat(B), size)  # A^j B
-        back, _ = _krylov(one.transpose(), one.transpose()(_flat(C)), size)  # C A^(j + 1)
+        one = _power(transition)
+        ahead, power = one.krylov(_flat(B), size)  # A^j B
+        back, _ = one.transpose().krylov(one.transpose()(_flat(C)), size)  # C A^(j + 1)
         kernel = jnp.einsum("cfs,jfs->fcj", _flat(C), ahead)
         lag = jnp.arange(size)[None] - jnp.arange(size)[:, None]
         toeplitz = jnp.where(lag >= 0, kernel[:, :, jnp.maximum(lag, 0)], 0)
@@ -226,7 +232,7 @@ def _in_chunks(matrices: _Chunk, transition, B, x, h0, left):
     return _join(y, x.shape[0], matrices), h
 
 
-def _boundary_states(power: _Power, inputs: Float[Array, "features chunks flat"], h0):
+def _boundary_states(power: _Diagonal | _Dense, inputs: Float[Array, "features chunks flat"], h0):
     """The states before each chunk, (chunks, features, flat), and the one after the last."""
 
     def move(h, v):
@@ -290,12 +296,6 @@ def _step_by_step(system, drive, h0, resets, varying):
 
 def _flat(planes: Float[Array, "*lead 2 state"]) -> Float[Array, "*lead flat"]:
     return planes.reshape(*planes.shape[:-2], -1)
-
-
-def _flat_columns(
-    planes: Float[Array, "features 2 state rank"],
-) -> Float[Array, "features flat rank"]:
-    return planes.reshape(planes.shape[0], -1, planes.shape[-1])
 
 
 def _split(

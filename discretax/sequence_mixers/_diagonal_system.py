@@ -114,7 +114,8 @@ class DiagonalSystem(eqx.Module):
 
     def transfer(self, z: Complex[Array, "*shape"]) -> Complex[Array, "*shape out features"]:
         r"""$H(z) = \sum_l K_l z^{-l}$ of the impulse response $K$, in closed form."""
-        return transfer(*self, z) + jnp.diag(self.D).astype(self.A_bar.dtype)
+        A_bar, B_bar, C = self
+        return transfer(A_bar, B_bar, C, z) + jnp.diag(self.D).astype(C.dtype)
 
     def _accumulating(self, x, cache):
         dtype = accumulation_dtype(x, self.D)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
 from discretax._features import check_name, check_size
 from discretax._types import Timesteps
-from discretax.init import diagonalised_hippo, hippo, log_uniform_step
+from discretax.init import Measure, diagonalised_hippo, hippo, log_uniform_step
 
 Transform = Literal["none", "exp", "relu", "sigmoid", "softplus"]
 StepTransform = Literal["exp", "softplus"]
@@ -128,7 +128,7 @@ def init_diagonal(
 
 
 def init_dplr(
-    measure: str, state_dim: int, rank: int
+    measure: Measure, state_dim: int, rank: int
 ) -> tuple[
     Complex[np.ndarray, " half"], Complex[np.ndarray, " half"], Complex[np.ndarray, "rank half"]
 ]:
@@ -148,7 +148,9 @@ def init_dplr(
 
 def pairs(values: np.ndarray | Array) -> Float[Array, "*shape 2"]:
     """A complex array as real and imaginary part along a last axis."""
-    return jnp.stack([jnp.asarray(values.real, float), jnp.asarray(values.imag, float)], axis=-1)
+    return jnp.stack(
+        [jnp.asarray(part, float) for part in (jnp.real(values), jnp.imag(values))], axis=-1
+    )
 
 
 def joined(values: Float[Array, "*shape 2"]) -> Complex[Array, "*shape"]:

@@ -204,7 +204,9 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
         pointwise mode $\bar A^l$, complex, `(length, states)`."""
         check_size("length", length)
         system = self.discretize()
-        return system.powers(length) if self.mode == "pointwise" else system.kernel(length)
+        if isinstance(system, DiagonalSystem):
+            return system.powers(length)
+        return system.kernel(length)
 
 
 class CentaurusSystem(eqx.Module):
@@ -295,7 +297,8 @@ class CentaurusSystem(eqx.Module):
 
     def transfer(self, z: Complex[Array, "*shape"]) -> Complex[Array, "*shape out features"]:
         r"""$H(z) = \sum_l K_l z^{-l}$ of the impulse response $K$, in closed form."""
-        return transfer(*self, z)
+        A_bar, B_bar, C = self
+        return transfer(A_bar, B_bar, C, z)
 
     def _convolve(self, u, h0, length):
         kernel = self.kernel(u.shape[0])

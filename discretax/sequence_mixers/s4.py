@@ -7,11 +7,11 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+import discretax.sequence_mixers._s4_parameters as s4
 from discretax._features import check_name, check_size
 from discretax._types import Timesteps
 from discretax.init import Measure, diagonalised_hippo
 from discretax.ops import Route
-from discretax.sequence_mixers import _s4_parameters as s4
 from discretax.sequence_mixers._depthwise_system import DepthwiseSystem
 from discretax.sequence_mixers.base import AbstractContinuousMixer, zero_cache
 
@@ -121,8 +121,12 @@ class S4SequenceMixer(AbstractContinuousMixer[Float[Array, "features 2 state"]])
         Lambda, B, P = s4.init_dplr(init, state_dim, rank)
         _, V = diagonalised_hippo(init, state_dim)
 
-        self.A_real = s4.untransformed(np.broadcast_to(Lambda.real, (n_ssm, half)), real_transform)
-        self.A_imag = s4.untransformed(np.broadcast_to(Lambda.imag, (n_ssm, half)), imag_transform)
+        self.A_real = s4.untransformed(
+            np.broadcast_to(np.real(Lambda), (n_ssm, half)), real_transform
+        )
+        self.A_imag = s4.untransformed(
+            np.broadcast_to(np.imag(Lambda), (n_ssm, half)), imag_transform
+        )
         self.B = s4.pairs(np.broadcast_to(B, (n_ssm, half)))
         self.P = s4.pairs(np.broadcast_to(P[:, None], (rank, n_ssm, half)))
         self.C = s4.init_readout(C_key, (channels, in_features, half), deterministic, V)

@@ -5,10 +5,10 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+import discretax.sequence_mixers._s4_parameters as s4
 from discretax._features import check_name, check_size
 from discretax._types import Timesteps
 from discretax.ops import Route, bilinear, dirac, zoh
-from discretax.sequence_mixers import _s4_parameters as s4
 from discretax.sequence_mixers._depthwise_system import DepthwiseSystem
 from discretax.sequence_mixers.base import AbstractContinuousMixer, zero_cache
 
@@ -127,8 +127,8 @@ class S4DSequenceMixer(AbstractContinuousMixer[Float[Array, "features 2 state"]]
         )
         _, V = s4.diagonalised_hippo("legs", size) if init == "legs" else (None, None)
 
-        self.A_real = s4.untransformed(A.real, real_transform)
-        self.A_imag = None if is_real else s4.untransformed(A.imag, imag_transform)
+        self.A_real = s4.untransformed(np.real(A), real_transform)
+        self.A_imag = None if is_real else s4.untransformed(np.imag(A), imag_transform)
         B, C = s4.pairs(B), s4.init_readout(C_key, (channels, in_features, half), deterministic, V)
         self.B, self.C = (B[..., 0], C[..., 0]) if is_real else (B, C)
         self.D = jr.normal(D_key, (channels, in_features))
