@@ -10,8 +10,11 @@ and 370 to test with. ACSF1: the power drawn by 10 kinds of appliances, 1460 ste
 100 series and another 100. Both come with `pip install discretax[examples]`; nothing is
 downloaded. Utterances of unequal length are padded, and the padding has no influence.
 
-The settings below were chosen by five-fold cross-validation on the training set, which is what
-`--validate --seeds 5` does. The accuracy reported is that after the last epoch.
+The settings come from cross-validation on the training set, which `--validate --seeds 5` repeats;
+the accuracy reported is that after the last epoch, on a test set that chose nothing. On
+JapaneseVowels every model has 97 to 98 % in cross-validation, and width, depth, norm, dropout and
+learning rate change it by less than its error of 1 %, so the cheapest were taken. For ACSF1, ten
+series per class, S5 alone was tried, on three fifths.
 """
 
 import argparse
@@ -56,7 +59,7 @@ class Config:
 
 DEFAULTS = {
     "JapaneseVowels": Config(32, 2, 32, 0.1, epochs=40, batch_size=30, learning_rate=1e-2),
-    "ACSF1": Config(32, 2, 32, 0.1, epochs=100, batch_size=10, learning_rate=1e-2),
+    "ACSF1": Config(32, 2, 32, 0.0, epochs=100, batch_size=10, learning_rate=1e-2),
 }
 
 
