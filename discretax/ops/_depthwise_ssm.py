@@ -2,7 +2,6 @@
 
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
@@ -132,8 +131,8 @@ def depthwise_kernel(
     """
     size = 1 << ((length - 1).bit_length() + 1) // 2
     count = 1 << (-(-length // size) - 1).bit_length()
-    ahead, power = _power(transition).krylov(_flat(B), size)
-    back, _ = power.transpose().krylov(_flat(C), count)
+    ahead, _, power = _power(transition).krylov(_flat(B), _flat(C), size)
+    _, back, _ = power.krylov(_flat(B), _flat(C), count)
     kernel = jnp.einsum("icfs,jfs->fcij", back, ahead)
     return jnp.moveaxis(kernel.reshape(*kernel.shape[:2], -1)[..., :length], -1, 0).swapaxes(1, 2)
 
@@ -143,24 +142,24 @@ class _Diagonal(NamedTuple):
 
     planes: Float[Array, "features 2 state"]
 
-    def __call__(self, v: Float[Array, "*lead flat"]) -> Float[Array, "*lead flat"]:
-        return _flat(times(self.planes, v.reshape(*v.shape[:-1], 2, -1)))
+    def __call__(self, h: Float[Array, "features flat"]) -> Float[Array, "features flat"]:
+        return _flat(times(self.planes, _planes(h)))
 
-    def transpose(self) -> "_Diagonal":  # of a complex number as a real 2x2 matrix
-        return _Diagonal(conjugate(self.planes))
+    def krylov(self, right: Array, left: Array, count: int) -> "tuple[Array, Array, _Diagonal]":
+        """A^j right and left A^j for j below `count`, and A^count.
 
-    def krylov(self, v: Array, count: int) -> "tuple[Array, _Diagonal]":
-        """v, A v, ..., A^(count - 1) v, and A^count.
-
-        One by one: products unrolled would take XLA long to compile.
+        Powers one by one: products unrolled would take XLA long to compile.
         """
+        one = jnp.zeros_like(self.planes).at[:, 0].set(1)
+        last, powers = lax.scan(lambda p, _: (times(self.planes, p), p), one, length=count)
+        ahead = _flat(times(powers, _planes(right)))
+        return ahead, _Diagonal(powers[:, None]).pull(left), _Diagonal(last)
 
-        def multiply(carry, _):
-            return jax.tree.map(self, carry), carry[0]
-
-        one = _flat(jnp.zeros_like(self.planes).at[:, 0].set(1))
-        (_, last), vectors = lax.scan(multiply, (v, one), length=count)
-        return vectors, _Diagonal(last.reshape(self.planes.shape))
+    def pull(
+        self, left: Float[Array, "*lead features flat"]
+    ) -> Float[Array, "*lead features flat"]:
+        """left A. A complex number as a real 2x2 matrix is transposed by conjugation."""
+        return _flat(times(conjugate(self.planes), _planes(left)))
 
 
 class _Dense(NamedTuple):
@@ -168,19 +167,23 @@ class _Dense(NamedTuple):
 
     matrix: Float[Array, "features flat flat"]
 
-    def __call__(self, v: Float[Array, "*lead flat"]) -> Float[Array, "*lead flat"]:
-        return jnp.einsum("fst,...ft->...fs", self.matrix, v)
+    def __call__(self, h: Float[Array, "features flat"]) -> Float[Array, "features flat"]:
+        return jnp.einsum("fst,ft->fs", self.matrix, h)
 
-    def transpose(self) -> "_Dense":
-        return _Dense(self.matrix.swapaxes(-1, -2))
+    def krylov(self, right: Array, left: Array, count: int) -> "tuple[Array, Array, _Dense]":
+        """A^j right and left A^j for j below `count`, a power of two, by doubling, and A^count."""
+        ahead, back, power = right[None], left[None], self.matrix
+        while ahead.shape[0] < count:
+            ahead = jnp.concatenate([ahead, jnp.einsum("fst,jft->jfs", power, ahead)])
+            back = jnp.concatenate([back, _Dense(power).pull(back)])
+            power = power @ power
+        return ahead, back, _Dense(power)
 
-    def krylov(self, v: Array, count: int) -> "tuple[Array, _Dense]":
-        """v, A v, ..., A^(count - 1) v by doubling, and A^count; `count` is a power of two."""
-        vectors, power = v[None], self
-        while vectors.shape[0] < count:
-            vectors = jnp.concatenate([vectors, power(vectors)])
-            power = _Dense(power.matrix @ power.matrix)
-        return vectors, power
+    def pull(
+        self, left: Float[Array, "*lead features flat"]
+    ) -> Float[Array, "*lead features flat"]:
+        """left A."""
+        return jnp.einsum("fst,...fs->...ft", self.matrix, left)
 
 
 def _power(transition: Transition) -> _Diagonal | _Dense:
@@ -205,8 +208,7 @@ class _Chunk(NamedTuple):
     @classmethod
     def of(cls, transition: Transition, B: Array, C: Array, size: int) -> "_Chunk":
         one = _power(transition)
-        ahead, power = one.krylov(_flat(B), size)  # A^j B
-        back, _ = one.transpose().krylov(one.transpose()(_flat(C)), size)  # C A^(j + 1)
+        ahead, back, power = one.krylov(_flat(B), one.pull(_flat(C)), size)
         kernel = jnp.einsum("cfs,jfs->fcj", _flat(C), ahead)
         lag = jnp.arange(size)[None] - jnp.arange(size)[:, None]
         toeplitz = jnp.where(lag >= 0, kernel[:, :, jnp.maximum(lag, 0)], 0)
@@ -214,9 +216,7 @@ class _Chunk(NamedTuple):
         return cls(
             toeplitz.swapaxes(1, 2).reshape(features, size, -1),
             jnp.moveaxis(ahead[::-1], 0, 1),
-            jnp.moveaxis(back, (2, 3), (0, 1))
-            .swapaxes(2, 3)
-            .reshape(features, ahead.shape[-1], -1),
+            jnp.transpose(back, (2, 3, 1, 0)).reshape(features, ahead.shape[-1], -1),
             power,
         )
 
@@ -296,6 +296,10 @@ def _step_by_step(system, drive, h0, resets, varying):
 
 def _flat(planes: Float[Array, "*lead 2 state"]) -> Float[Array, "*lead flat"]:
     return planes.reshape(*planes.shape[:-2], -1)
+
+
+def _planes(flat: Float[Array, "*lead flat"]) -> Float[Array, "*lead 2 state"]:
+    return flat.reshape(*flat.shape[:-1], 2, -1)
 
 
 def _split(

@@ -202,8 +202,8 @@ def _associative(planes, reverse, a, b, h0, resets):
 
 def times(a: Array, h: Array) -> Array:
     """Complex product of two arrays of planes."""
-    sign = jnp.array([[-1], [1]], h.dtype)
-    return a[..., :1, :] * h + (a[..., 1:, :] * sign) * jnp.flip(h, -2)
+    a_re, a_im, h_re, h_im = a[..., 0, :], a[..., 1, :], h[..., 0, :], h[..., 1, :]
+    return jnp.stack([a_re * h_re - a_im * h_im, a_re * h_im + a_im * h_re], axis=-2)
 
 
 def conjugate(a: Array) -> Array:
