@@ -11,6 +11,7 @@ from test_golden import assert_close, value_and_gradients
 
 from discretax.init import diagonalised_hippo, hippo
 from discretax.models import S4
+from discretax.ops import _depthwise_ssm
 from discretax.sequence_mixers import S4DSequenceMixer, S4SequenceMixer
 
 run = eqx.filter_jit(lambda mixer, x, cache=None: mixer(x, cache))
@@ -341,21 +342,38 @@ def test_higher_rank_and_untied_steps():
         np.testing.assert_allclose(A_bar[0], expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("route", ["chunks", "fft"])
+@pytest.mark.parametrize("features", [2, 4], ids=["whole", "blocks of features"])
 @pytest.mark.parametrize("make", [S4DSequenceMixer, S4SequenceMixer])
-def test_long_sequences_of_many_chunks(make, route):
+def test_long_sequences(make, features, monkeypatch):
     """Several segments of several chunks, the last of each unfilled, with any number valid."""
+    for name, size in {"LONG": 40, "BLOCK": 2, "SEGMENT": 128}.items():
+        monkeypatch.setattr(_depthwise_ssm, name, size)
     with jax.enable_x64(True):
-        mixer = make(2, jr.key(0), state_dim=4, route=route)
-        x = jr.normal(jr.key(1), (2 * 4096 + 77, 2))
-        scan = make(2, jr.key(0), state_dim=4, route="scan")
-        padded = eqx.filter_jit(lambda mixer, x, length: mixer(x, length=length))
-        for length in (1, 4096, 4097, 8192, 8269):
-            (y, cache), (y_scan, cache_scan) = (
-                padded(m, x, jnp.asarray(length)) for m in (mixer, scan)
-            )
-            np.testing.assert_allclose(y[:length], y_scan[:length], atol=1e-10)
-            np.testing.assert_allclose(cache, cache_scan, atol=1e-10)
+        mixers = [
+            make(features, jr.key(0), state_dim=4, channels=2, route=route)
+            for route in ("chunks", "scan")
+        ]
+        x = jr.normal(jr.key(1), (2 * 128 + 77, features))
+
+        @eqx.filter_jit
+        def outputs_and_gradients(mixer, x, length):
+            def loss(arguments):
+                mixer, x = arguments
+                y, cache = mixer(x, length=length)
+                y = jnp.where(jnp.arange(len(x))[:, None] < length, y, 0)
+                return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.sin(cache)), (y, cache)
+
+            return eqx.filter_grad(loss, has_aux=True)((mixer, x))
+
+        for length in (1, 64, 128, 129, 200, 333):
+            leaves = [
+                jax.tree.leaves(
+                    eqx.filter(outputs_and_gradients(m, x, jnp.asarray(length)), eqx.is_array)
+                )
+                for m in mixers
+            ]
+            for chunks, scan in zip(*leaves, strict=True):
+                np.testing.assert_allclose(chunks, scan, atol=1e-10)
 
 
 def test_single_precision_kernel_of_s4():

@@ -8,7 +8,6 @@ from discretax.ops._convolution import (
 from discretax.ops._depthwise_convolution import depthwise_convolution as depthwise_convolution
 from discretax.ops._depthwise_ssm import (
     Route as Route,
-    Transition as Transition,
     depthwise_kernel as depthwise_kernel,
     depthwise_ssm as depthwise_ssm,
 )
@@ -21,3 +20,4 @@ from discretax.ops._discretization import (
 )
 from discretax.ops._linear_recurrence import linear_recurrence as linear_recurrence
 from discretax.ops._selective_scan import selective_scan as selective_scan
+from discretax.ops._transition import Transition as Transition

@@ -2,34 +2,17 @@
 
 from typing import Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
 from discretax.ops._chunks import Left, samples_left, scan_chunks, state_at
 from discretax.ops._convolution import fft_convolution
-from discretax.ops._linear_recurrence import conjugate, recurrence, times
+from discretax.ops._linear_recurrence import recurrence
+from discretax.ops._transition import DensePower, DiagonalPower, Transition, flat, power_of
 
 Route = Literal["scan", "chunks", "fft"] | None
-
-
-class Transition(NamedTuple):
-    r"""$h \mapsto A \odot h + U\,\mathrm{Re}(W h)$ for each feature: diagonal, or plus low rank.
-
-    - `A`: planes (re, im), `(*time, features, 2, state)`.
-    - `U`, `W`: None, or `(*time, features, 2, state, rank)` and `(*time, features, rank, 2, state)`,
-        `W` with the planes (re, -im), so that $\mathrm{Re}(W h)$ is a plain product.
-    """
-
-    A: Array
-    U: Array | None = None
-    W: Array | None = None
-
-    def __call__(self, h: Float[Array, "features 2 state"]) -> Float[Array, "features 2 state"]:
-        moved = times(self.A, h)
-        if self.U is None or self.W is None:
-            return moved
-        return moved + jnp.einsum("fpnr,frqm,fqm->fpn", self.U, self.W, h)
 
 
 def depthwise_ssm(
@@ -82,15 +65,21 @@ def depthwise_ssm(
         kernel = depthwise_kernel(transition, B, C, x.shape[0])
         free, h = carried_state(transition, B, C, x, h0, length)
         return fft_convolution(kernel, x[:, None]) + free, h
-    matrices = _Chunk.of(transition, B, C, _chunk_size(x.shape[0]))
+    if x.shape[0] > LONG and x.shape[1] > BLOCK and x.shape[1] % BLOCK == 0:
+        return _block_by_block(transition, B, C, x, h0, length)
+    return _chunks(transition, B, C, x, h0, length)
 
-    def run(carry, x_segment):
-        h, left = carry
-        y, h = _in_chunks(matrices, transition, B, x_segment, h, left)
-        return (h, samples_left(left, x_segment.shape[0])), y
 
-    h, y = scan_chunks(run, h0, x, length, SEGMENT)
-    return y, h
+# Two CPU cores, 256 features of 32 complex states, forward and backward: chunks of 32 samples were
+# fastest up to 4096 samples; beyond, chunks of 64, and 16 features after the other, so that what
+# they need stays in the cache. Segments bound the memory of very long sequences.
+LONG = 4096
+BLOCK = 16
+SEGMENT = 2**16
+
+
+def _chunk_size(time: int) -> int:
+    return min(32 if time <= LONG else 64, 1 << (time - 1).bit_length())
 
 
 def carried_state(
@@ -108,15 +97,6 @@ def carried_state(
     return _join(y, x.shape[0], matrices), h
 
 
-# Two CPU cores, 256 features of 32 complex states, forward and backward: chunks of 32 samples were
-# fastest to 4096 samples, of 64 beyond. Segments bound the memory and cost no time.
-SEGMENT = 4096
-
-
-def _chunk_size(time: int) -> int:
-    return min(32 if time <= SEGMENT else 64, 1 << (time - 1).bit_length())
-
-
 def depthwise_kernel(
     transition: Transition,
     B: Float[Array, "features 2 state"],
@@ -131,70 +111,10 @@ def depthwise_kernel(
     """
     size = 1 << ((length - 1).bit_length() + 1) // 2
     count = 1 << (-(-length // size) - 1).bit_length()
-    ahead, _, power = _power(transition).krylov(_flat(B), _flat(C), size)
-    _, back, _ = power.krylov(_flat(B), _flat(C), count)
+    ahead, _, power = power_of(transition).krylov(flat(B), flat(C), size)
+    _, back, _ = power.krylov(flat(B), flat(C), count)
     kernel = jnp.einsum("icfs,jfs->fcij", back, ahead)
     return jnp.moveaxis(kernel.reshape(*kernel.shape[:2], -1)[..., :length], -1, 0).swapaxes(1, 2)
-
-
-class _Diagonal(NamedTuple):
-    """A power of a diagonal transition, as a map of flat states."""
-
-    planes: Float[Array, "features 2 state"]
-
-    def __call__(self, h: Float[Array, "features flat"]) -> Float[Array, "features flat"]:
-        return _flat(times(self.planes, _planes(h)))
-
-    def krylov(self, right: Array, left: Array, count: int) -> "tuple[Array, Array, _Diagonal]":
-        """A^j right and left A^j for j below `count`, and A^count.
-
-        Powers one by one: products unrolled would take XLA long to compile.
-        """
-        one = jnp.zeros_like(self.planes).at[:, 0].set(1)
-        last, powers = lax.scan(lambda p, _: (times(self.planes, p), p), one, length=count)
-        ahead = _flat(times(powers, _planes(right)))
-        return ahead, _Diagonal(powers[:, None]).pull(left), _Diagonal(last)
-
-    def pull(
-        self, left: Float[Array, "*lead features flat"]
-    ) -> Float[Array, "*lead features flat"]:
-        """left A. A complex number as a real 2x2 matrix is transposed by conjugation."""
-        return _flat(times(conjugate(self.planes), _planes(left)))
-
-
-class _Dense(NamedTuple):
-    """A power of a transition with a low-rank part, as a real matrix of flat states."""
-
-    matrix: Float[Array, "features flat flat"]
-
-    def __call__(self, h: Float[Array, "features flat"]) -> Float[Array, "features flat"]:
-        return jnp.einsum("fst,ft->fs", self.matrix, h)
-
-    def krylov(self, right: Array, left: Array, count: int) -> "tuple[Array, Array, _Dense]":
-        """A^j right and left A^j for j below `count`, a power of two, by doubling, and A^count."""
-        ahead, back, power = right[None], left[None], self.matrix
-        while ahead.shape[0] < count:
-            ahead = jnp.concatenate([ahead, jnp.einsum("fst,jft->jfs", power, ahead)])
-            back = jnp.concatenate([back, _Dense(power).pull(back)])
-            power = power @ power
-        return ahead, back, _Dense(power)
-
-    def pull(
-        self, left: Float[Array, "*lead features flat"]
-    ) -> Float[Array, "*lead features flat"]:
-        """left A."""
-        return jnp.einsum("fst,...fs->...ft", self.matrix, left)
-
-
-def _power(transition: Transition) -> _Diagonal | _Dense:
-    A, U, W = transition
-    if U is None or W is None:
-        return _Diagonal(A)
-    state_dim = A.shape[-1]
-    eye = jnp.eye(2 * state_dim, dtype=A.dtype).reshape(-1, 1, 2, state_dim)
-    columns = _flat(times(A, eye))  # (column, features, row)
-    U = U.reshape(U.shape[0], -1, U.shape[-1])
-    return _Dense(jnp.moveaxis(columns, 0, -1) + jnp.einsum("fsr,frt->fst", U, _flat(W)))
 
 
 class _Chunk(NamedTuple):
@@ -203,13 +123,13 @@ class _Chunk(NamedTuple):
     toeplitz: Float[Array, "features chunk channels*chunk"]
     from_input: Float[Array, "features chunk flat"]
     to_output: Float[Array, "features flat channels*chunk"]
-    power: _Diagonal | _Dense
+    power: DiagonalPower | DensePower
 
     @classmethod
     def of(cls, transition: Transition, B: Array, C: Array, size: int) -> "_Chunk":
-        one = _power(transition)
-        ahead, back, power = one.krylov(_flat(B), one.pull(_flat(C)), size)
-        kernel = jnp.einsum("cfs,jfs->fcj", _flat(C), ahead)
+        one = power_of(transition)
+        ahead, back, power = one.krylov(flat(B), one.pull(flat(C)), size)
+        kernel = jnp.einsum("cfs,jfs->fcj", flat(C), ahead)
         lag = jnp.arange(size)[None] - jnp.arange(size)[:, None]
         toeplitz = jnp.where(lag >= 0, kernel[:, :, jnp.maximum(lag, 0)], 0)
         features = kernel.shape[0]
@@ -221,24 +141,49 @@ class _Chunk(NamedTuple):
         )
 
 
+def _block_by_block(transition, B, C, x, h0, length):
+    def split(values, axis):
+        blocks = values.reshape(*values.shape[:axis], -1, BLOCK, *values.shape[axis + 1 :])
+        return jnp.moveaxis(blocks, axis, 0)
+
+    transition, B, h0 = jax.tree.map(lambda values: split(values, 0), (transition, B, h0))
+    run = lambda block: _chunks(block[0], block[1], block[2], block[3], block[4], length)
+    y, h = lax.map(run, (transition, B, split(C, 1), split(x, 1), h0))
+    return jnp.moveaxis(y, 0, 2).reshape(*y.shape[1:3], -1), h.reshape(-1, *h.shape[2:])
+
+
+def _chunks(transition, B, C, x, h0, length):
+    matrices = _Chunk.of(transition, B, C, _chunk_size(x.shape[0]))
+
+    def run(carry, x_segment):
+        h, left = carry
+        y, h = _in_chunks(matrices, transition, B, x_segment, h, left)
+        return (h, samples_left(left, x_segment.shape[0])), y
+
+    h, y = scan_chunks(run, h0, x, length, SEGMENT)
+    return y, h
+
+
 def _in_chunks(matrices: _Chunk, transition, B, x, h0, left):
     inputs = _split(x, matrices)
-    flat = matrices.from_input.shape[-1]
+    size = matrices.from_input.shape[-1]
     both = jnp.concatenate([matrices.from_input, matrices.toeplitz], axis=-1)
     products = jnp.einsum("fmj,fjk->fmk", inputs, both)
-    before, after = _boundary_states(matrices.power, products[..., :flat], h0)
-    y = products[..., flat:] + jnp.einsum("mfs,fsk->fmk", before, matrices.to_output)
+    before, after = _boundary_states(matrices.power, products[..., :size], h0)
+    y = products[..., size:] + jnp.einsum("mfs,fsk->fmk", before, matrices.to_output)
     h = _state_within(transition, B, x, before, after, left, inputs.shape[2])
     return _join(y, x.shape[0], matrices), h
 
 
-def _boundary_states(power: _Diagonal | _Dense, inputs: Float[Array, "features chunks flat"], h0):
+def _boundary_states(
+    power: DiagonalPower | DensePower, inputs: Float[Array, "features chunks flat"], h0
+):
     """The states before each chunk, (chunks, features, flat), and the one after the last."""
 
     def move(h, v):
         return power(h) + v, h
 
-    after, before = lax.scan(move, _flat(h0), jnp.moveaxis(inputs, 1, 0))
+    after, before = lax.scan(move, flat(h0), jnp.moveaxis(inputs, 1, 0))
     return before, after
 
 
@@ -292,14 +237,6 @@ def _step_by_step(system, drive, h0, resets, varying):
         return h, h
 
     return lax.scan(step, h0, (system if varying else None, drive, resets))[1]
-
-
-def _flat(planes: Float[Array, "*lead 2 state"]) -> Float[Array, "*lead flat"]:
-    return planes.reshape(*planes.shape[:-2], -1)
-
-
-def _planes(flat: Float[Array, "*lead flat"]) -> Float[Array, "*lead 2 state"]:
-    return flat.reshape(*flat.shape[:-1], 2, -1)
 
 
 def _split(

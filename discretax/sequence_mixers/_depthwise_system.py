@@ -7,7 +7,7 @@ from jax import lax
 from jaxtyping import Array, Complex, Float
 
 from discretax._types import Length, Resets, Sample, Values, accumulation_dtype
-from discretax.ops._depthwise_ssm import Route, Transition, depthwise_kernel, depthwise_ssm
+from discretax.ops import Route, Transition, depthwise_kernel, depthwise_ssm
 
 
 class DepthwiseSystem(eqx.Module):
