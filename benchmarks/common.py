@@ -51,13 +51,14 @@ def compare(
     rates: Rates,
     *,
     work: float = 0.0,
+    batched: bool = True,
 ) -> None:
     """Prints a row for each variant, `(f, model)` by name, the first of them the one to compare with.
 
-    `f(model, x)` takes one sequence; `x` has a leading axis of batch. `work` is the least time in
+    `f(model, x)` takes one sequence; `x` has a leading axis of batch, unless `batched` is False. `work` is the least time in
     seconds that computing takes.
     """
-    compiled = {name: compile_training(f, model, x) for name, (f, model) in variants.items()}
+    compiled = {name: compile_training(f, model, x, batched) for name, (f, model) in variants.items()}
     results = [f(*args) for f, args in compiled.values()]
     if len({id(model) for _, model in variants.values()}) > 1:  # other parameters, other gradients
         results = [(value, d_x) for value, (_, d_x) in results]
@@ -85,12 +86,13 @@ def compare(
         )
 
 
-def compile_training(f, model, x):
+def compile_training(f, model, x, batched=True):
     """Forward and backward over a batch, with respect to parameters and input."""
     params, static = eqx.partition(model, eqx.is_inexact_array)
 
     def run(params, x):
-        return jax.vmap(lambda x: f(eqx.combine(params, static), x))(x)
+        one = lambda x: f(eqx.combine(params, static), x)
+        return (jax.vmap(one) if batched else one)(x)
 
     @jax.jit
     @ft.partial(jax.value_and_grad, argnums=(0, 1))

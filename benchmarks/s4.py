@@ -72,26 +72,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     repeats = parser.parse_args().repeats
     rates = header(repeats, "time | features | state | batch | mixer")
-    for length, batch in ((1024, 1), (1024, 8), (4096, 1), (16384, 1)):
-        mixer = S4DSequenceMixer(256, jr.key(0), state_dim=64)
-        x = jr.normal(jr.key(1), (batch, length, 256))
-        compare(
-            f"{length} | 256 | 64 | {batch} | S4D",
-            {"usual": (vandermonde, mixer), "ours": (ours, mixer)},
-            x,
-            repeats,
-            rates,
-        )
-    for length in (1024, 4096):
-        mixer = S4SequenceMixer(256, jr.key(0), state_dim=64)
-        x = jr.normal(jr.key(1), (1, length, 256))
-        compare(
-            f"{length} | 256 | 64 | 1 | S4",
-            {"usual": (cauchy, truncated(mixer, length)), "ours": (ours, mixer)},
-            x,
-            repeats,
-            rates,
-        )
+    s4d, s4 = (make(256, jr.key(0), state_dim=64) for make in (S4DSequenceMixer, S4SequenceMixer))
+    rows = [("S4D", 1024, None), ("S4D", 4096, None), ("S4D", 16384, None), ("S4D", 1024, 1)]
+    rows += [("S4D", 16384, 1), ("S4D", 1024, 8), ("S4", 1024, None), ("S4", 4096, None)]
+    for name, length, batch in rows:
+        x = jr.normal(jr.key(1), (length, 256) if batch is None else (batch, length, 256))
+        variants = {"usual": (vandermonde, s4d), "ours": (ours, s4d)}
+        if name == "S4":
+            variants = {"usual": (cauchy, truncated(s4, length)), "ours": (ours, s4)}
+        label = f"{length} | 256 | 64 | {'none' if batch is None else batch} | {name}"
+        compare(label, variants, x, repeats, rates, batched=batch is not None)
 
 
 if __name__ == "__main__":
