@@ -79,15 +79,33 @@ def test_s4d(name, dtype, route):
 )
 @pytest.mark.parametrize("name", S4_FILES)
 def test_s4(name, dtype, route):
-    """The original trains C~ = (I - A_bar^L)^T C, here a function of C and of the rest."""
+    """The original trains C~ = (I - A_bar^L)^T C, a function of C and of the other parameters; its
+    gradients are those at a constant C~."""
     with jax.enable_x64(dtype == "float64"):
         golden = Golden(name, dtype)
         mixer, _ = load(name, golden, route)
-        batched = lambda mixer, x: jax.vmap(lambda x: mixer(x)[0])(x)
-        y, d_mixer, d_x = value_and_gradients(batched, mixer, golden)
+        fields = ("A_real", "A_imag", "B", "P", "D", "inv_dt")
+        length = 64 if "lmax64" in name else 56
+
+        def layer(arguments, x):
+            parameters, C_tilde = arguments
+            system = eqx.tree_at(lambda m: [getattr(m, f) for f in fields], mixer, parameters)
+            A_bar = system.discretize().A_bar  # acts on the states, then their conjugates
+            truncate = jnp.eye(8, dtype=A_bar.dtype) - jnp.linalg.matrix_power(A_bar, length)
+            C_tilde = jax.lax.complex(C_tilde[..., 0], C_tilde[..., 1])
+            pairs = jnp.concatenate([C_tilde, C_tilde.conj()], axis=-1)[..., None]
+            C = jnp.linalg.solve(truncate.swapaxes(-1, -2), pairs)[..., :4, 0]
+            system = eqx.tree_at(lambda m: m.C, system, jnp.stack([C.real, C.imag], axis=-1))
+            return jax.vmap(lambda x: system(x)[0])(x)
+
+        arguments = (golden_leaves(golden, "p", fields), golden["C_tilde"])
+        y, (d_parameters, d_C_tilde), d_x = value_and_gradients(layer, arguments, golden)
         assert_close(y, golden["y"], dtype)
         assert_close(d_x, golden["g.x"], dtype)
-        assert_close(d_mixer.D, golden["g.p.D"], dtype)
+        assert_close(d_C_tilde, golden["g.p.(C_tilde).kernel.C"], dtype)
+        expected = golden_leaves(golden, "g.p", fields)
+        for actual, gradient in zip(d_parameters, expected, strict=True):
+            assert_close(actual, gradient, dtype)
 
 
 @pytest.mark.parametrize("name", S4D_FILES + S4_FILES)
