@@ -239,7 +239,7 @@ class CentaurusSystem(eqx.Module):
     @property
     def B_bar(self) -> Complex[Array, "*time state features"]:
         eye = jnp.eye(self._features(), dtype=self.B_in.dtype)
-        drive = self._project(eye).T.astype(jnp.result_type(self.B_in, 1j))  # (channels, features)
+        drive = _complex(self._project(eye).T)  # (channels, features)
         B_bar = unplanes(self.gamma_planes)[..., None] * drive[:, None]
         return B_bar.reshape(*B_bar.shape[:-3], -1, B_bar.shape[-1])
 
@@ -248,7 +248,7 @@ class CentaurusSystem(eqx.Module):
         channels, sub_states = self.E_planes.shape[1], self.E_planes.shape[3]
         readout = self._read_out(jnp.eye(channels, dtype=self.C_out.dtype)).T
         C = readout[:, :, None] * self.E_planes[0, :, 0]
-        return C.reshape(-1, channels * sub_states).astype(jnp.result_type(C, 1j))
+        return _complex(C.reshape(-1, channels * sub_states))
 
     def __iter__(self) -> Iterator[Array]:
         return iter((self.A_bar, self.B_bar, self.C))
@@ -343,6 +343,10 @@ class CentaurusSystem(eqx.Module):
     def _accumulating(self, x, cache):
         dtype = accumulation_dtype(x, self.B_in)
         return jax.tree.map(lambda array: array.astype(dtype), (self, x, cache))
+
+
+def _complex(values: Array) -> Array:
+    return lax.complex(values, jnp.zeros_like(values))
 
 
 def CentaurusNeck(in_features: int, key: PRNGKeyArray, **options: Any) -> Centaurus:
