@@ -58,7 +58,9 @@ def compare(
     `f(model, x)` takes one sequence; `x` has a leading axis of batch, unless `batched` is False. `work` is the least time in
     seconds that computing takes.
     """
-    compiled = {name: compile_training(f, model, x, batched) for name, (f, model) in variants.items()}
+    compiled = {
+        name: compile_training(f, model, x, batched) for name, (f, model) in variants.items()
+    }
     results = [f(*args) for f, args in compiled.values()]
     if len({id(model) for _, model in variants.values()}) > 1:  # other parameters, other gradients
         results = [(value, d_x) for value, (_, d_x) in results]
