@@ -1,8 +1,10 @@
 """One linear map over the last axis, and the checks of widths that every layer makes."""
 
+from collections.abc import Callable
 from typing import Any, get_args
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -11,6 +13,12 @@ def linear(layer: eqx.nn.Linear, x: Float[Array, "... in"]) -> Float[Array, "...
     """Applies `layer` to the last axis, in the type of `x`: activations choose the precision."""
     y = x @ layer.weight.T.astype(x.dtype)
     return y if layer.bias is None else y + layer.bias.astype(x.dtype)
+
+
+def out_features(layer: Callable[[Array], Array], in_features: int) -> int:
+    """The width of what `layer` makes of samples `in_features` wide, without computing it."""
+    samples = jax.ShapeDtypeStruct((1, in_features), jnp.result_type(float))
+    return eqx.filter_eval_shape(layer, samples).shape[-1]
 
 
 def check_features(layer: eqx.Module, x: Array, features: int) -> None:
@@ -33,6 +41,11 @@ def check_samples(layer: eqx.Module, x: Array, features: int) -> None:
 def check_size(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` must be a whole number of at least 1; got {value!r}.")
+
+
+def check_positive(name: str, value: float) -> None:
+    if value <= 0:
+        raise ValueError(f"`{name}` must be positive; got {value}.")
 
 
 def check_name(argument: str, value: Any, names: Any) -> None:

@@ -91,16 +91,9 @@ def value_and_gradients(view, mixer, x, cache):
 # Law 1
 
 
+@pytest.mark.parametrize("x64", [False, True], ids=["float32", "float64"])
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize(
-    ("case", "x64"),
-    [
-        pytest.param(case, x64, id=f"{case}-{'float64' if x64 else 'float32'}")
-        for case in CASES
-        for x64 in (True, False)
-        if case.streams and (x64 or not case.variant)  # one of each mixer in single precision
-    ],
-)
+@streaming_case
 def test_whole_is_chunks_is_steps(case, view, x64):
     with jax.enable_x64(x64):
         mixer, x = make(case)

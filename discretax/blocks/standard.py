@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from discretax._features import check_samples, check_size
+from discretax._features import check_samples, check_size, out_features
 from discretax._stateful import check_state
 from discretax._timeseries import Timeseries, length_of, values_of, with_values
 from discretax.blocks._batch_norm import BatchNorm
@@ -93,9 +93,8 @@ class StandardBlock(AbstractBlock):
                 f"`sequence_mixer` must have the block's width, in_features={in_features}; got "
                 f"{type(sequence_mixer).__name__} of width {sequence_mixer.in_features}."
             )
-        mixed_features = _out_features(
-            lambda x: sequence_mixer(x, key=sequence_key)[0], in_features
-        )
+        mix = lambda x: sequence_mixer(x, key=sequence_key)[0]
+        mixed_features = out_features(mix, in_features)
         if not isinstance(channel_mixer, AbstractChannelMixer):
             widths = {} if mixed_features == in_features else {"out_features": in_features}
             channel_mixer = channel_mixer(mixed_features, key=channel_key, **widths)
@@ -105,12 +104,12 @@ class StandardBlock(AbstractBlock):
                 f"in_features={mixed_features}; got {type(channel_mixer).__name__} of width "
                 f"{channel_mixer.in_features}."
             )
-        out_features = _out_features(channel_mixer, mixed_features)
-        if out_features != in_features:
+        width = out_features(channel_mixer, mixed_features)
+        if width != in_features:
             raise ValueError(
                 f"`channel_mixer` must lead to the block's width, in_features={in_features}, to be "
                 f"added to the residual stream; got {type(channel_mixer).__name__} with "
-                f"out_features={out_features}."
+                f"out_features={width}."
             )
         self.norm = _make_norm(norm, in_features)
         self.sequence_mixer = sequence_mixer
@@ -179,11 +178,6 @@ class StandardBlock(AbstractBlock):
             )
         mask: Array = self.dropout(jnp.ones(u.shape[1], u.dtype), key=key)
         return u * mask
-
-
-def _out_features(mixer: Callable[[Array], Array], in_features: int) -> int:
-    sample = jax.ShapeDtypeStruct((1, in_features), jnp.result_type(float))
-    return eqx.filter_eval_shape(mixer, sample).shape[-1]
 
 
 def _make_norm(norm: Norm, in_features: int):

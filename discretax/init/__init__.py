@@ -9,4 +9,7 @@ from discretax.init._hippo import (
 )
 from discretax.init._inverse_softplus import inverse_softplus as inverse_softplus
 from discretax.init._ring import ring as ring
-from discretax.init._timescale import log_uniform_step as log_uniform_step
+from discretax.init._timescale import (
+    log_spaced_step as log_spaced_step,
+    log_uniform_step as log_uniform_step,
+)

@@ -1,5 +1,6 @@
 import math
 
+import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -14,8 +15,21 @@ def log_uniform_step(
 
     **Raises:** `ValueError` unless $0 < \Delta_{min} \le \Delta_{max}$.
     """
+    _check_range(dt_min, dt_max)
+    return jr.uniform(key, shape, minval=math.log(dt_min), maxval=math.log(dt_max))
+
+
+def log_spaced_step(num_steps: int, dt_min: float, dt_max: float) -> Float[Array, " step"]:
+    r"""$\log\Delta$ evenly spread over $[\log\Delta_{min}, \log\Delta_{max}]$, in sample intervals.
+
+    **Raises:** `ValueError` unless $0 < \Delta_{min} \le \Delta_{max}$.
+    """
+    _check_range(dt_min, dt_max)
+    return jnp.linspace(math.log(dt_min), math.log(dt_max), num_steps)
+
+
+def _check_range(dt_min: float, dt_max: float) -> None:
     if not 0 < dt_min <= dt_max:
         raise ValueError(
             f"steps need 0 < dt_min <= dt_max; got dt_min={dt_min} and dt_max={dt_max}."
         )
-    return jr.uniform(key, shape, minval=math.log(dt_min), maxval=math.log(dt_max))

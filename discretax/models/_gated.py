@@ -1,6 +1,7 @@
 import functools as ft
 from collections.abc import Callable
 
+import jax
 from jaxtyping import Array
 
 from discretax.sequence_mixers import AbstractSequenceMixer, GatedSequenceMixer
@@ -24,8 +25,4 @@ def gated(
         gate=gate,
         activation=exact_gelu,
     )
-    return wrapped, _identity
-
-
-def _identity(x: Array) -> Array:
-    return x
+    return wrapped, jax.nn.identity

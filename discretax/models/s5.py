@@ -2,7 +2,7 @@ import functools as ft
 from typing import Literal
 
 import jax
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from discretax._features import check_name
 from discretax.blocks import StandardBlock
@@ -94,9 +94,5 @@ class S5(AbstractBackbone):
             drop_rate=drop_rate,
             prenorm=prenorm,
             norm=norm,
-            activation=_identity if activation == "half_glu2" else jax.nn.gelu,
+            activation=jax.nn.identity if activation == "half_glu2" else jax.nn.gelu,
         )
-
-
-def _identity(x: Array) -> Array:
-    return x

@@ -12,13 +12,13 @@ Left = Int[Array, ""] | int
 
 
 def scan_chunks(
-    run: Callable[[PyTree, PyTree], tuple[PyTree, Float[Array, "chunk ..."]]],
+    run: Callable[[PyTree, PyTree, Left], tuple[PyTree, Float[Array, "chunk ..."]]],
     state: PyTree,
     inputs: PyTree[Array],
     length: Left | None,
     chunk_size: int,
 ) -> tuple[PyTree, Float[Array, "time ..."]]:
-    """Runs `(state, valid samples left), chunk of inputs -> (the same), chunk of outputs` over time.
+    """Runs `state, chunk of inputs, valid samples left -> state, chunk of outputs` over time.
 
     In training the backward pass keeps the states between the chunks and computes the rest again.
     `length` None means that all samples are valid.
@@ -27,8 +27,7 @@ def scan_chunks(
     left: Any = time if length is None or time == 0 else length
     left = left if isinstance(left, int) else jnp.asarray(left).astype(int)
     if time <= chunk_size:
-        (state, _), y = run((state, left), inputs)
-        return state, y
+        return run(state, inputs, left)
 
     num_chunks = -(-time // chunk_size)
     padding = num_chunks * chunk_size - time
@@ -37,14 +36,14 @@ def scan_chunks(
         value = jnp.pad(value, ((0, padding),) + ((0, 0),) * (value.ndim - 1))
         return value.reshape(num_chunks, chunk_size, *value.shape[1:])
 
-    chunks = jax.tree.map(split, inputs)
-    (state, _), y = lax.scan(jax.checkpoint(run), (state, jnp.asarray(left)), chunks)
+    @jax.checkpoint
+    def advance(carry, chunk):
+        state, left = carry
+        state, y = run(state, chunk, left)
+        return (state, jnp.maximum(left - chunk_size, 0)), y
+
+    (state, _), y = lax.scan(advance, (state, jnp.asarray(left)), jax.tree.map(split, inputs))
     return state, y.reshape(-1, *y.shape[2:])[:time]
-
-
-def samples_left(left: Left, size: int) -> Left:
-    """How many valid samples remain after a chunk of `size`."""
-    return max(left - size, 0) if isinstance(left, int) else jnp.maximum(left - size, 0)
 
 
 def state_at(states: Float[Array, "chunk ..."], before: Float[Array, "..."], left: Left) -> Array:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from discretax.ops._chunks import Left, samples_left, scan_chunks, state_at
+from discretax.ops._chunks import Left, scan_chunks, state_at
 from discretax.ops._convolution import fft_convolution
 from discretax.ops._linear_recurrence import recurrence
-from discretax.ops._transition import DensePower, DiagonalPower, Transition, flat, power_of
+from discretax.ops._transition import DensePower, DiagonalPower, Transition, flat, power_of, unflat
 
 Route = Literal["scan", "chunks", "fft"] | None
 
@@ -155,10 +155,9 @@ def _block_by_block(transition, B, C, x, h0, length):
 def _chunks(transition, B, C, x, h0, length):
     matrices = _Chunk.of(transition, B, C, _chunk_size(x.shape[0]))
 
-    def run(carry, x_segment):
-        h, left = carry
+    def run(h, x_segment, left):
         y, h = _in_chunks(matrices, transition, B, x_segment, h, left)
-        return (h, samples_left(left, x_segment.shape[0])), y
+        return h, y
 
     h, y = scan_chunks(run, h0, x, length, SEGMENT)
     return y, h
@@ -189,11 +188,10 @@ def _boundary_states(
 
 def _state_within(transition, B, x, before, after, left, size):
     """The state after the last valid of `left` samples: from the boundary before it, by steps."""
-    time, features = x.shape
-    planes = lambda h: h.reshape(features, 2, -1)
+    time = x.shape[0]
     padding = -time % size
     if isinstance(left, int) and left >= time and padding == 0:
-        return planes(after)
+        return unflat(after)
     states = jnp.concatenate([before, after[None]])
     left = jnp.minimum(left, time)
     chunk = left // size
@@ -205,14 +203,13 @@ def _state_within(transition, B, x, before, after, left, size):
         return jnp.where(valid, transition(h) + B * x_t[:, None, None], h), None
 
     valid = jnp.arange(size) < left - chunk * size
-    return lax.scan(step, planes(states[chunk]), (rest, valid))[0]
+    return lax.scan(step, unflat(states[chunk]), (rest, valid))[0]
 
 
 def _scan(transition: Transition, B, C, x, h0, length, resets):
     varying = transition.A.ndim == 4
 
-    def run(carry, inputs):
-        h_initial, left = carry
+    def run(h_initial, inputs, left):
         x_chunk, (moving, B_chunk), resets_chunk = inputs
         system = moving if varying else transition
         drive = (B_chunk if varying else B) * x_chunk[..., None, None]
@@ -221,7 +218,7 @@ def _scan(transition: Transition, B, C, x, h0, length, resets):
         else:
             h = _step_by_step(system, drive, h_initial, resets_chunk, varying)
         y = jnp.einsum("cfpn,tfpn->tcf", C, h)
-        return (state_at(h, h_initial, left), samples_left(left, x_chunk.shape[0])), y
+        return state_at(h, h_initial, left), y
 
     moving = (transition, B) if varying else (None, None)
     h, y = scan_chunks(run, h0, (x, moving, resets), length, 64)

@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from discretax.ops._chunks import samples_left, scan_chunks, state_at
+from discretax.ops._chunks import scan_chunks, state_at
 from discretax.ops._linear_recurrence import Implementation, recurrence, times
 
 
@@ -52,8 +52,7 @@ def diagonal_ssm(
         chunk_size = _choose_chunk_size(x.shape[0], state_dim)
     varying = A.ndim == 3
 
-    def run(carry, inputs):
-        h_initial, left = carry
+    def run(h_initial, inputs, left):
         A_chunk, gamma_chunk, x_chunk, resets_chunk = inputs
         drive = (x_chunk @ B.reshape(-1, 2 * state_dim)).reshape(-1, 2, state_dim)
         h = recurrence(
@@ -65,7 +64,7 @@ def diagonal_ssm(
             implementation=implementation,
         )
         y = h.reshape(-1, 2 * state_dim) @ C.reshape(2 * state_dim, -1)
-        return (state_at(h, h_initial, left), samples_left(left, x_chunk.shape[0])), y
+        return state_at(h, h_initial, left), y
 
     inputs = (A if varying else None, gamma, x, resets)
     h_final, y = scan_chunks(run, h0, inputs, length, chunk_size)

@@ -206,6 +206,15 @@ def times(a: Array, h: Array) -> Array:
     return jnp.stack([a_re * h_re - a_im * h_im, a_re * h_im + a_im * h_re], axis=-2)
 
 
+def to_planes(values: Array) -> Array:
+    """Real and imaginary part along axis -2."""
+    return jnp.stack([values.real, values.imag], axis=-2)
+
+
+def to_complex(planes: Array) -> Array:
+    return lax.complex(planes[..., 0, :], planes[..., 1, :])
+
+
 def conjugate(a: Array) -> Array:
     return a * jnp.array([[1], [-1]], a.dtype)
 

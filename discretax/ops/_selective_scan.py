@@ -104,12 +104,10 @@ def selective_scan(
         resets = None if resets is None else resets & valid
     step = ft.partial(_step, discretization, A.astype(dtype).T)
 
-    def run(carry, inputs):
-        h, left = carry
+    def run(h, inputs, _):
         *samples, resets = inputs
         samples = jax.tree.map(lambda value: value.astype(dtype), samples)
-        h, y = lax.scan(step, h, (*samples, resets))
-        return (h, left), y
+        return lax.scan(step, h, (*samples, resets))
 
     h, y = scan_chunks(run, h.T, (x, dt, dt_A, B, C, resets), None, chunk_size)
     if D is not None:

@@ -34,7 +34,7 @@ class DiagonalPower(NamedTuple):
     planes: Float[Array, "features 2 state"]
 
     def __call__(self, h: Float[Array, "features flat"]) -> Float[Array, "features flat"]:
-        return flat(times(self.planes, planes(h)))
+        return flat(times(self.planes, unflat(h)))
 
     def krylov(self, right: Array, left: Array, count: int) -> "tuple[Array, Array, DiagonalPower]":
         """A^j right and left A^j for j below `count`, and A^count.
@@ -43,14 +43,14 @@ class DiagonalPower(NamedTuple):
         """
         one = jnp.zeros_like(self.planes).at[:, 0].set(1)
         last, powers = lax.scan(lambda p, _: (times(self.planes, p), p), one, length=count)
-        ahead = flat(times(powers, planes(right)))
+        ahead = flat(times(powers, unflat(right)))
         return ahead, DiagonalPower(powers[:, None]).pull(left), DiagonalPower(last)
 
     def pull(
         self, left: Float[Array, "*lead features flat"]
     ) -> Float[Array, "*lead features flat"]:
         """left A. A complex number as a real 2x2 matrix is transposed by conjugation."""
-        return flat(times(conjugate(self.planes), planes(left)))
+        return flat(times(conjugate(self.planes), unflat(left)))
 
 
 class DensePower(NamedTuple):
@@ -92,5 +92,5 @@ def flat(planes: Float[Array, "*lead 2 state"]) -> Float[Array, "*lead flat"]:
     return planes.reshape(*planes.shape[:-2], -1)
 
 
-def planes(flat: Float[Array, "*lead flat"]) -> Float[Array, "*lead 2 state"]:
+def unflat(flat: Float[Array, "*lead flat"]) -> Float[Array, "*lead 2 state"]:
     return flat.reshape(*flat.shape[:-1], 2, -1)

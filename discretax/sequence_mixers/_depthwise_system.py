@@ -8,6 +8,7 @@ from jaxtyping import Array, Complex, Float
 
 from discretax._types import Length, Resets, Sample, Values, accumulation_dtype
 from discretax.ops import Route, Transition, depthwise_kernel, depthwise_ssm
+from discretax.ops._linear_recurrence import to_complex, to_planes
 
 
 class DepthwiseSystem(eqx.Module):
@@ -37,16 +38,16 @@ class DepthwiseSystem(eqx.Module):
         route: Route = None,
     ):
         r"""**Arguments:** `A_bar`, the diagonal; `B_bar`; `C`; `D`; `low_rank`, complex $U$
-        `(*time, features, state, rank)` and $W$ `(*time, features, rank, state)` by which the transition is
-        $h \mapsto \bar A \odot h + U\,\mathrm{Re}(W h)$; `l_max`, the longest sequence to accept; `route`, as in [`discretax.ops.depthwise_ssm`][].
-        """
+        `(*time, features, state, rank)` and $W$ `(*time, features, rank, state)` by which the
+        transition is $h \mapsto \bar A \odot h + U\,\mathrm{Re}(W h)$; `l_max`, the longest
+        sequence to accept; `route`, as in [`discretax.ops.depthwise_ssm`][]."""
         U = W = None
         if low_rank is not None:
             U = jnp.stack([low_rank[0].real, low_rank[0].imag], axis=-3)
             W = jnp.stack([low_rank[1].real, -low_rank[1].imag], axis=-2)
-        self.transition = Transition(planes(A_bar), U, W)
-        self.B_planes = planes(B_bar)
-        self.C_planes = planes(C.conj())
+        self.transition = Transition(to_planes(A_bar), U, W)
+        self.B_planes = to_planes(B_bar)
+        self.C_planes = to_planes(C.conj())
         self.D = D
         self.l_max = l_max
         self.route = route
@@ -56,22 +57,22 @@ class DepthwiseSystem(eqx.Module):
         """The diagonal; with a low-rank part, the dense matrices acting on the states followed by
         their conjugates, `(features, 2 state, 2 state)`."""
         A, U, W = self.transition
-        diagonal = unplanes(A)
+        diagonal = to_complex(A)
         if U is None or W is None:
             return diagonal
         U = lax.complex(U[..., 0, :, :], U[..., 1, :, :])
-        W = unplanes(W).conj()
+        W = to_complex(W).conj()
         mix = jnp.concatenate([U, U.conj()], -2) @ jnp.concatenate([W, W.conj()], -1) / 2
         diagonal = jnp.concatenate([diagonal, diagonal.conj()], -1)
         return mix + diagonal[..., None] * jnp.eye(diagonal.shape[-1], dtype=diagonal.dtype)
 
     @property
     def B_bar(self) -> Complex[Array, "*time features state"]:
-        return self._with_conjugates(unplanes(self.B_planes))
+        return self._with_conjugates(to_complex(self.B_planes))
 
     @property
     def C(self) -> Complex[Array, "channels features state"]:
-        C = self._with_conjugates(unplanes(self.C_planes).conj())
+        C = self._with_conjugates(to_complex(self.C_planes).conj())
         return C if self.transition.U is None else C / 2
 
     def __iter__(self) -> Iterator[Array]:
@@ -144,11 +145,3 @@ class DepthwiseSystem(eqx.Module):
     def _accumulating(self, x, cache):
         dtype = accumulation_dtype(x, self.D)
         return jax.tree.map(lambda array: array.astype(dtype), (self, x, cache))
-
-
-def planes(values: Complex[Array, "*lead state"]) -> Float[Array, "*lead 2 state"]:
-    return jnp.stack([values.real, values.imag], axis=-2)
-
-
-def unplanes(values: Float[Array, "*lead 2 state"]) -> Complex[Array, "*lead state"]:
-    return lax.complex(values[..., 0, :], values[..., 1, :])

@@ -8,7 +8,7 @@ from jaxtyping import Array, Complex, Float
 
 from discretax._types import Length, Resets, Sample, Values, accumulation_dtype
 from discretax.ops._diagonal_ssm import diagonal_ssm
-from discretax.ops._linear_recurrence import recurrence, times
+from discretax.ops._linear_recurrence import recurrence, times, to_complex
 
 Planes = tuple[Array, Array]
 
@@ -51,14 +51,14 @@ class DiagonalSystem(eqx.Module):
 
     @property
     def A_bar(self) -> Complex[Array, "*time state"]:
-        return lax.complex(self.A_planes[..., 0, :], self.A_planes[..., 1, :])
+        return to_complex(self.A_planes)
 
     @property
     def B_bar(self) -> Complex[Array, "*time state features"]:
-        B = lax.complex(self.B_planes[:, 0].T, self.B_planes[:, 1].T)
+        B = to_complex(self.B_planes).T
         if self.gamma_planes is None:
             return B
-        return lax.complex(self.gamma_planes[:, 0], self.gamma_planes[:, 1])[..., None] * B
+        return to_complex(self.gamma_planes)[..., None] * B
 
     @property
     def C(self) -> Complex[Array, "features state"]:
@@ -106,7 +106,7 @@ class DiagonalSystem(eqx.Module):
         """
         impulse = jnp.zeros((length, *self.A_planes.shape), self.A_planes.dtype).at[0, 0].set(1)
         h = recurrence(self.A_planes, impulse, jnp.zeros_like(self.A_planes), None, planes=True)
-        return lax.complex(h[:, 0], h[:, 1])
+        return to_complex(h)
 
     def eigenvalues(self) -> Complex[Array, " state"]:
         r"""Of the transition: $\bar A$ itself."""

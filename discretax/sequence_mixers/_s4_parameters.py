@@ -1,8 +1,8 @@
 """What S4 and S4D share: how their parameters start, and what continuous system they stand for."""
 
-import math
-from typing import Literal
+from typing import Any, Literal
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -10,12 +10,21 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
-from discretax._features import check_name, check_size
+from discretax._features import check_name, check_positive, check_size
 from discretax._types import Timesteps
-from discretax.init import Measure, diagonalised_hippo, hippo, log_uniform_step
+from discretax.init import (
+    Measure,
+    diagonalised_hippo,
+    hippo,
+    inverse_softplus,
+    log_spaced_step,
+    log_uniform_step,
+)
+from discretax.sequence_mixers.base import AbstractContinuousMixer, zero_cache
 
 Transform = Literal["none", "exp", "relu", "sigmoid", "softplus"]
 StepTransform = Literal["exp", "softplus"]
+Half = Complex[np.ndarray, " half"]
 _SMALLEST = 1e-4  # relu keeps its distance to zero; where a system starts at zero, it starts here
 
 
@@ -40,12 +49,13 @@ def untransformed(value: np.ndarray, transform: str) -> Float[Array, "..."]:
             f"{value.max():.3g}. Choose another transform or `init`."
         )
     value = np.maximum(value, _SMALLEST) if transform != "none" else value
+    if transform == "softplus":
+        return inverse_softplus(jnp.asarray(value, float))
     raw = {
         "none": lambda: value,
         "exp": lambda: np.log(value),
         "relu": lambda: value - _SMALLEST,
         "sigmoid": lambda: np.log(value) - np.log1p(-value),
-        "softplus": lambda: value + np.log(-np.expm1(-value)),
     }[transform]()
     return jnp.asarray(raw, float)
 
@@ -84,8 +94,7 @@ def check_options(
             "`n_ssm`, the number of systems that the features share, must divide `in_features`; "
             f"got n_ssm={n_ssm} and in_features={in_features}."
         )
-    if step_rescale <= 0:
-        raise ValueError(f"`step_rescale` must be positive; got {step_rescale}.")
+    check_positive("step_rescale", step_rescale)
     return n_ssm
 
 
@@ -97,42 +106,37 @@ def init_step(
     dt_transform: str,
     deterministic: bool,
 ) -> Float[Array, "features states"]:
-    log_dt = log_uniform_step(key, shape, dt_min, dt_max)
     if deterministic:
-        spread = jnp.linspace(math.log(dt_min), math.log(dt_max), shape[0])
-        log_dt = jnp.broadcast_to(spread[:, None], shape)
-    if dt_transform == "softplus":  # exp(dt) - 1 = expm1(dt)
-        return jnp.log(jnp.expm1(jnp.exp(log_dt)))
-    return log_dt
+        log_dt = jnp.broadcast_to(log_spaced_step(shape[0], dt_min, dt_max)[:, None], shape)
+    else:
+        log_dt = log_uniform_step(key, shape, dt_min, dt_max)
+    return inverse_softplus(jnp.exp(log_dt)) if dt_transform == "softplus" else log_dt
 
 
-def init_diagonal(
-    init: str, state_dim: int, key: PRNGKeyArray
-) -> tuple[Complex[np.ndarray, " half"], Complex[np.ndarray, " half"]]:
-    r"""$-A$ and $B$ of S4D, one of each conjugate pair: $A = -\mathrm{Re} - i\,\mathrm{Im}$."""
-    n = np.arange(state_dim // 2)
+def init_diagonal(init: str, state_dim: int, key: PRNGKeyArray) -> tuple[Half, Half, Half]:
+    r"""$-A$ and $B$ of S4D, one of each conjugate pair, and the first coordinate as a readout."""
     if init == "legs":
-        Lambda, V = diagonalised_hippo("legs", state_dim)
-        half = slice(state_dim // 2)
-        return -Lambda[half], V[:, half].conj().T @ hippo("legs", state_dim)[1]
+        minus_Lambda, B, _, first = init_dplr("legs", state_dim, rank=1)
+        return minus_Lambda, B, first
+    n = np.arange(state_dim // 2)
+    ones, first = np.ones(len(n), complex), np.eye(1, len(n), dtype=complex)[0]
     real = np.full(len(n), 0.5)
     if init == "real":
-        return n + 1.0 + 0j, np.ones(len(n), complex)
+        return n + 1.0 + 0j, ones, first
     imag = {
         "lin": lambda: np.pi * n,
         "inv": lambda: state_dim / np.pi * (state_dim / (2 * n + 1) - 1),
         "quad": lambda: (1 + 2 * n) ** 2 / np.pi,
         "rand": lambda: np.exp(np.asarray(jr.normal(key, (len(n),)), float)),
     }[init]()
-    return real + 1j * imag, np.ones(len(n), complex)
+    return real + 1j * imag, ones, first
 
 
 def init_dplr(
     measure: Measure, state_dim: int, rank: int
-) -> tuple[
-    Complex[np.ndarray, " half"], Complex[np.ndarray, " half"], Complex[np.ndarray, "rank half"]
-]:
-    r"""$-\Lambda$, $B$ and $P$ of HiPPO as diagonal plus low rank, $A = \Lambda - P P^*$."""
+) -> tuple[Half, Half, Complex[np.ndarray, "rank half"], Half]:
+    r"""$-\Lambda$, $B$ and $P$ of HiPPO as diagonal plus low rank, $A = \Lambda - P P^*$, and the
+    first coefficient as a readout."""
     _, B, P = hippo(measure, state_dim)
     if rank < len(P):
         raise ValueError(
@@ -143,13 +147,13 @@ def init_dplr(
     half = slice(state_dim // 2)
     to_eigenvectors = V[:, half].conj().T
     P = np.concatenate([P, np.zeros((rank - len(P), state_dim))])
-    return -Lambda[half], to_eigenvectors @ B, (to_eigenvectors @ P.T).T
+    return -Lambda[half], to_eigenvectors @ B, (to_eigenvectors @ P.T).T, V[0, half].conj()
 
 
-def pairs(values: np.ndarray | Array) -> Float[Array, "*shape 2"]:
+def pairs(values: np.ndarray) -> Float[Array, "*shape 2"]:
     """A complex array as real and imaginary part along a last axis."""
     return jnp.stack(
-        [jnp.asarray(part, float) for part in (jnp.real(values), jnp.imag(values))], axis=-1
+        [jnp.asarray(part, float) for part in (np.real(values), np.imag(values))], axis=-1
     )
 
 
@@ -158,13 +162,12 @@ def joined(values: Float[Array, "*shape 2"]) -> Complex[Array, "*shape"]:
 
 
 def init_readout(
-    key: PRNGKeyArray, shape: tuple[int, int, int], deterministic: bool, V: np.ndarray | None
+    key: PRNGKeyArray, shape: tuple[int, int, int], deterministic: bool, first: Half
 ) -> Float[Array, "channels features half 2"]:
-    """Standard complex normal; or, `deterministic`, the first coordinate before diagonalisation."""
+    """Standard complex normal; or, `deterministic`, the `first` coordinate."""
     if not deterministic:
         return jr.normal(key, (*shape, 2)) * 0.5**0.5
-    first = np.eye(1, shape[2])[0] if V is None else V[0, : shape[2]].conj()
-    return pairs(jnp.broadcast_to(jnp.asarray(first, complex), shape))
+    return pairs(np.broadcast_to(first, shape))
 
 
 def shared(values: Array, in_features: int) -> Array:
@@ -172,16 +175,39 @@ def shared(values: Array, in_features: int) -> Array:
     return jnp.tile(values, (in_features // values.shape[0],) + (1,) * (values.ndim - 1))
 
 
-def continuous_system(mixer, timesteps: Timesteps | None) -> tuple[Array, Array, Array, Array]:
-    r"""$\Delta$ (over all timesteps, if given), $A$, $B$ and $2C$ of `mixer`, complex, per feature."""
-    dt = mixer.step_rescale * transformed(mixer.inv_dt, mixer.dt_transform)
-    if timesteps is not None:
-        dt = dt * jnp.asarray(timesteps, dt.dtype)[..., None, None]
-    real = -transformed(mixer.A_real, mixer.real_transform)
-    if mixer.A_imag is None:
-        A, B, C = (lax.complex(part, jnp.zeros_like(part)) for part in (real, mixer.B, mixer.C))
-    else:
-        A = lax.complex(real, -transformed(mixer.A_imag, mixer.imag_transform))
-        B, C = joined(mixer.B), joined(mixer.C)
-    A, B = shared(A, mixer.in_features), shared(B, mixer.in_features)
-    return dt.astype(A.dtype), A, B, 2 * C
+class AbstractS4Mixer(AbstractContinuousMixer[Float[Array, "features 2 state"]]):
+    """What the two mixers do alike: one system for each feature, from parameters of these names."""
+
+    A_real: eqx.AbstractVar[Float[Array, "n_ssm state"]]
+    A_imag: eqx.AbstractVar[Float[Array, "n_ssm state"] | None]
+    B: eqx.AbstractVar[Float[Array, "n_ssm state *parts"]]
+    C: eqx.AbstractVar[Float[Array, "channels features state *parts"]]
+    inv_dt: eqx.AbstractVar[Float[Array, "features steps"]]
+    real_transform: eqx.AbstractVar[Transform]
+    imag_transform: eqx.AbstractVar[Transform]
+    dt_transform: eqx.AbstractVar[StepTransform]
+
+    def allocate_inference_cache(
+        self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
+    ) -> Float[Array, "features 2 state"]:
+        del max_seqlen
+        return zero_cache(batch_size, (self.in_features, 2, self.A_real.shape[1]), dtype)
+
+    def compute_kernel(self, length: int) -> Float[Array, "time channels features"]:
+        r"""$K_l = 2\,\mathrm{Re}(C \bar A^l \bar B)$, $l = 0, \dots$, length - 1: $y = K * x + D x$."""
+        check_size("length", length)
+        return self.discretize().kernel(length)
+
+    def _continuous_system(self, timesteps: Timesteps | None) -> tuple[Array, Array, Array, Array]:
+        r"""$\Delta$ (over all timesteps, if given), $A$, $B$ and $2C$, complex, per feature."""
+        dt = self.step_rescale * transformed(self.inv_dt, self.dt_transform)
+        if timesteps is not None:
+            dt = dt * jnp.asarray(timesteps, dt.dtype)[..., None, None]
+        real = -transformed(self.A_real, self.real_transform)
+        if self.A_imag is None:
+            A, B, C = (lax.complex(part, jnp.zeros_like(part)) for part in (real, self.B, self.C))
+        else:
+            A = lax.complex(real, -transformed(self.A_imag, self.imag_transform))
+            B, C = joined(self.B), joined(self.C)
+        A, B = shared(A, self.in_features), shared(B, self.in_features)
+        return dt.astype(A.dtype), A, B, 2 * C

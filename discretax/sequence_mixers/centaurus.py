@@ -9,22 +9,19 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
-from discretax._features import check_name, check_size
+from discretax._features import check_name, check_positive, check_size
 from discretax._types import Length, Resets, Sample, Timesteps, Values, accumulation_dtype
+from discretax.init import log_spaced_step
 from discretax.ops import (
     Route,
-    Transition,
     bilinear,
-    depthwise_kernel,
-    depthwise_ssm,
     dirac,
-    fft_convolution,
     matrix_convolution,
     projected_convolution,
     zoh,
 )
 from discretax.ops._depthwise_ssm import carried_state
-from discretax.sequence_mixers._depthwise_system import planes, unplanes
+from discretax.sequence_mixers._depthwise_system import DepthwiseSystem
 from discretax.sequence_mixers._diagonal_system import DiagonalSystem, transfer
 from discretax.sequence_mixers.base import AbstractContinuousMixer, zero_cache
 
@@ -136,12 +133,7 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
                 f'the mode "{mode}" has state_dim = {rule} = {required} channels; got '
                 f"state_dim={state_dim}. Leave `state_dim` out."
             )
-        if step_rescale <= 0:
-            raise ValueError(f"`step_rescale` must be positive; got {step_rescale}.")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(
-                f"steps need 0 < dt_min <= dt_max; got dt_min={dt_min} and dt_max={dt_max}."
-            )
+        check_positive("step_rescale", step_rescale)
         E_key, B_key, C_key = jr.split(key, 3)
         shape = (state_dim, sub_state_dim)
         self.log_A_real = jnp.full(shape, math.log(0.5))
@@ -149,7 +141,7 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
             jnp.arange(float(sub_state_dim)) * math.pi / sub_state_dim, shape
         )
         self.E = None if mode == "pointwise" else jr.normal(E_key, shape) * 2**0.5
-        self.log_delta = jnp.linspace(math.log(dt_min), math.log(dt_max), state_dim)
+        self.log_delta = log_spaced_step(state_dim, dt_min, dt_max)
         if mode == "dws":
             self.B, self.C = jnp.ones(in_features), jnp.ones(in_features)
         elif mode == "full":
@@ -188,8 +180,10 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
         else:
             discretize = {"zoh": zoh, "bilinear": bilinear, "dirac": dirac}[self.discretization]
             A_bar, gamma = discretize(A, dt)
-        if self.mode != "pointwise":
-            return CentaurusSystem(A_bar, gamma, self.E, self.B, self.C, self.mode, self.route)
+        if self.E is not None:
+            return CentaurusSystem(
+                A_bar, gamma, self.E, self.B, self.C, self.in_features, self.mode, self.route
+            )
         A_bar, gamma = (v.reshape(*v.shape[:-2], -1) for v in (A_bar, gamma))
         return DiagonalSystem(
             A_bar=(A_bar.real, A_bar.imag),
@@ -214,41 +208,47 @@ class CentaurusSystem(eqx.Module):
 
     Unpacks as the complex `A_bar, B_bar, C` of all states side by side."""
 
-    A_planes: Float[Array, "*time channels 2 sub"]
-    gamma_planes: Float[Array, "*time channels 2 sub"]
-    E_planes: Float[Array, "1 channels 2 sub"]
+    channels: DepthwiseSystem
     B_in: Float[Array, "*projection"]
     C_out: Float[Array, "*projection"]
+    in_features: int = eqx.field(static=True)
     mode: Mode = eqx.field(static=True)
-    route: Route = eqx.field(static=True)
 
-    def __init__(self, A_bar, gamma, E, B, C, mode: Mode, route: Route):
-        self.A_planes = planes(A_bar)
-        self.gamma_planes = planes(gamma)
-        self.E_planes = jnp.stack([E, jnp.zeros_like(E)], axis=-2)[None]
+    def __init__(
+        self,
+        A_bar: Complex[Array, "*time channels sub"],
+        gamma: Complex[Array, "*time channels sub"],
+        E: Float[Array, "channels sub"],
+        B: Float[Array, "*projection"],
+        C: Float[Array, "*projection"],
+        in_features: int,
+        mode: Mode,
+        route: Route,
+    ):
+        no_skip = jnp.zeros((1, E.shape[0]), E.dtype)
+        self.channels = DepthwiseSystem(A_bar, gamma, _complex(E)[None], no_skip, route=route)
         self.B_in = B
         self.C_out = C
+        self.in_features = in_features
         self.mode = mode
-        self.route = route
 
     @property
     def A_bar(self) -> Complex[Array, "*time state"]:
-        A_bar = unplanes(self.A_planes)
+        A_bar = self.channels.A_bar
         return A_bar.reshape(*A_bar.shape[:-2], -1)
 
     @property
     def B_bar(self) -> Complex[Array, "*time state features"]:
-        eye = jnp.eye(self._features(), dtype=self.B_in.dtype)
+        eye = jnp.eye(self.in_features, dtype=self.B_in.dtype)
         drive = _complex(self._project(eye).T)  # (channels, features)
-        B_bar = unplanes(self.gamma_planes)[..., None] * drive[:, None]
+        B_bar = self.channels.B_bar[..., None] * drive[:, None]
         return B_bar.reshape(*B_bar.shape[:-3], -1, B_bar.shape[-1])
 
     @property
     def C(self) -> Complex[Array, "features state"]:
-        channels, sub_states = self.E_planes.shape[1], self.E_planes.shape[3]
-        readout = self._read_out(jnp.eye(channels, dtype=self.C_out.dtype)).T
-        C = readout[:, :, None] * self.E_planes[0, :, 0]
-        return _complex(C.reshape(-1, channels * sub_states))
+        E = self.channels.C[0]
+        readout = self._read_out(jnp.eye(E.shape[0], dtype=self.C_out.dtype)).T
+        return (_complex(readout)[:, :, None] * E).reshape(readout.shape[0], -1)
 
     def __iter__(self) -> Iterator[Array]:
         return iter((self.A_bar, self.B_bar, self.C))
@@ -262,34 +262,24 @@ class CentaurusSystem(eqx.Module):
         resets: Resets | None = None,
     ) -> tuple[Values, Float[Array, "channels 2 sub"]]:
         system, u, h0 = self._accumulating(x, cache)
-        if self.route == "fft" and self.A_planes.ndim == 3 and resets is None and x.shape[0]:
+        constant = self.channels.B_planes.ndim == 3 and resets is None
+        if self.mode != "dws" and self.channels.route == "fft" and constant and x.shape[0]:
             y, h = system._convolve(u, h0, length)
         else:
-            v, h = depthwise_ssm(
-                Transition(system.A_planes),
-                system.gamma_planes,
-                system.E_planes,
-                system._project(u),
-                h0,
-                length=length,
-                resets=resets,
-                route=None if self.route == "fft" else self.route,
-            )
-            y = system._read_out(v[:, 0])
+            v, h = system.channels(system._project(u), h0, length=length, resets=resets)
+            y = system._read_out(v)
         return y.astype(x.dtype), h.astype(cache.dtype)
 
     def step(
         self, x: Sample, cache: Float[Array, "channels 2 sub"]
     ) -> tuple[Sample, Float[Array, "channels 2 sub"]]:
         system, u, h = self._accumulating(x, cache)
-        drive = system._project(u[None])[0]
-        h = Transition(system.A_planes)(h) + system.gamma_planes * drive[:, None, None]
-        y = system._read_out(jnp.einsum("cp,cp->c", system.E_planes[0, :, 0], h[:, 0])[None])[0]
+        v, h = system.channels.step(system._project(u[None])[0], h)
+        y = system._read_out(v[None])[0]
         return y.astype(x.dtype), h.astype(cache.dtype)
 
     def kernel(self, length: int) -> Float[Array, "time channels"]:
-        transition = Transition(self.A_planes)
-        return depthwise_kernel(transition, self.gamma_planes, self.E_planes, length)[:, 0]
+        return self.channels.kernel(length)[:, 0]
 
     def eigenvalues(self) -> Complex[Array, " state"]:
         r"""Of the transition: $\bar A$ itself."""
@@ -300,45 +290,38 @@ class CentaurusSystem(eqx.Module):
         A_bar, B_bar, C = self
         return transfer(A_bar, B_bar, C, z)
 
-    def _convolve(self, u, h0, length):
-        kernel = self.kernel(u.shape[0])
+    def _convolve(self, x, h0, length):
+        """With the channels' readout and the projections contracted in the cheapest order."""
+        kernel = self.kernel(x.shape[0])
         free, h = carried_state(
-            Transition(self.A_planes),
-            self.gamma_planes,
-            self.E_planes,
-            self._project(u),
+            self.channels.transition,
+            self.channels.B_planes,
+            self.channels.C_planes,
+            self._project(x),
             h0,
             length,
         )
         if self.mode == "neck":
-            forced = projected_convolution(kernel, self.B_in, self.C_out, u)
-        elif self.mode == "full":
-            matrices = (kernel * self.B_in * self.C_out).reshape(*kernel.shape[:1], u.shape[1], -1)
-            forced = matrix_convolution(matrices, u)
+            forced = projected_convolution(kernel, self.B_in, self.C_out, x)
         else:
-            forced = self._read_out(fft_convolution(kernel, self._project(u)))
+            weights = self.B_in * self.C_out
+            forced = matrix_convolution(
+                (kernel * weights).reshape(-1, self.in_features, self.in_features), x
+            )
         return forced + self._read_out(free[:, 0]), h
 
-    def _features(self) -> int:
-        channels = self.E_planes.shape[1]
-        return {"neck": self.B_in.shape[-1], "dws": channels, "full": math.isqrt(channels)}[
-            self.mode
-        ]
-
-    def _project(self, x):
-        """(time, features) -> (time, channels)"""
+    def _project(self, x: Float[Array, "time features"]) -> Float[Array, "time channels"]:
         if self.mode == "neck":
             return x @ self.B_in.T
-        return (x if self.mode == "dws" else jnp.tile(x, (1, x.shape[1]))) * self.B_in
+        return (x if self.mode == "dws" else jnp.tile(x, (1, self.in_features))) * self.B_in
 
-    def _read_out(self, v):
-        """(time, channels) -> (time, features)"""
+    def _read_out(self, v: Float[Array, "time channels"]) -> Float[Array, "time features"]:
         if self.mode == "neck":
             return v @ self.C_out.T
         v = v * self.C_out
-        return (
-            v if self.mode == "dws" else v.reshape(-1, self._features(), self._features()).sum(-1)
-        )
+        if self.mode == "dws":
+            return v
+        return v.reshape(-1, self.in_features, self.in_features).sum(-1)
 
     def _accumulating(self, x, cache):
         dtype = accumulation_dtype(x, self.B_in)

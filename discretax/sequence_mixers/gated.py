@@ -3,11 +3,10 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_samples, check_size, linear
+from discretax._features import check_samples, check_size, linear, out_features
 from discretax._timeseries import check_length, zero_padding
 from discretax._types import Length, Resets, Sample, Timesteps, Values
 from discretax.sequence_mixers.base import AbstractSequenceMixer, check_step
@@ -114,9 +113,7 @@ class GatedSequenceMixer(AbstractSequenceMixer[Any]):
             self.input_linear = eqx.nn.Linear(in_features, width, key=input_key)
         if gate is not None:
             gated = gate * in_features
-            sample = jax.ShapeDtypeStruct((1, width), jnp.result_type(float))
-            mix = lambda x: sequence_mixer(x, key=mixer_key)[0]
-            mixed = eqx.filter_eval_shape(mix, sample).shape[-1]
+            mixed = out_features(lambda x: sequence_mixer(x, key=mixer_key)[0], width)
             self.input_gate = eqx.nn.Linear(in_features, gated, key=gate_key)
             if mixed != gated:
                 self.output_gate = eqx.nn.Linear(mixed, gated, key=output_key)

@@ -1,4 +1,4 @@
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -10,13 +10,12 @@ from jaxtyping import Array, Float, PRNGKeyArray
 import discretax.sequence_mixers._s4_parameters as s4
 from discretax._features import check_name, check_size
 from discretax._types import Timesteps
-from discretax.init import Measure, diagonalised_hippo
+from discretax.init import Measure
 from discretax.ops import Route
 from discretax.sequence_mixers._depthwise_system import DepthwiseSystem
-from discretax.sequence_mixers.base import AbstractContinuousMixer, zero_cache
 
 
-class S4SequenceMixer(AbstractContinuousMixer[Float[Array, "features 2 state"]]):
+class S4SequenceMixer(s4.AbstractS4Mixer):
     r"""The structured state space model, S4: diagonal plus low rank, a system for each feature.
 
     $$\dot h = (\Lambda - P P^*) h + B x, \qquad y = 2\,\mathrm{Re}(C h) + D x, \qquad
@@ -51,7 +50,7 @@ class S4SequenceMixer(AbstractContinuousMixer[Float[Array, "features 2 state"]])
     P: Float[Array, "rank n_ssm state 2"]
     C: Float[Array, "channels features state 2"]
     D: Float[Array, "channels features"]
-    inv_dt: Float[Array, "features 1"]
+    inv_dt: Float[Array, "features steps"]
     step_rescale: float
     in_features: int = eqx.field(static=True)
     l_max: int | None = eqx.field(static=True)
@@ -118,8 +117,7 @@ class S4SequenceMixer(AbstractContinuousMixer[Float[Array, "features 2 state"]])
         check_name("route", route, Route)
         step_key, C_key, D_key = jr.split(key, 3)
         half = state_dim // 2
-        Lambda, B, P = s4.init_dplr(init, state_dim, rank)
-        _, V = diagonalised_hippo(init, state_dim)
+        Lambda, B, P, first = s4.init_dplr(init, state_dim, rank)
 
         self.A_real = s4.untransformed(
             np.broadcast_to(np.real(Lambda), (n_ssm, half)), real_transform
@@ -129,7 +127,7 @@ class S4SequenceMixer(AbstractContinuousMixer[Float[Array, "features 2 state"]])
         )
         self.B = s4.pairs(np.broadcast_to(B, (n_ssm, half)))
         self.P = s4.pairs(np.broadcast_to(P[:, None], (rank, n_ssm, half)))
-        self.C = s4.init_readout(C_key, (channels, in_features, half), deterministic, V)
+        self.C = s4.init_readout(C_key, (channels, in_features, half), deterministic, first)
         self.D = jr.normal(D_key, (channels, in_features))
         steps = (in_features, 1 if dt_tie else half)
         self.inv_dt = s4.init_step(step_key, steps, dt_min, dt_max, dt_transform, deterministic)
@@ -141,14 +139,8 @@ class S4SequenceMixer(AbstractContinuousMixer[Float[Array, "features 2 state"]])
         self.dt_transform = dt_transform
         self.route = route
 
-    def allocate_inference_cache(
-        self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
-    ) -> Float[Array, "features 2 state"]:
-        del max_seqlen
-        return zero_cache(batch_size, (self.in_features, 2, self.A_real.shape[1]), dtype)
-
     def discretize(self, integration_timesteps: Timesteps | None = None) -> DepthwiseSystem:
-        dt, Lambda, B, C = s4.continuous_system(self, integration_timesteps)
+        dt, Lambda, B, C = self._continuous_system(integration_timesteps)
         P = jax.vmap(lambda p: s4.shared(p, self.in_features), out_axes=-1)(s4.joined(self.P))
         R = 1 / (1 - dt * Lambda / 2)
         # With a step for each state, Delta multiplies the rows of A: it belongs to P, not to P^*.
@@ -172,11 +164,6 @@ class S4SequenceMixer(AbstractContinuousMixer[Float[Array, "features 2 state"]])
             l_max=self.l_max,
             route=self.route,
         )
-
-    def compute_kernel(self, length: int) -> Float[Array, "time channels features"]:
-        r"""$K_l = 2\,\mathrm{Re}(C \bar A^l \bar B)$, $l = 0, \dots$, length - 1: $y = K * x + D x$."""
-        check_size("length", length)
-        return self.discretize().kernel(length)
 
 
 def _inverse(M: Float[Array, "*lead rank rank"]) -> Float[Array, "*lead rank rank"]:

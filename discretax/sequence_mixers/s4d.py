@@ -1,4 +1,4 @@
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import equinox as eqx
 import jax.random as jr
@@ -6,18 +6,17 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import discretax.sequence_mixers._s4_parameters as s4
-from discretax._features import check_name, check_size
+from discretax._features import check_name
 from discretax._types import Timesteps
 from discretax.ops import Route, bilinear, dirac, zoh
 from discretax.sequence_mixers._depthwise_system import DepthwiseSystem
-from discretax.sequence_mixers.base import AbstractContinuousMixer, zero_cache
 
 Discretization = Literal["zoh", "bilinear", "dirac"]
 Init = Literal["lin", "inv", "legs", "quad", "real", "rand"]
 _DISCRETIZE = {"zoh": zoh, "bilinear": bilinear, "dirac": dirac}
 
 
-class S4DSequenceMixer(AbstractContinuousMixer[Float[Array, "features 2 state"]]):
+class S4DSequenceMixer(s4.AbstractS4Mixer):
     r"""The diagonal state space model, S4D: a system of its own for each feature.
 
     $$\dot h = A \odot h + B x, \qquad y = 2\,\mathrm{Re}(C h) + D x, \qquad
@@ -122,14 +121,13 @@ class S4DSequenceMixer(AbstractContinuousMixer[Float[Array, "features 2 state"]]
         systems = [
             s4.init_diagonal(init, size, k) for k in A_keys[: n_ssm if init == "rand" else 1]
         ]
-        A, B = (
-            np.broadcast_to(np.stack(part), (n_ssm, half)) for part in zip(*systems, strict=True)
-        )
-        _, V = s4.diagonalised_hippo("legs", size) if init == "legs" else (None, None)
+        A, B = (np.broadcast_to([s[i] for s in systems], (n_ssm, half)) for i in (0, 1))
+        first = systems[0][2]
 
         self.A_real = s4.untransformed(np.real(A), real_transform)
         self.A_imag = None if is_real else s4.untransformed(np.imag(A), imag_transform)
-        B, C = s4.pairs(B), s4.init_readout(C_key, (channels, in_features, half), deterministic, V)
+        B = s4.pairs(B)
+        C = s4.init_readout(C_key, (channels, in_features, half), deterministic, first)
         self.B, self.C = (B[..., 0], C[..., 0]) if is_real else (B, C)
         self.D = jr.normal(D_key, (channels, in_features))
         steps = (in_features, 1 if dt_tie else half)
@@ -143,18 +141,7 @@ class S4DSequenceMixer(AbstractContinuousMixer[Float[Array, "features 2 state"]]
         self.dt_transform = dt_transform
         self.route = route
 
-    def allocate_inference_cache(
-        self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
-    ) -> Float[Array, "features 2 state"]:
-        del max_seqlen
-        return zero_cache(batch_size, (self.in_features, 2, self.A_real.shape[1]), dtype)
-
     def discretize(self, integration_timesteps: Timesteps | None = None) -> DepthwiseSystem:
-        dt, A, B, C = s4.continuous_system(self, integration_timesteps)
+        dt, A, B, C = self._continuous_system(integration_timesteps)
         A_bar, gamma = _DISCRETIZE[self.discretization](A, dt)
         return DepthwiseSystem(A_bar, gamma * B, C, self.D, l_max=self.l_max, route=self.route)
-
-    def compute_kernel(self, length: int) -> Float[Array, "time channels features"]:
-        r"""$K_l = 2\,\mathrm{Re}(C \bar A^l \bar B)$, $l = 0, \dots$, length - 1: $y = K * x + D x$."""
-        check_size("length", length)
-        return self.discretize().kernel(length)

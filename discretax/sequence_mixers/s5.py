@@ -8,7 +8,7 @@ from jax import lax
 from jax.nn.initializers import lecun_normal
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
-from discretax._features import check_name, check_size
+from discretax._features import check_name, check_positive, check_size
 from discretax._types import Length, Resets, Timesteps, Values
 from discretax.init import diagonalised_legs, log_uniform_step
 from discretax.ops import asynchronous, bilinear, dirac, zoh
@@ -124,8 +124,7 @@ class S5SequenceMixer(AbstractContinuousMixer[Float[Array, "2 state"]]):
                 "with `conj_sym`, each block must hold pairs: `state_dim / ssm_blocks` must be "
                 f"even; got {state_dim} / {ssm_blocks} = {block_size}. Or set conj_sym=False."
             )
-        if step_rescale <= 0:
-            raise ValueError(f"`step_rescale` must be positive; got {step_rescale}.")
+        check_positive("step_rescale", step_rescale)
         B_key, C_key, D_key, step_key = jr.split(key, 4)
         Lambda, V = diagonalised_legs(block_size)
         kept = block_size // 2 if conj_sym else block_size
