@@ -188,7 +188,7 @@ def test_inner_widths_that_swiglu_refuses(options, message):
 
 
 def test_unknown_non_linearity():
-    with pytest.raises(ValueError, match=r"`non_linearity` must be one of relu, gelu.*'rleu'"):
+    with pytest.raises(ValueError, match=r"`non_linearity` must be one of 'relu', 'gelu'.*'rleu'"):
         MLPChannelMixer(FEATURES, jr.key(0), non_linearity="rleu")
 
 

@@ -2,4 +2,5 @@
 
 from discretax.blocks._batch_norm import BatchNorm as BatchNorm
 from discretax.blocks.base import AbstractBlock as AbstractBlock
+from discretax.blocks.residual import ResidualBlock as ResidualBlock
 from discretax.blocks.standard import StandardBlock as StandardBlock

@@ -1,11 +1,17 @@
 import abc
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import equinox as eqx
-from jaxtyping import Array, PRNGKeyArray
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from discretax._stateful import AbstractStreamingLayer
 from discretax._timeseries import Timeseries
+from discretax._types import Values
+from discretax.blocks._batch_norm import BatchNorm
+from discretax.blocks._parts import NormLayer
+from discretax.sequence_mixers import AbstractSequenceMixer
 
 Samples = TypeVar("Samples", Array, Timeseries)
 
@@ -13,8 +19,12 @@ Samples = TypeVar("Samples", Array, Timeseries)
 class AbstractBlock(AbstractStreamingLayer):
     """A residual layer around a sequence mixer: `(x, state) -> (x, state)`.
 
-    It owns what is not pure: the norm's statistics, and the mixer's cache while streaming.
+    It owns what is not pure: the norm's statistics, and the mixer's cache while streaming. What a
+    block does with norm, mixer and dropout stands here; in which order, in the block.
     """
+
+    sequence_mixer: eqx.AbstractVar[AbstractSequenceMixer]
+    dropout: eqx.AbstractVar[eqx.nn.Dropout]
 
     @abc.abstractmethod
     def __call__(
@@ -25,3 +35,48 @@ class AbstractBlock(AbstractStreamingLayer):
 
         **Returns:** the same kind as `x`, and the new state.
         """
+
+    def allocate_inference_cache(
+        self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
+    ) -> PyTree:
+        return self.sequence_mixer.allocate_inference_cache(batch_size, max_seqlen, dtype)
+
+    def mix(
+        self, u: Values, x: Samples, state: eqx.nn.State, key: PRNGKeyArray | None
+    ) -> tuple[Values, eqx.nn.State]:
+        """`u` through the sequence mixer, with what `x` says of timesteps, length and resets."""
+        options = {}
+        if isinstance(x, Timeseries):
+            options = {
+                "integration_timesteps": x.timesteps,
+                "length": x.length,
+                "resets": x.resets,
+            }
+        cache = self.read_cache(state) if self.streaming else None
+        u, cache = self.sequence_mixer(u, cache, key=key, **options)
+        if self.streaming:
+            state = state.set(self.cache_index, cache)
+        return u, state
+
+    def drop(self, u: Values, key: PRNGKeyArray | None) -> Values:
+        """One mask of features for the whole sequence."""
+        if self.dropout.inference or self.dropout.p == 0:
+            return u
+        if key is None:
+            raise ValueError(
+                f"`{type(self).__name__}` drops features at random (drop_rate={self.dropout.p}) "
+                "and got no key. Call `model(x, state, key=key)`, or "
+                "`eqx.nn.inference_mode(model)` to evaluate, or build the model with `drop_rate=0`."
+            )
+        mask: Array = self.dropout(jnp.ones(u.shape[1], u.dtype), key=key)
+        return u * mask
+
+
+def normalise(
+    norm: NormLayer, u: Values, state: eqx.nn.State, length: Array | None
+) -> tuple[Values, eqx.nn.State]:
+    if isinstance(norm, BatchNorm):
+        return norm(u, state, length=length)
+    if norm is not None:
+        u = jax.vmap(norm)(u)
+    return u, state

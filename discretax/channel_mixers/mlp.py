@@ -1,20 +1,9 @@
-from typing import Literal
-
 import equinox as eqx
-import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_features, check_size, linear
+from discretax._features import check_features, check_name, check_size, linear
+from discretax.channel_mixers._non_linearity import NON_LINEARITIES, NonLinearity
 from discretax.channel_mixers.base import AbstractChannelMixer
-
-_NON_LINEARITIES = {
-    "relu": jax.nn.relu,
-    "gelu": jax.nn.gelu,
-    "swish": jax.nn.swish,
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
 
 
 class MLPChannelMixer(AbstractChannelMixer):
@@ -30,7 +19,7 @@ class MLPChannelMixer(AbstractChannelMixer):
         key: PRNGKeyArray,
         *,
         out_features: int | None = None,
-        non_linearity: Literal["relu", "gelu", "swish", "silu", "tanh"] = "gelu",
+        non_linearity: NonLinearity = "gelu",
         use_bias: bool = False,
     ):
         """**Arguments:** `in_features`; `key`; `out_features`, `in_features` if left out;
@@ -38,11 +27,7 @@ class MLPChannelMixer(AbstractChannelMixer):
 
         **Raises:** `ValueError` for an unknown non-linearity.
         """
-        if non_linearity not in _NON_LINEARITIES:
-            raise ValueError(
-                f"`non_linearity` must be one of {', '.join(_NON_LINEARITIES)}; got "
-                f"{non_linearity!r}."
-            )
+        check_name("non_linearity", non_linearity, NonLinearity)
         out_features = in_features if out_features is None else out_features
         check_size("in_features", in_features)
         check_size("out_features", out_features)
@@ -52,4 +37,4 @@ class MLPChannelMixer(AbstractChannelMixer):
 
     def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... out"]:
         check_features(self, x, self.in_features)
-        return _NON_LINEARITIES[self.non_linearity](linear(self.linear, x))
+        return NON_LINEARITIES[self.non_linearity](linear(self.linear, x))

@@ -1,16 +1,18 @@
 import math
 
 import equinox as eqx
-import jax
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_features, check_size, linear
+from discretax._features import check_features, check_name, check_size, linear
+from discretax.channel_mixers._non_linearity import NON_LINEARITIES, NonLinearity
 from discretax.channel_mixers.base import AbstractChannelMixer
 
 
 class SwiGLU(AbstractChannelMixer):
     r"""$y = W_{down}(\mathrm{swish}(W_{gate} x) \odot W_{up} x)$.
+
+    With `non_linearity="gelu"` it is the paper's GEGLU, as in Griffin.
 
     ??? cite
 
@@ -21,6 +23,7 @@ class SwiGLU(AbstractChannelMixer):
     up_proj: eqx.nn.Linear
     down_proj: eqx.nn.Linear
     in_features: int = eqx.field(static=True)
+    non_linearity: NonLinearity = eqx.field(static=True)
 
     def __init__(
         self,
@@ -31,6 +34,7 @@ class SwiGLU(AbstractChannelMixer):
         intermediate_dim: int | None = None,
         hidden_ratio: float | None = None,
         use_bias: bool = False,
+        non_linearity: NonLinearity = "swish",
     ):
         """**Arguments:**
 
@@ -41,11 +45,14 @@ class SwiGLU(AbstractChannelMixer):
             `in_features * hidden_ratio * 2/3` (as many parameters as a plain MLP of that ratio),
             rounded up to a multiple of 256. 4 if both are left out.
         - `use_bias`: of all three maps.
+        - `non_linearity`: what the gate goes through, by name.
 
         **Raises:**
 
-        `ValueError` if both `intermediate_dim` and `hidden_ratio` are given.
+        `ValueError` if both `intermediate_dim` and `hidden_ratio` are given, or for an unknown
+        non-linearity.
         """
+        check_name("non_linearity", non_linearity, NonLinearity)
         if intermediate_dim is not None and hidden_ratio is not None:
             raise ValueError(
                 "`intermediate_dim` and `hidden_ratio` both set the inner width; got "
@@ -65,8 +72,9 @@ class SwiGLU(AbstractChannelMixer):
         self.up_proj = eqx.nn.Linear(in_features, intermediate_dim, use_bias, key=up_key)
         self.down_proj = eqx.nn.Linear(intermediate_dim, out_features, use_bias, key=down_key)
         self.in_features = in_features
+        self.non_linearity = non_linearity
 
     def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... out"]:
         check_features(self, x, self.in_features)
-        gate = jax.nn.swish(linear(self.gate_proj, x))
+        gate = NON_LINEARITIES[self.non_linearity](linear(self.gate_proj, x))
         return linear(self.down_proj, gate * linear(self.up_proj, x))

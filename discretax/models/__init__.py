@@ -4,6 +4,8 @@ from discretax.models._backbone import AbstractBackbone as AbstractBackbone, Bac
 from discretax.models.centaurus import Centaurus as Centaurus
 from discretax.models.lru import LRU as LRU
 from discretax.models.mamba import Mamba as Mamba
+from discretax.models.rglru import RGLRU as RGLRU
 from discretax.models.s4 import S4 as S4
 from discretax.models.s4d import S4D as S4D
 from discretax.models.s5 import S5 as S5
+from discretax.models.s7 import S7 as S7

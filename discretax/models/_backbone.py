@@ -1,7 +1,7 @@
 """The stack of blocks that every model is, stated once."""
 
 import functools as ft
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import equinox as eqx
 import jax
@@ -10,10 +10,10 @@ from jaxtyping import Array, PRNGKeyArray
 
 from discretax._features import check_size
 from discretax._stateful import check_state
-from discretax.blocks import AbstractBlock, StandardBlock
+from discretax.blocks import AbstractBlock, ResidualBlock, StandardBlock
+from discretax.blocks._parts import Norm
 from discretax.blocks.base import Samples
-from discretax.blocks.standard import Norm
-from discretax.channel_mixers import GLU, AbstractChannelMixer
+from discretax.channel_mixers import GLU, AbstractChannelMixer, SwiGLU
 from discretax.sequence_mixers import AbstractSequenceMixer
 
 
@@ -103,3 +103,38 @@ def standard_blocks(
         activation=activation,
     )
     return tuple(block(block_key) for block_key in jr.split(key, num_blocks))
+
+
+def residual_blocks(
+    key: PRNGKeyArray,
+    *,
+    hidden_dim: int,
+    sequence_mixers: Sequence[Callable[..., AbstractSequenceMixer]],
+    expansion: int,
+    use_bias: bool,
+    drop_rate: float,
+    prenorm: bool,
+    norm: Norm,
+) -> tuple[ResidualBlock, ...]:
+    """One block for each of `sequence_mixers`, with a gated MLP."""
+    check_size("hidden_dim", hidden_dim)
+    check_size("num_blocks", len(sequence_mixers))
+    check_size("expansion", expansion)
+    block = ft.partial(
+        ResidualBlock,
+        hidden_dim,
+        channel_mixer=ft.partial(
+            SwiGLU,
+            intermediate_dim=expansion * hidden_dim,
+            use_bias=use_bias,
+            non_linearity="gelu",
+        ),
+        drop_rate=drop_rate,
+        prenorm=prenorm,
+        norm=norm,
+    )
+    keys = jr.split(key, len(sequence_mixers))
+    return tuple(
+        block(block_key, sequence_mixer=mixer)
+        for block_key, mixer in zip(keys, sequence_mixers, strict=True)
+    )

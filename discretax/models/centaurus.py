@@ -4,7 +4,7 @@ from jaxtyping import PRNGKeyArray
 
 from discretax import sequence_mixers
 from discretax.blocks import StandardBlock
-from discretax.blocks.standard import Norm
+from discretax.blocks._parts import Norm
 from discretax.channel_mixers import GLU
 from discretax.models._backbone import AbstractBackbone, standard_blocks
 from discretax.ops import Route

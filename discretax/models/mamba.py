@@ -5,7 +5,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from discretax.blocks import StandardBlock
-from discretax.blocks.standard import Norm
+from discretax.blocks._parts import Norm
 from discretax.channel_mixers import IdentityChannelMixer
 from discretax.models._backbone import AbstractBackbone, standard_blocks
 from discretax.ops._selective_scan import SelectiveDiscretization

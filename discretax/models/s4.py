@@ -3,7 +3,7 @@ import functools as ft
 from jaxtyping import PRNGKeyArray
 
 from discretax.blocks import StandardBlock
-from discretax.blocks.standard import Norm
+from discretax.blocks._parts import Norm
 from discretax.channel_mixers import GLU
 from discretax.init import Measure
 from discretax.models._backbone import AbstractBackbone, standard_blocks

@@ -6,7 +6,7 @@ from jaxtyping import PRNGKeyArray
 
 from discretax._features import check_name
 from discretax.blocks import StandardBlock
-from discretax.blocks.standard import Norm
+from discretax.blocks._parts import Norm
 from discretax.channel_mixers import GLU, HalfGLU, IdentityChannelMixer
 from discretax.models._backbone import AbstractBackbone, standard_blocks
 from discretax.sequence_mixers import BidirectionalS5, S5SequenceMixer

@@ -3,6 +3,7 @@
 from discretax.sequence_mixers.base import (
     AbstractContinuousMixer as AbstractContinuousMixer,
     AbstractLTIMixer as AbstractLTIMixer,
+    AbstractLTVMixer as AbstractLTVMixer,
     AbstractSequenceMixer as AbstractSequenceMixer,
 )
 from discretax.sequence_mixers.bidirectional import Bidirectional as Bidirectional
@@ -17,9 +18,14 @@ from discretax.sequence_mixers.discretized import Discretized as Discretized
 from discretax.sequence_mixers.gated import GatedSequenceMixer as GatedSequenceMixer
 from discretax.sequence_mixers.lru import LRUSequenceMixer as LRUSequenceMixer
 from discretax.sequence_mixers.mamba import MambaSequenceMixer as MambaSequenceMixer
+from discretax.sequence_mixers.rglru import (
+    GriffinSequenceMixer as GriffinSequenceMixer,
+    RGLRUSequenceMixer as RGLRUSequenceMixer,
+)
 from discretax.sequence_mixers.s4 import S4SequenceMixer as S4SequenceMixer
 from discretax.sequence_mixers.s4d import S4DSequenceMixer as S4DSequenceMixer
 from discretax.sequence_mixers.s5 import (
     BidirectionalS5 as BidirectionalS5,
     S5SequenceMixer as S5SequenceMixer,
 )
+from discretax.sequence_mixers.s7 import S7SequenceMixer as S7SequenceMixer

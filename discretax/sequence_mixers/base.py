@@ -140,6 +140,56 @@ class AbstractContinuousMixer(AbstractLTIMixer[Cache]):
     """Multiplies every step: 2 for a signal sampled half as often as the one of training."""
 
 
+class AbstractLTVMixer(AbstractSequenceMixer[Cache]):
+    """A mixer whose system is chosen by the input: it differs from sample to sample.
+
+    It says how a chunk is mixed; a step is a chunk of one sample.
+    """
+
+    @abc.abstractmethod
+    def mix(
+        self,
+        x: Values,
+        cache: Cache,
+        integration_timesteps: Timesteps | None,
+        length: Length | None,
+        resets: Resets | None,
+    ) -> tuple[Values, Cache]:
+        """As the call, with arguments that are known to fit and `x` zero where it is padding."""
+
+    def __call__(
+        self,
+        x: Values,
+        cache: Cache | None = None,
+        *,
+        integration_timesteps: Timesteps | None = None,
+        length: Length | None = None,
+        resets: Resets | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Values, Cache]:
+        del key
+        zero = self.allocate_inference_cache()
+        cache = zero if cache is None else cache
+        x = check_call(self, x, cache, zero, integration_timesteps, length, resets)
+        return self.mix(x, cache, integration_timesteps, length, resets)
+
+    def step(
+        self, x: Sample, cache: Cache, *, integration_timestep: Any | None = None
+    ) -> tuple[Sample, Cache]:
+        check_step(self, x, cache, self.allocate_inference_cache())
+        timesteps = one_timestep(integration_timestep)
+        y, cache = self.mix(x[None], cache, timesteps, None, None)
+        return y[0], cache
+
+
+def one_timestep(integration_timestep: Any | None) -> Timesteps | None:
+    if integration_timestep is None:
+        return None
+    timesteps = jnp.asarray(integration_timestep, jnp.result_type(float))[None]
+    check_timesteps(timesteps, 1)
+    return timesteps
+
+
 def check_call(
     mixer: AbstractSequenceMixer,
     x: Array,

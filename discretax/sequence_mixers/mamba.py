@@ -8,15 +8,12 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._features import check_name, check_size, linear
-from discretax._timeseries import check_timesteps
-from discretax._types import Length, Resets, Sample, Timesteps, Values, accumulation_dtype
+from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.init import inverse_softplus, log_uniform_step
 from discretax.ops import depthwise_convolution, selective_scan
 from discretax.ops._selective_scan import SelectiveDiscretization
 from discretax.sequence_mixers.base import (
-    AbstractSequenceMixer,
-    check_call,
-    check_step,
+    AbstractLTVMixer,
     refuse_timesteps,
     zero_cache,
 )
@@ -31,7 +28,7 @@ class MambaCache(NamedTuple):
     state: Float[Array, "state inner"]  # as the scan keeps it: a step then moves nothing
 
 
-class MambaSequenceMixer(AbstractSequenceMixer[MambaCache]):
+class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
     r"""Mamba: a gated layer around a selective scan, whose steps and projections come from the input.
 
     $$[u, z] = W_{in} x, \qquad u \leftarrow \mathrm{silu}(\mathrm{conv}(u)), \qquad
@@ -175,34 +172,14 @@ class MambaSequenceMixer(AbstractSequenceMixer[MambaCache]):
             state=zero_cache(batch_size, self.A_log.shape[::-1], dtype),
         )
 
-    def __call__(
+    def mix(
         self,
         x: Values,
-        cache: MambaCache | None = None,
-        *,
-        integration_timesteps: Timesteps | None = None,
-        length: Length | None = None,
-        resets: Resets | None = None,
-        key: PRNGKeyArray | None = None,
+        cache: MambaCache,
+        integration_timesteps: Timesteps | None,
+        length: Length | None,
+        resets: Resets | None,
     ) -> tuple[Values, MambaCache]:
-        del key
-        zero = self.allocate_inference_cache()
-        cache = zero if cache is None else cache
-        x = check_call(self, x, cache, zero, integration_timesteps, length, resets)
-        return self._mix(x, cache, integration_timesteps, length, resets)
-
-    def step(
-        self, x: Sample, cache: MambaCache, *, integration_timestep: Any | None = None
-    ) -> tuple[Sample, MambaCache]:
-        check_step(self, x, cache, self.allocate_inference_cache())
-        timesteps = None
-        if integration_timestep is not None:
-            timesteps = jnp.asarray(integration_timestep, self.D.dtype)[None]
-            check_timesteps(timesteps, 1)
-        y, cache = self._mix(x[None], cache, timesteps, None, None)
-        return y[0], cache
-
-    def _mix(self, x, cache, timesteps, length, resets):
         u, z = jnp.split(linear(self.in_proj, x), 2, axis=-1)
         u, window = depthwise_convolution(
             u, self.conv_weight, self.conv_bias, cache.window, length=length, resets=resets
@@ -220,7 +197,7 @@ class MambaSequenceMixer(AbstractSequenceMixer[MambaCache]):
             C,
             self.D,
             cache.state.T,
-            dt_A=self._decay_steps(x.shape[0], timesteps),
+            dt_A=self._decay_steps(x.shape[0], integration_timesteps),
             discretization=self.discretization,
             length=length,
             resets=resets,

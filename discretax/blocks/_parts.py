@@ -1,0 +1,77 @@
+"""What blocks are made of."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import equinox as eqx
+from jaxtyping import PRNGKeyArray
+
+from discretax._features import check_size, out_features
+from discretax.blocks._batch_norm import BatchNorm
+from discretax.channel_mixers import AbstractChannelMixer
+from discretax.sequence_mixers import AbstractSequenceMixer
+
+Norm = Literal["batch", "layer", "rms"] | None
+NormLayer = BatchNorm | eqx.nn.LayerNorm | eqx.nn.RMSNorm | None
+
+
+def make_norm(norm: Norm, in_features: int) -> NormLayer:
+    # 1e-6, not Equinox's 1e-5, is what the S5 and LRU code normalises with.
+    if norm == "batch":
+        return BatchNorm(in_features)
+    if norm == "layer":
+        return eqx.nn.LayerNorm(in_features, eps=1e-6)
+    if norm == "rms":
+        return eqx.nn.RMSNorm(in_features, eps=1e-6, use_bias=False)
+    if norm is None:
+        return None
+    raise ValueError(f"`norm` must be 'batch', 'layer', 'rms' or None; got {norm!r}.")
+
+
+def make_dropout(drop_rate: float) -> eqx.nn.Dropout:
+    if not 0 <= drop_rate < 1:
+        raise ValueError(f"`drop_rate` must lie in [0, 1); got {drop_rate}.")
+    return eqx.nn.Dropout(drop_rate)
+
+
+def make_sequence_mixer(
+    mixer: AbstractSequenceMixer | Callable[..., AbstractSequenceMixer],
+    in_features: int,
+    key: PRNGKeyArray,
+) -> tuple[AbstractSequenceMixer, int]:
+    """The mixer, and the width of what it puts out."""
+    check_size("in_features", in_features)
+    if not isinstance(mixer, AbstractSequenceMixer):
+        mixer = mixer(in_features, key=key)
+    if mixer.in_features != in_features:
+        raise ValueError(
+            f"`sequence_mixer` must have the block's width, in_features={in_features}; got "
+            f"{type(mixer).__name__} of width {mixer.in_features}."
+        )
+    return mixer, out_features(lambda x: mixer(x, key=key)[0], in_features)
+
+
+def make_channel_mixer(
+    mixer: AbstractChannelMixer | Callable[..., AbstractChannelMixer],
+    mixed_features: int,
+    in_features: int,
+    key: PRNGKeyArray,
+) -> AbstractChannelMixer:
+    """A mixer from the width of what it is given to the width of the residual stream."""
+    if not isinstance(mixer, AbstractChannelMixer):
+        widths = {} if mixed_features == in_features else {"out_features": in_features}
+        mixer = mixer(mixed_features, key=key, **widths)
+    if mixer.in_features != mixed_features:
+        raise ValueError(
+            "`channel_mixer` must have the width of what the sequence mixer puts out, "
+            f"in_features={mixed_features}; got {type(mixer).__name__} of width "
+            f"{mixer.in_features}."
+        )
+    width = out_features(mixer, mixed_features)
+    if width != in_features:
+        raise ValueError(
+            f"`channel_mixer` must lead to the block's width, in_features={in_features}, to be "
+            f"added to the residual stream; got {type(mixer).__name__} with "
+            f"out_features={width}."
+        )
+    return mixer

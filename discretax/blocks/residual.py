@@ -1,0 +1,123 @@
+from collections.abc import Callable
+
+import equinox as eqx
+import jax.random as jr
+from jaxtyping import PRNGKeyArray
+
+from discretax._features import check_samples
+from discretax._stateful import check_state
+from discretax._timeseries import length_of, values_of, with_values
+from discretax.blocks._parts import (
+    Norm,
+    NormLayer,
+    make_channel_mixer,
+    make_dropout,
+    make_norm,
+    make_sequence_mixer,
+)
+from discretax.blocks.base import AbstractBlock, Samples, normalise
+from discretax.channel_mixers import AbstractChannelMixer
+from discretax.sequence_mixers import AbstractSequenceMixer
+
+
+class ResidualBlock(AbstractBlock):
+    r"""The block of transformers and of Griffin: each mixer has a norm and a sum of its own.
+
+    $$x \leftarrow x + \mathrm{drop}(\mathrm{sequence}(\mathrm{norm}(x))), \qquad
+    x \leftarrow x + \mathrm{drop}(\mathrm{channel}(\mathrm{norm}(x)))$$
+
+    With `prenorm=False` each norm comes after its sum. Dropout, arrays and
+    [`discretax.Timeseries`][] are treated as in [`discretax.blocks.StandardBlock`][].
+
+    ??? cite
+
+        De et al., Griffin: Mixing Gated Linear Recurrences with Local Attention for Efficient
+        Language Models, 2024 (arXiv:2402.19427).
+    """
+
+    sequence_norm: NormLayer
+    sequence_mixer: AbstractSequenceMixer
+    channel_norm: NormLayer
+    channel_mixer: AbstractChannelMixer
+    dropout: eqx.nn.Dropout
+    cache_index: eqx.nn.StateIndex
+    streaming: bool
+    inference: bool
+    in_features: int = eqx.field(static=True)
+    prenorm: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        in_features: int,
+        key: PRNGKeyArray,
+        *,
+        sequence_mixer: AbstractSequenceMixer | Callable[..., AbstractSequenceMixer],
+        channel_mixer: AbstractChannelMixer | Callable[..., AbstractChannelMixer],
+        drop_rate: float = 0.0,
+        prenorm: bool = True,
+        norm: Norm = "rms",
+    ):
+        """**Arguments:**
+
+        - `in_features`: width of the residual stream.
+        - `key`: for the mixers' initialisation.
+        - `sequence_mixer`, `channel_mixer`: a mixer, or a function `(in_features, *, key)` that
+            makes one: `functools.partial(GriffinSequenceMixer, num_heads=4)`.
+        - `drop_rate`: probability with which dropout zeroes a feature.
+        - `prenorm`: norm before each mixer (True) or after each sum (False).
+        - `norm`: as in [`discretax.blocks.StandardBlock`][].
+
+        **Raises:**
+
+        `ValueError` for an unknown norm, a rate outside [0, 1), or mixers of another width.
+        """
+        sequence_key, channel_key = jr.split(key)
+        self.sequence_mixer, mixed_features = make_sequence_mixer(
+            sequence_mixer, in_features, sequence_key
+        )
+        if mixed_features != in_features:
+            raise ValueError(
+                "`sequence_mixer` must put out the block's width, to be added to the residual "
+                f"stream, in_features={in_features}; got {type(self.sequence_mixer).__name__} with "
+                f"an output of width {mixed_features}. Use `StandardBlock`."
+            )
+        self.channel_mixer = make_channel_mixer(
+            channel_mixer, in_features, in_features, channel_key
+        )
+        self.sequence_norm = make_norm(norm, in_features)
+        self.channel_norm = make_norm(norm, in_features)
+        self.dropout = make_dropout(drop_rate)
+        self.cache_index = eqx.nn.StateIndex(None)
+        self.streaming = False
+        self.inference = False
+        self.in_features = in_features
+        self.prenorm = prenorm
+
+    def __call__(
+        self, x: Samples, state: eqx.nn.State, *, key: PRNGKeyArray | None = None
+    ) -> tuple[Samples, eqx.nn.State]:
+        check_state(state, self)
+        self.check_inference()
+        u = values_of(x)
+        check_samples(self, u, self.in_features)
+        mixer_key, *drop_keys = (None,) * 3 if key is None else jr.split(key, 3)
+
+        def mix(u, state):
+            u, state = self.mix(u, x, state, mixer_key)
+            return self.drop(u, drop_keys[0]), state
+
+        def mix_channels(u, state):
+            return self.drop(self.channel_mixer(u), drop_keys[1]), state
+
+        for norm, function in (
+            (self.sequence_norm, mix),
+            (self.channel_norm, mix_channels),
+        ):
+            skip = u
+            if self.prenorm:
+                u, state = normalise(norm, u, state, length_of(x))
+            u, state = function(u, state)
+            u = skip + u
+            if not self.prenorm:
+                u, state = normalise(norm, u, state, length_of(x))
+        return with_values(x, u), state

@@ -1,0 +1,16 @@
+"""Non-linearities by name."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+NonLinearity = Literal["relu", "gelu", "swish", "silu", "tanh"]
+
+NON_LINEARITIES = {
+    "relu": jax.nn.relu,
+    "gelu": jax.nn.gelu,
+    "swish": jax.nn.swish,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}

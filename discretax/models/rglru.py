@@ -1,0 +1,66 @@
+import functools as ft
+
+from jaxtyping import PRNGKeyArray
+
+from discretax.blocks import ResidualBlock
+from discretax.blocks._parts import Norm
+from discretax.models._backbone import AbstractBackbone, residual_blocks
+from discretax.sequence_mixers import GriffinSequenceMixer
+
+
+class RGLRU(AbstractBackbone):
+    """Hawk: Griffin's recurrent blocks with gated MLPs, and no attention (arXiv:2402.19427)."""
+
+    blocks: tuple[ResidualBlock, ...]
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        *,
+        hidden_dim: int,
+        num_blocks: int = 4,
+        lru_width: int | None = None,
+        num_heads: int = 1,
+        conv_width: int = 4,
+        a_min: float = 0.9,
+        a_max: float = 0.999,
+        use_bias: bool = True,
+        expansion: int = 3,
+        drop_rate: float = 0.0,
+        prenorm: bool = True,
+        norm: Norm = "rms",
+    ):
+        """**Arguments:**
+
+        - `key`: for the initialisation.
+        - `hidden_dim`: width of the residual stream.
+        - `num_blocks`: how many blocks to stack.
+        - `lru_width`, `num_heads`, `conv_width`, `a_min`, `a_max`: as in
+            [`discretax.sequence_mixers.GriffinSequenceMixer`][].
+        - `use_bias`: of all linear maps.
+        - `expansion`: how many times wider than the stream the gated MLP is, a
+            [`discretax.channel_mixers.SwiGLU`][] with GELU.
+        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.ResidualBlock`][]. The paper
+            drops nothing.
+        """
+        self.blocks = residual_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            sequence_mixers=(
+                ft.partial(
+                    GriffinSequenceMixer,
+                    lru_width=lru_width,
+                    num_heads=num_heads,
+                    conv_width=conv_width,
+                    a_min=a_min,
+                    a_max=a_max,
+                    use_bias=use_bias,
+                ),
+            )
+            * num_blocks,
+            expansion=expansion,
+            use_bias=use_bias,
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
+        )

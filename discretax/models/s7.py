@@ -1,0 +1,57 @@
+import functools as ft
+
+import jax
+from jaxtyping import PRNGKeyArray
+
+from discretax.blocks import StandardBlock
+from discretax.blocks._parts import Norm
+from discretax.channel_mixers import IdentityChannelMixer
+from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.sequence_mixers import S7SequenceMixer
+
+
+class S7(AbstractBackbone):
+    """S7's blocks: norm, the gated recurrence, sum (arXiv:2410.03464)."""
+
+    blocks: tuple[StandardBlock, ...]
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        *,
+        hidden_dim: int,
+        num_blocks: int = 4,
+        state_dim: int = 64,
+        a_min: float = 0.5,
+        a_max: float = 0.999,
+        use_bias: bool = False,
+        drop_rate: float = 0.1,
+        prenorm: bool = True,
+        norm: Norm = "batch",
+    ):
+        """**Arguments:**
+
+        - `key`: for the initialisation.
+        - `hidden_dim`: width of the residual stream.
+        - `num_blocks`: how many blocks to stack.
+        - `state_dim`, `a_min`, `a_max`, `use_bias`: as in
+            [`discretax.sequence_mixers.S7SequenceMixer`][].
+        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        """
+        self.blocks = standard_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            num_blocks=num_blocks,
+            sequence_mixer=ft.partial(
+                S7SequenceMixer,
+                state_dim=state_dim,
+                a_min=a_min,
+                a_max=a_max,
+                use_bias=use_bias,
+            ),
+            channel_mixer=IdentityChannelMixer,
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
+            activation=jax.nn.identity,
+        )
