@@ -1,5 +1,6 @@
 """Sequence mixers: pure functions of a sequence and a cache."""
 
+from discretax.sequence_mixers.attention import AttentionSequenceMixer as AttentionSequenceMixer
 from discretax.sequence_mixers.base import (
     AbstractContinuousMixer as AbstractContinuousMixer,
     AbstractLTIMixer as AbstractLTIMixer,

@@ -1,0 +1,289 @@
+from typing import Any, ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from discretax._features import check_positive, check_size, linear
+from discretax._timeseries import known
+from discretax._types import Length, Resets, Sample, Timesteps, Values
+from discretax.ops._attention import masked_attention
+from discretax.ops._chunks import scan_chunks
+from discretax.sequence_mixers.base import (
+    AbstractSequenceMixer,
+    check_call,
+    check_step,
+    refuse_timesteps,
+    zero_cache,
+)
+
+
+class AttentionCache(NamedTuple):
+    """Rotated keys and values of the current sequence, each where its position modulo the number
+    of slots puts it, and how many samples of the sequence have been seen."""
+
+    keys: Float[Array, "slots heads head"]
+    values: Float[Array, "slots heads head"]
+    position: Int[Array, ""]
+
+
+class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
+    r"""Causal attention with rotary positions, for hybrids with recurrences.
+
+    $$y_t = W_o \bigoplus_n \sum_{s \in S_t} \mathrm{softmax}_s
+    \Big(\frac{(R_t q^n_t)^T R_s k^{\nu}_s}{\sqrt{d}}\Big) v^{\nu}_s, \qquad
+    q = W_q x, \quad k = W_k x, \quad v = W_v x$$
+
+    over heads $n$ of size $d$, `num_heads / num_kv_heads` of which share the keys and values
+    $\nu$ (one for all is multi-query attention, several are grouped). $R_t$ turns pairs of features,
+    $i$ and $i + r/2$ of the first $r$ = `rotary_fraction * head_dim`, by the angle
+    $t\, \theta^{-2i/r}$, so that a score depends on the distance alone. $S_t$ are the samples up to
+    $t$ of the same sequence; with a `window` the last `window` of them, $t$ included.
+
+    The cache holds keys and values. With a `window` it is a ring of that many slots, and sequences
+    may be of any length. Without, it has `max_seqlen` slots: a longer stream raises an error where
+    its position is known, and inside `jax.jit` makes the outputs past the end NaN. A reset empties
+    the cache, and positions begin at zero again.
+
+    With a `window` a sequence is walked through in chunks of that length, so that memory grows
+    linearly with time. `window=w + 1` is what the authors of Griffin call a window of `w`.
+
+    ??? cite
+
+        Vaswani et al., Attention Is All You Need, NeurIPS 2017 (arXiv:1706.03762). Rotary positions:
+        Su et al., RoFormer (arXiv:2104.09864). Shared keys and values: Ainslie et al., GQA
+        (arXiv:2305.13245). As a mixer beside recurrences: De et al., Griffin (arXiv:2402.19427).
+    """
+
+    q_proj: eqx.nn.Linear
+    k_proj: eqx.nn.Linear
+    v_proj: eqx.nn.Linear
+    out_proj: eqx.nn.Linear
+    in_features: int = eqx.field(static=True)
+    num_heads: int = eqx.field(static=True)
+    num_kv_heads: int = eqx.field(static=True)
+    window: int | None = eqx.field(static=True)
+    rotary_dim: int = eqx.field(static=True)
+    rotary_base: float = eqx.field(static=True)
+
+    recurrent_parameters: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        in_features: int,
+        key: PRNGKeyArray,
+        *,
+        num_heads: int = 4,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        window: int | None = None,
+        rotary_fraction: float = 1.0,
+        rotary_base: float = 10_000.0,
+        use_bias: bool = False,
+        out_bias: bool = False,
+    ):
+        r"""**Arguments:**
+
+        - `in_features`: width of the input and of the output.
+        - `key`: for the initialisation.
+        - `num_heads`: heads of queries.
+        - `num_kv_heads`: heads of keys and values; `num_heads` if left out.
+        - `head_dim`: size of a head; `in_features // num_heads` if left out.
+        - `window`: how many samples a query sees, its own included; None for all before it.
+        - `rotary_fraction`: the part of each head that is turned: 1 for all of it, 0 for none.
+        - `rotary_base`: $\theta$ above; the longest wavelength is $2\pi\theta$ samples.
+        - `use_bias`: of queries, keys and values.
+        - `out_bias`: of $W_o$.
+
+        **Raises:**
+
+        `ValueError` if `num_heads` does not divide `in_features` and there is no `head_dim`, if
+        `num_kv_heads` does not divide `num_heads`, or if the part to turn is not of even size.
+        """
+        check_size("in_features", in_features)
+        check_size("num_heads", num_heads)
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_size("num_kv_heads", num_kv_heads)
+        if num_heads % num_kv_heads:
+            raise ValueError(
+                f"`num_kv_heads` must divide num_heads={num_heads}; got {num_kv_heads}."
+            )
+        if head_dim is None:
+            head_dim, remainder = divmod(in_features, num_heads)
+            if remainder:
+                raise ValueError(
+                    f"`num_heads` must divide in_features={in_features}; got {num_heads}. Or give "
+                    "`head_dim`."
+                )
+        check_size("head_dim", head_dim)
+        if window is not None:
+            check_size("window", window)
+        rotary_dim = round(rotary_fraction * head_dim)
+        if not 0 <= rotary_fraction <= 1 or rotary_dim % 2:
+            raise ValueError(
+                "`rotary_fraction` must lie in [0, 1] and leave an even number of features to turn; "
+                f"got {rotary_fraction} of head_dim={head_dim}."
+            )
+        check_positive("rotary_base", rotary_base)
+        q_key, k_key, v_key, out_key = jr.split(key, 4)
+        inner, kv_inner = num_heads * head_dim, num_kv_heads * head_dim
+        self.q_proj = eqx.nn.Linear(in_features, inner, use_bias, key=q_key)
+        self.k_proj = eqx.nn.Linear(in_features, kv_inner, use_bias, key=k_key)
+        self.v_proj = eqx.nn.Linear(in_features, kv_inner, use_bias, key=v_key)
+        self.out_proj = eqx.nn.Linear(inner, in_features, out_bias, key=out_key)
+        self.in_features = in_features
+        self.num_heads = num_heads
+        self.num_kv_heads = num_kv_heads
+        self.window = window
+        self.rotary_dim = rotary_dim
+        self.rotary_base = rotary_base
+
+    def allocate_inference_cache(
+        self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
+    ) -> AttentionCache:
+        slots = max_seqlen if self.window is None else self.window
+        shape = (slots, self.num_kv_heads, self.k_proj.weight.shape[0] // self.num_kv_heads)
+        return AttentionCache(
+            keys=zero_cache(batch_size, shape, dtype),
+            values=zero_cache(batch_size, shape, dtype),
+            position=zero_cache(batch_size, (), int),
+        )
+
+    def __call__(
+        self,
+        x: Values,
+        cache: AttentionCache | None = None,
+        *,
+        integration_timesteps: Timesteps | None = None,
+        length: Length | None = None,
+        resets: Resets | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Values, AttentionCache]:
+        del key
+        time = x.shape[0]
+        chunk_size = time if self.window is None else max(self.window, 64)
+        fresh = cache is None and time <= chunk_size
+        state = self.allocate_inference_cache(max_seqlen=max(1, time)) if cache is None else cache
+        x = check_call(self, x, state, self._like(state), integration_timesteps, length, resets)
+        refuse_timesteps(self, integration_timesteps, "its positions are counted in samples")
+        self._check_room(time if length is None else length, state, resets)
+
+        def run(state, inputs, left):
+            x, resets = inputs
+            y, state = self._attend(x, resets, state, left, fresh)
+            return state, y
+
+        state, y = scan_chunks(run, state, (x, resets), length, chunk_size)
+        return y, state
+
+    def step(
+        self, x: Sample, cache: AttentionCache, *, integration_timestep: Any | None = None
+    ) -> tuple[Sample, AttentionCache]:
+        check_step(self, x, cache, self._like(cache))
+        refuse_timesteps(self, integration_timestep, "its positions are counted in samples")
+        self._check_room(1, cache, None)
+        y, cache = self._attend(x[None], None, cache, 1, False)
+        return y[0], cache
+
+    def _attend(self, x, resets, cache, left, fresh):
+        """A chunk of which `left` samples are valid; `fresh` if nothing is cached."""
+        time, slots = x.shape[0], cache.keys.shape[0]
+        if time == 0:
+            return x, cache
+        # Each sample's sequence and its position therein; what is cached belongs to sequence zero.
+        index = jnp.arange(time)
+        sequence, positions = jnp.zeros(time, int), cache.position + index
+        if resets is not None:
+            sequence = jnp.cumsum(resets)
+            start = lax.cummax(jnp.where(resets, index, 0))
+            positions = jnp.where(sequence > 0, index - start, positions)
+        heads = lambda layer, count: linear(layer, x).reshape(time, count, -1)
+        q = self._rotated(heads(self.q_proj, self.num_heads), positions)
+        k = self._rotated(heads(self.k_proj, self.num_kv_heads), positions)
+        v = heads(self.v_proj, self.num_kv_heads)
+        moved = _moved(cache, k, v, positions, left)
+
+        if resets is None and (self.window is None or time == 1):
+            # All that a query may see is still there once the chunk has been cached.
+            past = (moved.keys, moved.values, _latest(moved.position, slots), jnp.zeros(slots, int))
+            keys, values, key_positions, key_sequence = past
+        elif fresh:
+            keys, values, key_positions, key_sequence = k, v, positions, sequence
+        else:
+            past = (cache.keys, cache.values, _latest(cache.position, slots), jnp.zeros(slots, int))
+            keys, values, key_positions, key_sequence = (
+                jnp.concatenate([old.astype(new.dtype), new])
+                for old, new in zip(past, (k, v, positions, sequence), strict=True)
+            )
+        distance = positions[:, None] - key_positions
+        seen = (key_sequence == sequence[:, None]) & (distance >= 0) & (key_positions >= 0)
+        if self.window is not None:
+            seen &= distance < self.window
+        y = masked_attention(
+            q, keys.astype(q.dtype), values.astype(q.dtype), seen, guard=resets is not None
+        )
+        if self.window is None:
+            y = jnp.where((positions < slots)[:, None, None], y, jnp.nan)
+        return linear(self.out_proj, y.reshape(time, -1)), moved
+
+    def _rotated(self, heads: Float[Array, "time heads head"], positions: Int[Array, " time"]):
+        """Angles in float32 or wider, whatever the activations: positions are large numbers."""
+        half = self.rotary_dim // 2
+        if half == 0:
+            return heads
+        dtype = jnp.result_type(float)
+        frequencies = self.rotary_base ** (-jnp.arange(half, dtype=dtype) / half)
+        angles = (positions.astype(dtype)[:, None] * frequencies)[:, None]
+        cos, sin = jnp.cos(angles).astype(heads.dtype), jnp.sin(angles).astype(heads.dtype)
+        first, second, rest = jnp.split(heads, (half, 2 * half), axis=-1)
+        turned = [first * cos - second * sin, second * cos + first * sin, rest]
+        return jnp.concatenate(turned, axis=-1)
+
+    def _like(self, cache: Any) -> AttentionCache:
+        """A cache that fits this mixer, with as many slots as `cache`."""
+        keys = jax.tree.leaves(cache)[0] if jax.tree.leaves(cache) else jnp.zeros(())
+        return self.allocate_inference_cache(max_seqlen=keys.shape[0] if keys.ndim == 3 else 1)
+
+    def _check_room(self, samples: Length, cache: AttentionCache, resets: Resets | None) -> None:
+        if self.window is not None or resets is not None:
+            return
+        slots, position, samples_known = cache.keys.shape[0], known(cache.position), known(samples)
+        needed = sum(int(count) for count in (position, samples_known) if count is not None)
+        if needed > slots:
+            raise ValueError(
+                "`AttentionSequenceMixer` without a window keeps every sample: its cache holds "
+                f"{slots}, and this call makes them at least {needed}. Allocate it with "
+                "`max_seqlen` of at least the length of the whole stream, or build the mixer with a "
+                "`window`."
+            )
+
+
+def _latest(position: Int[Array, ""], slots: int) -> Int[Array, " slots"]:
+    """The position of the last of `position` samples that went to each slot; negative for none."""
+    slot = jnp.arange(slots)
+    return position - 1 - (position - 1 - slot) % slots
+
+
+def _moved(
+    cache: AttentionCache,
+    k: Float[Array, "time heads head"],
+    v: Float[Array, "time heads head"],
+    positions: Int[Array, " time"],
+    left: Int[Array, ""] | int,
+) -> AttentionCache:
+    """The cache after the first `left` of the samples."""
+    time, slots = k.shape[0], cache.keys.shape[0]
+    last = jnp.minimum(left, time) - 1
+    position = jnp.where(last < 0, cache.position, positions[last] + 1)
+    wanted = _latest(position, slots)
+    source = last - (position - 1 - wanted)  # the sample's index, negative if it came before
+
+    def move(old, new):
+        new = new[jnp.clip(source, 0, time - 1)].astype(old.dtype)
+        now = jnp.where((source >= 0)[:, None, None], new, old)
+        return jnp.where((wanted >= 0)[:, None, None], now, 0)
+
+    return AttentionCache(move(cache.keys, k), move(cache.values, v), position)
