@@ -18,16 +18,20 @@ from discretax import ops
 from discretax.sequence_mixers import (
     AbstractLTIMixer,
     AbstractSequenceMixer,
+    AttentionSequenceMixer,
     Bidirectional,
     BidirectionalS5,
     Centaurus,
     Discretized,
     GatedSequenceMixer,
+    GriffinSequenceMixer,
     LRUSequenceMixer,
     MambaSequenceMixer,
+    RGLRUSequenceMixer,
     S4DSequenceMixer,
     S4SequenceMixer,
     S5SequenceMixer,
+    S7SequenceMixer,
 )
 from discretax.sequence_mixers._diagonal_system import DiagonalSystem
 from discretax.sequence_mixers.base import zero_cache
@@ -50,6 +54,8 @@ class Case:
 
     # A transform over all of time: what comes later moves the past by rounding.
     rounds_the_past: bool = False
+    # What is called a long sequence.
+    longest: int = 100_000
     # Fields that start at the same numbers for every key.
     not_drawn: tuple[str, ...] = ()
     variant: str = ""
@@ -180,6 +186,17 @@ def mamba_size(mixer: MambaSequenceMixer) -> Array:
     return jnp.abs(discretize(-jnp.exp(mixer.A_log), steps[..., None])[0])
 
 
+def rg_lru_size(mixer: RGLRUSequenceMixer) -> Array:
+    """For every opening of the gate."""
+    openings = jnp.linspace(0, 1, 100)[:, None]
+    return jnp.exp(-8 * openings * jax.nn.softplus(mixer.Lambda))
+
+
+def s7_size(mixer: S7SequenceMixer) -> Array:
+    """For whatever the input adds to alpha."""
+    return jnp.abs(1 - 1 / ((jnp.linspace(-5, 5, 100)[:, None] + mixer.alpha) ** 2 + 0.5))
+
+
 def bidirectional(key: PRNGKeyArray) -> Bidirectional:
     forward_key, backward_key = jr.split(key)
     return Bidirectional(Decay(FEATURES, forward_key), Decay(FEATURES, backward_key))
@@ -228,6 +245,44 @@ CASES = (
         transition_size=mamba_size,
         not_drawn=("A_log", "D"),
         variant="event",
+    ),
+    Case(
+        "RGLRUSequenceMixer",
+        lambda key: RGLRUSequenceMixer(FEATURES, key, num_heads=2, a_min=0.3, a_max=0.9),
+        transition_size=rg_lru_size,
+        not_drawn=("a_bias", "input_bias"),
+    ),
+    Case(
+        "GriffinSequenceMixer",
+        lambda key: GriffinSequenceMixer(FEATURES, key, lru_width=6, num_heads=2),
+        transition_size=lambda mixer: rg_lru_size(mixer.rg_lru),
+        not_drawn=("a_bias", "input_bias", "conv_bias"),
+    ),
+    Case(
+        "S7SequenceMixer",
+        lambda key: S7SequenceMixer(FEATURES, key, state_dim=3, a_max=0.9),
+        transition_size=s7_size,
+        not_drawn=("alpha",),
+    ),
+    Case(
+        "AttentionSequenceMixer",
+        lambda key: AttentionSequenceMixer(FEATURES, key, num_heads=2, num_kv_heads=1),
+        longest=1_000,
+    ),
+    Case(
+        "AttentionSequenceMixer",
+        lambda key: AttentionSequenceMixer(
+            FEATURES,
+            key,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=4,
+            window=3,
+            rotary_fraction=0.5,
+            use_bias=True,
+            out_bias=True,
+        ),
+        variant="window",
     ),
     Case(
         "S4DSequenceMixer",

@@ -2,6 +2,7 @@
 
 from discretax.models._backbone import AbstractBackbone as AbstractBackbone, Backbone as Backbone
 from discretax.models.centaurus import Centaurus as Centaurus
+from discretax.models.griffin import Griffin as Griffin
 from discretax.models.lru import LRU as LRU
 from discretax.models.mamba import Mamba as Mamba
 from discretax.models.rglru import RGLRU as RGLRU

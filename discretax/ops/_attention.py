@@ -2,6 +2,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from discretax._types import accumulation_dtype
+
 
 def masked_attention(
     q: Float[Array, "time heads head"],
@@ -23,12 +25,12 @@ def masked_attention(
     return jnp.where((seen & ~finite).any(1)[:, None, None], jnp.nan, y)
 
 
+# `jax.nn.dot_product_attention` takes the softmax in float32 even of float64, and its derivative in
+# bfloat16 does not run under strict dtype promotion.
 def _attention(q, k, v, seen):
-    if q.dtype != jnp.float64:
-        return jax.nn.dot_product_attention(q, k, v, mask=seen[None])
-    # JAX's own takes the softmax in float32, whatever it is given.
     time, heads, head_dim = q.shape
-    q = q.reshape(time, k.shape[1], -1, head_dim) * head_dim**-0.5
-    scores = jnp.where(seen, jnp.einsum("tkgd,skd->kgts", q, k), -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
-    return jnp.einsum("kgts,skd->tkgd", weights, v).reshape(time, heads, head_dim)
+    dtype = accumulation_dtype(q)
+    grouped = q.reshape(time, k.shape[1], -1, head_dim)
+    scores = jnp.einsum("tkgd,skd->kgts", grouped, k).astype(dtype) * head_dim**-0.5
+    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    return jnp.einsum("kgts,skd->tkgd", weights.astype(v.dtype), v).reshape(time, heads, head_dim)

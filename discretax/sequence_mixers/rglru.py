@@ -133,7 +133,7 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
 
         h = cache.state.astype(gates.Lambda.dtype)
         h, y = scan_chunks(run, h, (x, first), length, chunk_size_for(time, self.in_features))
-        started = cache.started | (time if length is None else length) > 0
+        started = cache.started | ((time if length is None else length) > 0)
         return y.astype(x.dtype), RGLRUCache(h.astype(cache.state.dtype), started)
 
     def _recurrence(self, x, first):

@@ -1,0 +1,181 @@
+"""Attention against its equation written out, its cache, its memory and its errors."""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+import pytest
+from helpers import assert_close, draw, linear, numbers
+
+from discretax import inference_state, streaming_mode
+from discretax.blocks import ResidualBlock
+from discretax.channel_mixers import IdentityChannelMixer
+from discretax.sequence_mixers import AttentionSequenceMixer
+
+FEATURES, TIME = 8, 11
+run = eqx.filter_jit(lambda mixer, x, cache=None, **options: mixer(x, cache, **options))
+
+
+def rotate(head, position, mixer):
+    """Pairs (i, i + r/2) as complex numbers, times e^{i angle}."""
+    half = mixer.rotary_dim // 2
+    angles = position * mixer.rotary_base ** (-np.arange(half) / half)
+    turned = (head[:half] + 1j * head[half : 2 * half]) * np.exp(1j * angles)
+    return np.concatenate([turned.real, turned.imag, head[2 * half :]])
+
+
+def attention(mixer, x):
+    """One query and one head after the other."""
+    heads, kv_heads = mixer.num_heads, mixer.num_kv_heads
+    q, k, v = (linear(layer, x) for layer in (mixer.q_proj, mixer.k_proj, mixer.v_proj))
+    q, k, v = (
+        q.reshape(len(x), heads, -1),
+        k.reshape(len(x), kv_heads, -1),
+        v.reshape(len(x), kv_heads, -1),
+    )
+    y = np.zeros_like(q)
+    for t in range(len(x)):
+        first = 0 if mixer.window is None else max(0, t - mixer.window + 1)
+        for n in range(heads):
+            nu = n // (heads // kv_heads)
+            query = rotate(q[t, n], t, mixer)
+            scores = [query @ rotate(k[s, nu], s, mixer) for s in range(first, t + 1)]
+            weights = np.exp(np.array(scores) / np.sqrt(q.shape[-1]))
+            y[t, n] = weights @ v[first : t + 1, nu] / weights.sum()
+    return linear(mixer.out_proj, y.reshape(len(x), -1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_heads": 4, "num_kv_heads": 1, "window": 4},
+        {"num_heads": 2, "head_dim": 6, "rotary_fraction": 2 / 3, "use_bias": True},
+        {"num_kv_heads": 2, "rotary_fraction": 0.0, "out_bias": True, "window": 1},
+        {"rotary_base": 10.0, "window": 100},
+    ],
+    ids=str,
+)
+def test_against_the_equation(options):
+    with jax.enable_x64(True):
+        mixer = AttentionSequenceMixer(FEATURES, jr.key(0), **options)
+        x = draw(TIME, FEATURES)
+        assert_close(run(mixer, x)[0], attention(mixer, numbers(x)), 1e-12)
+
+
+def test_long_sequences_of_a_window():
+    """Longer than what is attended to at once."""
+    with jax.enable_x64(True):
+        mixer = AttentionSequenceMixer(FEATURES, jr.key(0), num_heads=2, window=5)
+        x = draw(150, FEATURES)
+        y, cache = run(mixer, x)
+        assert_close(y, attention(mixer, numbers(x)), 1e-12)
+        assert int(cache.position) == 150
+
+
+def test_the_cache_is_a_ring():
+    """The sample at position p lies at p modulo the window, rotated by p."""
+    with jax.enable_x64(True):
+        mixer = AttentionSequenceMixer(FEATURES, jr.key(0), num_heads=2, window=4)
+        x = draw(TIME, FEATURES)
+        cache = run(mixer, x)[1]
+        k = linear(mixer.k_proj, x).reshape(TIME, 2, -1)
+        v = linear(mixer.v_proj, x).reshape(TIME, 2, -1)
+        for position in range(TIME - 4, TIME):
+            slot = position % 4
+            turned = np.stack([rotate(k[position, n], position, mixer) for n in range(2)])
+            assert_close(cache.keys[slot], turned, 1e-12)
+            assert_close(cache.values[slot], v[position], 1e-12)
+
+
+def test_scores_depend_on_distance_alone():
+    """A stream that begins after many samples of nothing attends as one that begins at zero."""
+    with jax.enable_x64(True):
+        mixer = AttentionSequenceMixer(FEATURES, jr.key(0), window=3)
+        x = draw(TIME, FEATURES)
+        late = mixer.allocate_inference_cache()._replace(position=jnp.array(9_999))
+        blank = run(mixer, jnp.zeros((3, FEATURES)))[1]
+        early = run(mixer, x, blank)[0]
+        late = run(mixer, x, late)[0]
+        assert_close(late[2:], early[2:], 1e-9)
+
+
+def test_a_stream_longer_than_its_cache():
+    """An error where the position is known, NaN past the end where it is not."""
+    mixer = AttentionSequenceMixer(FEATURES, jr.key(0))
+    x = draw(TIME, FEATURES)
+    cache = mixer.allocate_inference_cache(max_seqlen=8)
+    message = r"its cache holds 8, and this call makes them at least 11.*`max_seqlen`.*`window`"
+    with pytest.raises(ValueError, match=message):
+        mixer(x, cache)
+    with pytest.raises(ValueError, match=message):
+        run(mixer, x, cache)
+    y, cache = run(mixer, x[:8], cache)
+    with pytest.raises(ValueError, match="holds 8, and this call makes them at least 9"):
+        mixer.step(x[8], cache)
+    late, _ = run(mixer, x[8:], cache)
+    assert jnp.isfinite(y).all() and jnp.isnan(late).all()
+    y, _ = run(mixer, x[:4], run(mixer, x[:6], mixer.allocate_inference_cache(max_seqlen=8))[1])
+    assert jnp.isfinite(y[:2]).all() and jnp.isnan(y[2:]).all()
+    # With a reset the cache begins anew.
+    resets = jnp.arange(TIME) == 5
+    y, _ = mixer(x, mixer.allocate_inference_cache(max_seqlen=8), resets=resets)
+    assert jnp.isfinite(y).all()
+
+
+def test_a_block_streams_for_max_seqlen_samples():
+    block = ResidualBlock(
+        FEATURES,
+        jr.key(0),
+        sequence_mixer=AttentionSequenceMixer,
+        channel_mixer=IdentityChannelMixer,
+    )
+    x, state = draw(TIME, FEATURES), eqx.nn.State(block)
+    live = streaming_mode(eqx.nn.inference_mode(block))
+    call = eqx.filter_jit(lambda x, state: live(x, state))
+    whole, _ = block(x, state)
+    first, state = call(x[:4], inference_state(live, state, max_seqlen=TIME))
+    second, state = call(x[4:], state)
+    assert_close(jnp.concatenate([first, second]), whole)
+
+
+def test_memory_of_a_window_grows_linearly():
+    mixer = AttentionSequenceMixer(FEATURES, jr.key(0), window=64)
+    loss = jax.grad(lambda x: jnp.sum(mixer(x)[0] ** 2))
+
+    def temporary(time):
+        x = jax.ShapeDtypeStruct((time, FEATURES), jnp.float32)
+        return jax.jit(loss).lower(x).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(4096) < 5 * temporary(1024)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_heads": 3}, "`num_heads` must divide in_features=8; got 3. Or give `head_dim`"),
+        ({"num_kv_heads": 3}, "`num_kv_heads` must divide num_heads=4; got 3"),
+        ({"window": 0}, "`window` must be a whole number of at least 1; got 0"),
+        ({"head_dim": 0}, "`head_dim` must be .* at least 1; got 0"),
+        ({"rotary_fraction": 0.5}, r"even number of features to turn; got 0.5 of head_dim=2"),
+        ({"rotary_fraction": 1.5}, r"must lie in \[0, 1\].*got 1.5"),
+        ({"rotary_base": 0.0}, "`rotary_base` must be positive; got 0.0"),
+    ],
+)
+def test_unfit_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionSequenceMixer(FEATURES, jr.key(0), **options)
+
+
+def test_cache_of_another_mixer():
+    mixer = AttentionSequenceMixer(FEATURES, jr.key(0), window=4)
+    for other in (
+        AttentionSequenceMixer(FEATURES, jr.key(0), window=5),
+        AttentionSequenceMixer(FEATURES, jr.key(0), window=4, num_kv_heads=2),
+        AttentionSequenceMixer(FEATURES, jr.key(0), window=4, head_dim=4),
+    ):
+        with pytest.raises(ValueError, match="`AttentionSequenceMixer` takes a cache of shapes"):
+            mixer(jnp.ones((3, FEATURES)), other.allocate_inference_cache())
+    with pytest.raises(ValueError, match="takes a cache of shapes"):
+        mixer(jnp.ones((3, FEATURES)), jnp.zeros(3))
