@@ -42,21 +42,30 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=11)
     repeats = parser.parse_args().repeats
     rates = header(repeats, "time | features | state | batch")
-    for length, width, batch in ((1024, 256, 1), (4096, 256, 1), (1024, 256, 4), (1024, 1024, 1)):
+    # Without batch there is nothing to transpose: `vmap` moves the batch behind time.
+    for length, width, batch in (
+        (2048, 256, None),
+        (1024, 256, 1),
+        (4096, 256, 1),
+        (1024, 256, 4),
+        (1024, 1024, 1),
+    ):
         keys = jr.split(jr.key(0), 4)
+        leading = () if batch is None else (batch,)
         x, B, C = (
-            jr.normal(key, (batch, length, size))
+            jr.normal(key, (*leading, length, size))
             for key, size in zip(keys[:3], (width, STATE, STATE), strict=True)
         )
         dt = jax.nn.softplus(jr.normal(keys[3], x.shape) - 3)
         A = -jnp.tile(jnp.arange(1.0, STATE + 1), (width, 1))
         compare(
-            f"{length} | {width} | {STATE} | {batch}",
+            f"{length} | {width} | {STATE} | {'none' if batch is None else batch}",
             {"usual": (usual, A), "ours": (ours, A)},
             (x, dt, B, C),
             repeats,
             rates,
-            work=2 * batch * length * width * STATE / rates.exponentials,
+            work=2 * x.size * STATE / rates.exponentials,
+            batched=batch is not None,
         )
 
 

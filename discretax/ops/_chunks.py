@@ -46,15 +46,6 @@ def scan_chunks(
     return state, y.reshape(-1, *y.shape[2:])[:time]
 
 
-def chunk_size_for(time: int, state_dim: int) -> int:
-    """The chunks in which a recurrence of so many states is run, its drive being made on the way."""
-    # Two CPU cores, forward and backward: chunks win in time and memory once the states fill
-    # about 2 MB. A parallel scan wants the whole sequence at once, so elsewhere it gets that.
-    if jax.default_backend() != "cpu" or time * state_dim < 2**18:
-        return time
-    return 256 if state_dim <= 64 else 1024
-
-
 def state_at(states: Float[Array, "chunk ..."], before: Float[Array, "..."], left: Left) -> Array:
     """The last valid one of a chunk's `states`, or the one `before` if none is valid."""
     size = states.shape[0]
