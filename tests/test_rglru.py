@@ -315,7 +315,7 @@ def test_models():
     assert all(isinstance(block, ResidualBlock) for block in model.blocks)
     assert [block.sequence_mixer.rg_lru.a_weight.shape for block in model.blocks] == [(2, 3, 3)] * 2
     assert model.blocks[0].channel_mixer.gate_proj.weight.shape == (16, 8)
-    griffin = Griffin(jr.key(0), hidden_dim=8, num_blocks=7, window=5)
+    griffin = Griffin(jr.key(0), hidden_dim=16, num_blocks=7, window=5)
     assert [block.sequence_mixer.__class__.__name__[:7] for block in griffin.blocks] == [
         "Griffin",
         "Griffin",

@@ -15,7 +15,6 @@ from discretax.ops._chunks import scan_chunks, state_at
 from discretax.ops._linear_recurrence import recurrence
 from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
 
-
 # Two CPU cores, forward and backward: fastest at 256 features of 1024 and 4096 samples, and at 1024
 # features within a tenth of it. A parallel scan wants the whole sequence at once.
 CHUNK = 128
