@@ -5,6 +5,9 @@ Each function returns the pair $(\bar A, \gamma)$ for an eigenvalue `A` (real or
 changes with time. The input factor $\gamma$ multiplies $B x_t$ or the rows of $B$.
 """
 
+import functools as ft
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Inexact
 
@@ -22,7 +25,7 @@ def zoh(
     **Returns:** $(\bar A, \gamma)$.
     """
     z = A * dt
-    return jnp.exp(z), dt * _exponential_integral(z)
+    return jnp.exp(z), dt * _mean_of_exp(0, z)
 
 
 def bilinear(
@@ -73,15 +76,30 @@ def asynchronous(
     return jnp.exp(A * dt * timesteps), zoh(A, dt)[1]
 
 
-def _exponential_integral(z):
-    """(exp(z) - 1) / z, the mean of exp over [0, z], with its derivative exact near z = 0.
+@ft.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _mean_of_exp(order: int, z: Array) -> Array:
+    r"""$\int_0^1 s^k e^{sz} ds$, the derivative of order $k$ of $(e^z - 1)/z$, exact near $z = 0$.
 
-    The quotient rule applied to expm1(z) / z cancels: near 0.01 it would leave five digits of
-    a float32 gradient. Below 0.3 the series serves.
+    Far from zero each follows from the one before by parts, $(e^z - k I_{k-1}) / z$, and dividing by
+    a small number costs digits. Below 0.3, and further out the higher the order, the series serves.
+    It is not differentiated: that would hold all its terms, and cancel.
     """
-    small = jnp.abs(z) < 0.3
-    series = jnp.ones_like(z)
-    for n in range(13, 1, -1):
-        series = 1 + series * jnp.where(small, z, 0) / n
-    nonzero = jnp.where(small, 1, z)
-    return jnp.where(small, series, jnp.expm1(nonzero) / nonzero)
+    terms = 8 if jnp.finfo(z.dtype).bits == 32 else 18
+    small = jnp.abs(z) < 0.3 * (order + 1)
+    near = jnp.where(small, z, 0)
+    # The terms z^n / (n! (n + k + 1)), from the last to the first.
+    series = jnp.zeros_like(z)
+    for n in range(terms, -1, -1):
+        series = 1 / (n + order + 1) + series * near / (n + 1)
+    far = jnp.where(small, 1, z)
+    e_z = jnp.exp(z)
+    integral = (e_z - 1) / far
+    for k in range(1, order + 1):
+        integral = (e_z - k * integral) / far
+    return jnp.where(small, series, integral)
+
+
+@_mean_of_exp.defjvp
+def _mean_of_exp_jvp(order, primals, tangents):
+    (z,), (dz,) = primals, tangents
+    return _mean_of_exp(order, z), _mean_of_exp(order + 1, z) * dz
