@@ -35,11 +35,11 @@ from discretax.encoder import EmbeddingEncoder
 from discretax.heads import ClassificationHead
 from discretax.models import LRU, RGLRU, S5, S7, Mamba
 
-# LRU and Mamba begin with longer memories than they would by default: the sequence is long.
+# LRU begins with longer memories than it would by default: the sequence is long.
 MODELS = {
     "lru": partial(LRU, r_min=0.9, r_max=0.999),
     "s5": S5,
-    "mamba": partial(Mamba, dt_max=0.01),
+    "mamba": Mamba,
     "rglru": RGLRU,
     "s7": S7,
 }
@@ -49,13 +49,13 @@ NOISE = 0  # the last token of the vocabulary is the marker, and those between a
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    length: int = 128
+    length: int = 64
     num_tokens: int = 4
     vocabulary: int = 16
     hidden_dim: int = 64
     num_blocks: int = 2
-    steps: int = 1500
-    every: int = 150
+    steps: int = 2000
+    every: int = 200
     batch_size: int = 32
     learning_rate: float = 3e-3
 

@@ -1,18 +1,24 @@
-import itertools
-
 import jax
-import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Tests compile much and compute little: this halves their time.
 jax.config.update("jax_disable_most_optimizations", True)
 
-_count = itertools.count(1)
+_since_cleared = 0
 
 
-@pytest.fixture(autouse=True)
-def _forget_what_was_compiled():
-    """Thousands of compiled functions would take gigabytes, and more mappings than Linux grants."""
-    yield
-    if next(_count) % 60 == 0:
+def pytest_runtest_teardown(item, nextitem):
+    """Forgets what was compiled after each file, and each group of tests within one.
+
+    Thousands of compiled functions would take gigabytes, and more mappings than Linux grants.
+    """
+    global _since_cleared
+    _since_cleared += 1
+    if nextitem is None or _group(item) != _group(nextitem) or _since_cleared >= 60:
         jax.clear_caches()
+        _since_cleared = 0
+
+
+def _group(item):
+    marker = item.get_closest_marker("xdist_group")
+    return item.path, marker and marker.args

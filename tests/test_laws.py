@@ -14,8 +14,21 @@ import pytest
 from cases import CASES, FEATURES, TIME, Case
 from helpers import parameters
 
-every_case = pytest.mark.parametrize("case", CASES, ids=str)
-streaming_case = pytest.mark.parametrize("case", [c for c in CASES if c.streams], ids=str)
+
+def each_case(having=lambda case: True):
+    """Grouped by case: one worker runs a case's laws, and compiles its mixer once."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=str(case), marks=pytest.mark.xdist_group(str(case)))
+            for case in CASES
+            if having(case)
+        ],
+    )
+
+
+every_case = each_case()
+streaming_case = each_case(lambda case: case.streams)
 
 run = eqx.filter_jit(lambda mixer, x, cache=None, **options: mixer(x, cache, **options))
 step = eqx.filter_jit(lambda mixer, x, cache: mixer.step(x, cache))
@@ -267,7 +280,7 @@ def test_timesteps(case):
         assert_close(cache, final)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.gap_is_zero_input], ids=str)
+@each_case(lambda case: case.gap_is_zero_input)
 def test_a_gap_is_zero_input(case):
     mixer, x = make(case)
     gaps = jnp.ones(TIME).at[4].set(3.0)
@@ -280,7 +293,7 @@ def test_a_gap_is_zero_input(case):
 # Law 6
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.convolve is not None], ids=str)
+@each_case(lambda case: case.convolve is not None)
 def test_scan_is_convolution(case):
     mixer, x = make(case)
     scan = lambda args: weighted(args[0](args[1])[0])
@@ -374,7 +387,7 @@ def test_bfloat16_activations(case):
 # Law 9
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.transition_size is not None], ids=str)
+@each_case(lambda case: case.transition_size is not None)
 def test_stable_whatever_the_training(case):
     mixer, _ = make(case)
     assert case.transition_size(mixer).max() <= 1
@@ -485,7 +498,7 @@ def test_unfit_cache_is_refused(case):
         mixer.allocate_inference_cache(batch_size=0)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if not c.streams], ids=str)
+@each_case(lambda case: not case.streams)
 def test_what_cannot_stream_says_so(case):
     mixer, x = make(case)
     for attempt in (
