@@ -22,11 +22,13 @@ def depthwise_ssm(
     x: Float[Array, "time features"],
     h0: Float[Array, "features 2 state"],
     *,
+    D: Float[Array, "channels features"] | None = None,
     length: Left | None = None,
     resets: Bool[Array, " time"] | None = None,
     route: Route = None,
 ) -> tuple[Float[Array, "time channels features"], Float[Array, "features 2 state"]]:
-    r"""$h^f_t = A^f h^f_{t-1} + B^f x^f_t$, $y^{cf}_t = \mathrm{Re}(C^{cf} h^f_t)$ for every feature $f$.
+    r"""One system per feature $f$, $h^f_t = A^f h^f_{t-1} + B^f x^f_t$ and
+    $y^{cf}_t = \mathrm{Re}(C^{cf} h^f_t) + D^{cf} x^f_t$.
 
     A system with one input has few numbers going in and out and many states in between. Within a
     chunk of some 32 samples the states are never formed: output and last state are matrix products
@@ -34,8 +36,8 @@ def depthwise_ssm(
 
     $$y = T x + O h, \qquad h' = A^c h + I x$$
 
-    with $T$ the Toeplitz matrix of the kernel $K_l = \mathrm{Re}(C A^l B)$, $O_j = C A^{j+1}$ and
-    $I_j = A^{c-1-j} B$. That is the route `"chunks"`. `"fft"` convolves with the whole kernel.
+    with $T$ the Toeplitz matrix of the kernel $K_l = \mathrm{Re}(C A^l B)$, with $D$ added to $K_0$,
+    $O_j = C A^{j+1}$ and $I_j = A^{c-1-j} B$. That is the route `"chunks"`. `"fft"` convolves with the whole kernel.
     `"scan"` walks sample by sample and can follow a system that changes with time or is reset.
 
     **Arguments:**
@@ -45,6 +47,7 @@ def depthwise_ssm(
     - `C`: planes (re, -im) of the readout, so that $\mathrm{Re}(C h)$ is a plain product.
     - `x`: the input.
     - `h0`: planes of the state before the first sample.
+    - `D`: the skip; none if left out.
     - `length`: number of valid samples; `x` is zero after them.
     - `resets`: where True at `t`, the state before `t` is zero.
     - `route`: for a system that stays the same over time, without resets; any other takes the scan.
@@ -58,35 +61,38 @@ def depthwise_ssm(
     if route is None:
         route = "scan" if x.shape[0] <= 16 else "chunks"
     if route == "scan" or varying or resets is not None:
-        return _scan(transition, B, C, x, h0, length, resets)
+        return _scan(transition, B, C, D, x, h0, length, resets)
     if x.shape[0] == 0:
         return jnp.zeros((0, *C.shape[:2]), x.dtype), h0
     if route == "fft":
         kernel = depthwise_kernel(transition, B, C, x.shape[0])
+        if D is not None:
+            kernel = kernel.at[0].add(D)
         free, h = carried_state(transition, B, C, x, h0, length)
         return fft_convolution(kernel, x[:, None]) + free, h
-    if x.shape[0] > LONG and x.shape[1] > BLOCK and x.shape[1] % BLOCK == 0:
-        return _block_by_block(transition, B, C, x, h0, length)
-    return _chunks(transition, B, C, x, h0, length)
+    if x.shape[0] >= LONG and x.shape[1] > BLOCK and x.shape[1] % BLOCK == 0:
+        return _block_by_block(transition, B, C, D, x, h0, length)
+    return _chunks(transition, B, C, D, x, h0, length)
 
 
 # Two CPU cores, 256 features of 32 complex states, forward and backward: chunks of 32 samples were
-# fastest up to 4096 samples; beyond, chunks of 64, and 16 features after the other, so that what
-# they need stays in the cache. Segments bound the memory of very long sequences.
-LONG = 4096
+# fastest up to 4096 samples, of 64 beyond. From 2048 samples on, 16 features after the other, so
+# that what they need stays in the cache, and each block's forward pass again in the backward pass:
+# 76 against 100 ms and 24 against 82 MB at 4096. Segments bound the memory of very long sequences.
+LONG = 2048
 BLOCK = 16
 SEGMENT = 2**16
 
 
 def _chunk_size(time: int) -> int:
-    return min(32 if time <= LONG else 64, 1 << (time - 1).bit_length())
+    return min(32 if time <= 4096 else 64, 1 << (time - 1).bit_length())
 
 
 def carried_state(
     transition: Transition, B: Array, C: Array, x: Array, h0: Array, length: Left | None
 ) -> tuple[Float[Array, "time channels features"], Float[Array, "features 2 state"]]:
     """What a convolution leaves out: the output that `h0` alone brings forth, and the last state."""
-    matrices = _Chunk.of(transition, B, C, _chunk_size(x.shape[0]))
+    matrices = _Chunk.of(transition, B, C, None, _chunk_size(x.shape[0]))
     inputs = _split(x, matrices)
     ahead = jnp.einsum("fmj,fjs->fms", inputs, matrices.from_input)
     before, after = _boundary_states(matrices.power, ahead, h0)
@@ -126,34 +132,48 @@ class _Chunk(NamedTuple):
     power: DiagonalPower | DensePower
 
     @classmethod
-    def of(cls, transition: Transition, B: Array, C: Array, size: int) -> "_Chunk":
+    def of(cls, transition: Transition, B: Array, C: Array, D: Array | None, size: int) -> "_Chunk":
         one = power_of(transition)
         ahead, back, power = one.krylov(flat(B), one.pull(flat(C)), size)
         kernel = jnp.einsum("cfs,jfs->fcj", flat(C), ahead)
-        lag = jnp.arange(size)[None] - jnp.arange(size)[:, None]
-        toeplitz = jnp.where(lag >= 0, kernel[:, :, jnp.maximum(lag, 0)], 0)
+        if D is not None:
+            kernel = kernel.at[..., 0].add(D.T)
         features = kernel.shape[0]
         return cls(
-            toeplitz.swapaxes(1, 2).reshape(features, size, -1),
+            _toeplitz(kernel).swapaxes(1, 2).reshape(features, size, -1),
             jnp.moveaxis(ahead[::-1], 0, 1),
             jnp.transpose(back, (2, 3, 1, 0)).reshape(features, ahead.shape[-1], -1),
             power,
         )
 
 
-def _block_by_block(transition, B, C, x, h0, length):
+def _toeplitz(kernel: Float[Array, "*lead size"]) -> Float[Array, "*lead size size"]:
+    """`T[i, j] = kernel[j - i]`, zero below the diagonal.
+
+    The kernel and as many zeros, over and over, in rows of one less: each row begins one later.
+    A gather would be plainer, but its derivative is a scatter, which is slow on CPU.
+    """
+    size = kernel.shape[-1]
+    lead = kernel.shape[:-1]
+    period = jnp.concatenate([kernel, jnp.zeros_like(kernel)], axis=-1)
+    rows = jnp.broadcast_to(period[..., None, :], (*lead, size, 2 * size)).reshape(*lead, -1)
+    return rows[..., : size * (2 * size - 1)].reshape(*lead, size, -1)[..., :size]
+
+
+def _block_by_block(transition, B, C, D, x, h0, length):
     def split(values, axis):
         blocks = values.reshape(*values.shape[:axis], -1, BLOCK, *values.shape[axis + 1 :])
         return jnp.moveaxis(blocks, axis, 0)
 
     transition, B, h0 = jax.tree.map(lambda values: split(values, 0), (transition, B, h0))
-    run = lambda block: _chunks(block[0], block[1], block[2], block[3], block[4], length)
-    y, h = lax.map(run, (transition, B, split(C, 1), split(x, 1), h0))
+    run = jax.checkpoint(lambda block: _chunks(*block, length))
+    D = None if D is None else split(D, 1)
+    y, h = lax.map(run, (transition, B, split(C, 1), D, split(x, 1), h0))
     return jnp.moveaxis(y, 0, 2).reshape(*y.shape[1:3], -1), h.reshape(-1, *h.shape[2:])
 
 
-def _chunks(transition, B, C, x, h0, length):
-    matrices = _Chunk.of(transition, B, C, _chunk_size(x.shape[0]))
+def _chunks(transition, B, C, D, x, h0, length):
+    matrices = _Chunk.of(transition, B, C, D, _chunk_size(x.shape[0]))
 
     def run(h, x_segment, left):
         y, h = _in_chunks(matrices, transition, B, x_segment, h, left)
@@ -206,7 +226,7 @@ def _state_within(transition, B, x, before, after, left, size):
     return lax.scan(step, unflat(states[chunk]), (rest, valid))[0]
 
 
-def _scan(transition: Transition, B, C, x, h0, length, resets):
+def _scan(transition: Transition, B, C, D, x, h0, length, resets):
     varying = transition.A.ndim == 4
 
     def run(h_initial, inputs, left):
@@ -218,6 +238,8 @@ def _scan(transition: Transition, B, C, x, h0, length, resets):
         else:
             h = _step_by_step(system, drive, h_initial, resets_chunk, varying)
         y = jnp.einsum("cfpn,tfpn->tcf", C, h)
+        if D is not None:
+            y = y + D * x_chunk[:, None]
         return state_at(h, h_initial, left), y
 
     moving = (transition, B) if varying else (None, None)

@@ -39,12 +39,19 @@ class DiagonalPower(NamedTuple):
     def krylov(self, right: Array, left: Array, count: int) -> "tuple[Array, Array, DiagonalPower]":
         """A^j right and left A^j for j below `count`, and A^count.
 
-        Powers one by one: products unrolled would take XLA long to compile.
+        One by one: products unrolled would take XLA long to compile, and the derivative of one
+        product with all powers is far slower than that of a loop.
         """
         one = jnp.zeros_like(self.planes).at[:, 0].set(1)
-        last, powers = lax.scan(lambda p, _: (times(self.planes, p), p), one, length=count)
-        ahead = flat(times(powers, unflat(right)))
-        return ahead, DiagonalPower(powers[:, None]).pull(left), DiagonalPower(last)
+
+        def advance(carry, _):
+            power, right, left = carry
+            moved = times(self.planes, power), times(self.planes, right), self.pull(left)
+            return moved, (right, left)
+
+        carry = (one, unflat(right), left)
+        (last, _, _), (ahead, back) = lax.scan(advance, carry, length=count)
+        return flat(ahead), back, DiagonalPower(last)
 
     def pull(
         self, left: Float[Array, "*lead features flat"]

@@ -1,0 +1,1 @@
+"""Speed, memory, compile time and accuracy against peers: `python -m benchmarks`."""

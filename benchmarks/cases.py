@@ -1,0 +1,203 @@
+"""What is compared: ops, sizes, their numbers, and the least that computing them takes."""
+
+import dataclasses
+import math
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+from discretax.sequence_mixers import (
+    LRUSequenceMixer,
+    RGLRUSequenceMixer,
+    S4DSequenceMixer,
+    S4SequenceMixer,
+    S5SequenceMixer,
+)
+
+HEADS = 4  # blocks of RG-LRU's gates
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    op: str
+    time: int
+    features: int
+    state: int
+    batch: int | None  # None: one sequence, without `jax.vmap`
+    blocks: int | None = None  # of a whole model
+    decay: float | None = None  # the transition, where all have one
+    exact: bool = False  # to be compared with double precision
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """Who can run it, the one to compare with first and this library last."""
+        peers = {
+            "LRU": ("usual", "discretax_0_3", "memax_0_1"),
+            "S5": ("usual", "discretax_0_3"),
+            "S4D": ("usual", "discretax_0_3"),
+            "train LRU": ("discretax_0_3",),
+            "train S5": ("discretax_0_3",),
+        }
+        alone = self.time == 2**20 or self.op.endswith((" scan", " remat"))
+        return (*(() if alone else peers.get(self.op, ("usual",))), "ours")
+
+    @property
+    def sequences(self) -> int:
+        return self.batch or 1
+
+    def __str__(self) -> str:
+        return f"{self.op} {self.time}x{self.features}x{self.state} batch {self.batch}"
+
+
+def training_cases() -> list[Case]:
+    """Whole training steps: four blocks against the peer, and deep models in each way of running."""
+    size = {"time": 1024, "features": 64, "state": 64, "batch": 8}
+    cases = [Case(f"train {name}", **size, blocks=4) for name in ("LRU", "S5")]
+    for options in ("", " scan", " scan remat"):
+        cases += [Case(f"train LRU{options}", **size, blocks=blocks) for blocks in (4, 24)]
+    return list(dict.fromkeys(cases))
+
+
+def long_cases() -> list[Case]:
+    sizes = {"LRU": 64, "S5": 64, "S4D": 64, "selective_scan": 16}
+    return [Case(op, 2**20, 64, state, None, exact=True) for op, state in sizes.items()]
+
+
+def accuracy_cases() -> list[Case]:
+    return [
+        Case("linear_recurrence", time, 64, 1, None, decay=decay, exact=True)
+        for time in (1024, 65536)
+        for decay in (0.9, 0.999, 0.99999)
+    ]
+
+
+def step_cases() -> list[Case]:
+    return [
+        Case(f"step LRU{how}", 10_000, width, width, None)
+        for width in (64, 256)
+        for how in ("", ", discretized")
+    ]
+
+
+def mixer_cases() -> list[Case]:
+    cases = [
+        Case(op, time, width, width, batch)
+        for op in ("LRU", "S5")
+        for width in (64, 256)
+        for time in (1024, 4096, 16384)
+        for batch in (1, 8)
+    ]
+    cases += [
+        Case("linear_recurrence", time, width, 1, None)
+        for width in (256, 1024)
+        for time in (1024, 4096, 16384)
+    ]
+    cases += [
+        Case("RG-LRU", time, width, 1, None) for width in (256, 1024) for time in (1024, 4096)
+    ]
+    cases += [
+        Case("selective_scan", time, width, 16, batch)
+        for width in (256, 1024)
+        for batch in (None, 1, 4)
+        for time in (1024, 4096)
+    ]
+    cases += [
+        Case("selective_scan", 2048, 256, 16, None),
+        Case("selective_scan", 16384, 256, 16, None),
+    ]
+    cases += [
+        Case("S4D", time, 256, 64, batch) for batch in (None, 1) for time in (1024, 4096, 16384)
+    ]
+    return cases + [Case("S4", time, 256, 64, None) for time in (1024, 4096)]
+
+
+def draw(case: Case, key: jax.Array) -> dict[str, np.ndarray]:
+    """Parameters `p.*`, inputs `x` or `x.*` and `weights` of the sum whose gradient is taken."""
+    mixer_key, weights_key, *keys = jr.split(key, 6)
+    if case.blocks is not None:
+        x = jr.normal(keys[0], (case.sequences, case.time, 3))
+        return {"x": np.asarray(x), "labels": np.arange(case.sequences) % 10}
+    shape = (*(() if case.batch is None else (case.batch,)), case.time, case.features)
+    arrays = {"weights": jr.normal(weights_key, shape), "x": jr.normal(keys[0], shape)}
+    match case.op:
+        case "LRU" | "step LRU" | "step LRU, discretized":
+            mixer = LRUSequenceMixer(
+                case.features, mixer_key, state_dim=case.state, r_min=0.9, r_max=0.999
+            )
+        case "S5":
+            mixer = S5SequenceMixer(case.features, mixer_key, state_dim=case.state)
+        case "RG-LRU":
+            mixer = RGLRUSequenceMixer(case.features, mixer_key, num_heads=HEADS)
+        case "S4D" | "S4":
+            make = S4DSequenceMixer if case.op == "S4D" else S4SequenceMixer
+            mixer = make(case.features, mixer_key, state_dim=case.state)
+            mixer = eqx.tree_at(lambda m: m.D, mixer, jnp.zeros_like(mixer.D))  # peers have none
+        case "linear_recurrence":
+            low, high = (0.9, 0.999) if case.decay is None else (case.decay, case.decay)
+            arrays["x.0"] = jr.uniform(keys[1], shape, minval=low, maxval=high)
+            arrays["x.1"] = arrays.pop("x")
+            mixer = None
+        case "selective_scan":
+            arrays["x.0"] = arrays.pop("x")
+            arrays["x.1"] = jax.nn.softplus(jr.normal(keys[1], shape) - 3)
+            arrays["x.2"], arrays["x.3"] = (
+                jr.normal(key, (*shape[:-1], case.state)) for key in keys[2:]
+            )
+            mixer = None
+            arrays["p.A"] = -jnp.tile(jnp.arange(1.0, case.state + 1), (case.features, 1))
+    for field in dataclasses.fields(mixer) if mixer is not None else ():
+        if eqx.is_inexact_array(value := getattr(mixer, field.name)):
+            arrays[f"p.{field.name}"] = value
+    if case.op == "S4":
+        arrays["p.truncated_C"] = _truncated(mixer, case.time)
+    return {name: np.asarray(value) for name, value in arrays.items()}
+
+
+def _truncated(mixer: S4SequenceMixer, length: int) -> jax.Array:
+    """C (I - A^L), from which the generating function makes the kernel of L samples."""
+    A_bar, _, C = mixer.discretize()
+    power = jnp.linalg.matrix_power(A_bar, length)
+    C = (C - jnp.einsum("chm,hmn->chn", C, power))[0, :, : mixer.A_real.shape[1]]
+    return jnp.stack([C.real, C.imag], axis=-1)
+
+
+def floor_seconds(case: Case, rates: dict[str, float]) -> float | None:
+    """The least that forward and backward, or all steps, can take here.
+
+    The longest of: inputs, outputs and their gradients once through memory; the exponentials that
+    differ from sample to sample; the matrix products, forward and twice as many backward.
+    """
+    if case.blocks is not None:
+        return None
+    numbers = case.sequences * case.time * case.features
+    arrays = {"linear_recurrence": 3, "selective_scan": 3}.get(case.op, 2)
+    traffic = 2 * 4 * arrays * numbers / rates["bytes"]
+    products = exponentials = 0.0
+    if case.op.startswith("step "):
+        return case.time * 2 * 2 * case.features * 2 * case.state / rates["products"]
+    if case.op in ("LRU", "S5"):
+        real_state = 2 * case.state if case.op == "LRU" else case.state
+        products = 3 * 2 * 2 * numbers * real_state
+    elif case.op == "RG-LRU":
+        products = 3 * 2 * 2 * numbers * case.features / HEADS
+        exponentials = 9 * numbers
+    elif case.op == "selective_scan":
+        exponentials = 2 * numbers * case.state
+    elif case.op in ("S4D", "S4"):
+        # By chunks of c samples: a triangle of c x c, in and out of the states at their boundary.
+        real_state = case.state
+        chunk = math.sqrt(2 * real_state)
+        products = 3 * 2 * numbers * (chunk / 2 + 2 * real_state / chunk)
+    return max(traffic, products / rates["products"], exponentials / rates["exponentials"])
+
+
+TABLES = {
+    "mixers": mixer_cases,
+    "steps": step_cases,
+    "training": training_cases,
+    "long": long_cases,
+    "accuracy": accuracy_cases,
+}

@@ -1,0 +1,85 @@
+"""Subjects in processes of their own, some in environments of their own."""
+
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+HERE = pathlib.Path(__file__).parent
+ENVIRONMENTS = HERE / ".environments"
+
+# What a peer needs that cannot live beside this library, and the Python it asks for.
+REQUIREMENTS = {
+    "discretax_0_3": ("python3.12", ["discretax==0.3.0"]),
+    "memax_0_1": (None, ["memax[equinox]==0.1.1"]),
+}
+
+
+class UnavailableError(Exception):
+    """A subject cannot run on this machine; the message says why."""
+
+
+class Subject:
+    """A worker process."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self._process = subprocess.Popen(
+            [_python(name), str(HERE / "workers" / "run.py"), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def ask(self, do: str, **arguments) -> dict:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise UnavailableError(f"{self.name} has died, at `{do}`")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise UnavailableError(f"{self.name}: {answer['error']}")
+        return answer
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def _python(name: str) -> str:
+    """The interpreter of a subject's environment, which is made if it is not there."""
+    if name not in REQUIREMENTS:
+        return sys.executable
+    wanted, packages = REQUIREMENTS[name]
+    folder = ENVIRONMENTS / name
+    python = folder / "bin" / "python"
+    if (folder / "complete").exists():
+        return str(python)
+    base = shutil.which(wanted) if wanted else sys.executable
+    if base is None:
+        raise UnavailableError(f"{name} needs {wanted}, which is not installed")
+    import jax
+
+    shutil.rmtree(folder, ignore_errors=True)
+    commands = [
+        [base, "-m", "venv", str(folder)],
+        [str(python), "-m", "pip", "install", "--quiet", *packages, f"jax=={jax.__version__}"],
+    ]
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise UnavailableError(f"{' '.join(command)} failed: {done.stderr.strip()[-300:]}")
+    (folder / "complete").touch()
+    return str(python)
+
+
+def scratch() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="discretax-benchmarks-")

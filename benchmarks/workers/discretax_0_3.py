@@ -1,0 +1,52 @@
+"""discretax 0.3.0 of the package index: the mixers that both have."""
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from measuring import Job, step_job, training_job, versions
+
+import discretax.models.lru
+import discretax.models.s5
+from discretax.encoder import LinearEncoder
+from discretax.heads import ClassificationHead
+from discretax.sequence_mixers.lru import LRUSequenceMixer
+from discretax.sequence_mixers.s4d import S4DSequenceMixer
+from discretax.sequence_mixers.s5 import S5SequenceMixer
+
+__all__ = ["prepare", "versions"]
+
+MODELS = {"LRU": discretax.models.lru.LRU, "S5": discretax.models.s5.S5}
+MIXERS = {"LRU": LRUSequenceMixer, "S5": S5SequenceMixer, "S4D": S4DSequenceMixer}
+
+
+def prepare(case: dict, arrays: dict) -> Job:
+    if case["op"].startswith("train "):
+        return step_job(lambda key: model(case, key), arrays)
+    params = {k[2:]: jnp.asarray(v) for k, v in arrays.items() if k.startswith("p.")}
+    key = jr.key(0)
+    mixer = MIXERS[case["op"]](case["features"], key, state_dim=case["state"])
+    if case["op"] == "S4D":
+        params = {
+            "C": params["C"][0, ..., 0] + 1j * params["C"][0, ..., 1],
+            "log_dt": params["inv_dt"][:, 0],
+            "log_a_real": params["A_real"],
+            "A_imag": -params["A_imag"],  # in the paper's code too, A is -re - i im or -re + i im
+        }
+        where = lambda m: [getattr(m.kernel, name) for name in params]
+    else:
+        where = lambda m: [getattr(m, name) for name in params]
+    for name, drawn, given in zip(params, where(mixer), params.values(), strict=True):
+        assert drawn.shape == given.shape, (name, drawn.shape, given.shape)
+    mixer = eqx.tree_at(where, mixer, list(params.values()))
+    return training_job(lambda mixer, x: mixer(x, key=key), mixer, arrays, case)
+
+
+def model(case: dict, key):
+    keys = jr.split(key, 3)
+    width = case["features"]
+    backbone = MODELS[case["op"].split()[1]](
+        keys[1], hidden_dim=width, state_dim=case["state"], num_blocks=case["blocks"]
+    )
+    encoder = LinearEncoder(in_features=3, key=keys[0], out_features=width)
+    head = ClassificationHead(in_features=width, out_features=10, key=keys[2])
+    return eqx.nn.Sequential([encoder, backbone, head])

@@ -1,0 +1,121 @@
+"""What the workers share that run JAX."""
+
+import functools as ft
+import platform
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class Job(NamedTuple):
+    run: Callable[[], Any]  # once, until the results are there
+    outcome: Callable[[], dict[str, np.ndarray]]  # what all subjects must agree on
+    facts: dict[str, float]
+
+
+def versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "platform": jax.devices()[0].platform,
+    }
+
+
+def training_job(f: Callable[[Any, Any], jax.Array], model: Any, arrays: dict, case: dict) -> Job:
+    """Forward and backward of `f(model, x)`, with respect to the model's parameters and to x.
+
+    `arrays["x"]`, or `arrays["x.0"]` and so on where `f` takes several, has a leading axis of batch
+    unless the case's batch is None. Where the case says `exact`, the facts have the error of output
+    and gradient against the same in double precision.
+    """
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    names = sorted(name for name in arrays if name == "x" or name.startswith("x."))
+    x = [jnp.asarray(arrays[name]) for name in names]
+
+    def forward(params, x):
+        one = lambda *x: f(eqx.combine(params, static), x[0] if names == ["x"] else x)
+        return (one if case["batch"] is None else jax.vmap(one))(*x)
+
+    @jax.jit
+    @ft.partial(jax.value_and_grad, argnums=(0, 1))
+    def loss(params, x, weights):
+        return jnp.vdot(forward(params, x), weights)
+
+    args = params, x, jnp.asarray(arrays["weights"])
+    compiled, facts = compiled_with_facts(loss, *args)
+
+    def results(run, params, x, weights):
+        _, (_, d_x) = run(params, x, weights)
+        y = jax.jit(forward)(params, x)
+        return {"y": np.asarray(y)} | {
+            f"d_{n}": np.asarray(d) for n, d in zip(names, d_x, strict=True)
+        }
+
+    outcome = lambda: results(compiled, *args)
+    if case["exact"]:
+        with jax.enable_x64(True):
+            double = lambda leaf: jnp.asarray(leaf, float)
+            expected = results(loss, *jax.tree.map(double, args))
+        pairs = [(value, expected[name]) for name, value in outcome().items()]
+        facts["error"] = max(float(abs(a - e).max() / abs(e).max()) for a, e in pairs)
+
+    return Job(lambda: jax.block_until_ready(compiled(*args)), outcome, facts)
+
+
+def step_job(make: Callable[[jax.Array], Any], arrays: dict) -> Job:
+    """A whole training step: loss of a batch, gradients, Adam, running statistics."""
+    import optax
+
+    start = time.perf_counter()
+    model, state = eqx.nn.make_with_state(make)(jax.random.key(0))
+    build_seconds = time.perf_counter() - start
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    optimiser = optax.adam(1e-3)
+    x, labels = jnp.asarray(arrays["x"]), jnp.asarray(arrays["labels"])
+
+    @jax.jit
+    def step(params, state, opt_state, x, labels, key):
+        def loss(params, state):
+            model = eqx.combine(params, static)
+            run = lambda x, state, key: model(x, state, key=key)
+            batched = jax.vmap(run, axis_name="batch", in_axes=(0, None, 0), out_axes=(0, None))
+            log_p, state = batched(x, state, jax.random.split(key, len(labels)))
+            return -log_p[jnp.arange(len(labels)), labels].mean(), state
+
+        (value, state), gradients = jax.value_and_grad(loss, has_aux=True)(params, state)
+        updates, opt_state = optimiser.update(gradients, opt_state, params)
+        return optax.apply_updates(params, updates), state, opt_state, value
+
+    args = params, state, optimiser.init(params), x, labels, jax.random.key(1)
+    compiled, facts = compiled_with_facts(step, *args)
+    run = lambda: jax.block_until_ready(compiled(*args))
+    return Job(run, dict, facts | {"build_seconds": build_seconds})
+
+
+def decoding_job(step: Callable[[Any, Any], tuple], cache: Any, x: jax.Array, tokens: int) -> Job:
+    """A jitted loop of single steps, each of which reads what the one before has put out."""
+
+    @jax.jit
+    def generate(x, cache):
+        def body(carry, _):
+            y, cache = step(*carry)
+            return (jnp.tanh(y), cache), y
+
+        return jax.lax.scan(body, (x, cache), length=tokens)[1]
+
+    compiled, facts = compiled_with_facts(generate, x, cache)
+    run = lambda: jax.block_until_ready(compiled(x, cache))
+    return Job(run, lambda: {"y": np.asarray(compiled(x, cache))}, facts)
+
+
+def compiled_with_facts(f, *args) -> tuple[Any, dict[str, float]]:
+    start = time.perf_counter()
+    compiled = f.lower(*args).compile()
+    seconds = time.perf_counter() - start
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return compiled, {"compile_seconds": seconds, "temporary_bytes": temporary}

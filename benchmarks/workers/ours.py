@@ -1,0 +1,95 @@
+"""This library's mixers and ops."""
+
+import time
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from measuring import Job, decoding_job, step_job, training_job, versions
+
+from discretax import models, ops
+from discretax.encoder import LinearEncoder
+from discretax.heads import ClassificationHead
+from discretax.sequence_mixers import (
+    Discretized,
+    LRUSequenceMixer,
+    RGLRUSequenceMixer,
+    S4DSequenceMixer,
+    S4SequenceMixer,
+    S5SequenceMixer,
+)
+
+__all__ = ["prepare", "rates", "versions"]
+
+MIXERS = {
+    "LRU": LRUSequenceMixer,
+    "S5": S5SequenceMixer,
+    "S4D": S4DSequenceMixer,
+    "S4": S4SequenceMixer,
+}
+
+
+def prepare(case: dict, arrays: dict) -> Job:
+    if case["op"].startswith("train "):
+        return step_job(lambda key: model(case, key), arrays)
+    params = {k[2:]: jnp.asarray(v) for k, v in arrays.items() if k.startswith("p.")}
+    match case["op"]:
+        case "linear_recurrence":
+            return training_job(lambda _, x: ops.linear_recurrence(*x), None, arrays, case)
+        case "selective_scan":
+            scan = lambda p, x: ops.selective_scan(x[0], x[1], p["A"], x[2], x[3])[0]
+            return training_job(scan, params, arrays, case)
+        case "RG-LRU":
+            heads = params["a_weight"].shape[0]
+            mixer = RGLRUSequenceMixer(case["features"], jr.key(0), num_heads=heads)
+        case name:
+            make = MIXERS[name.removeprefix("step ").removesuffix(", discretized")]
+            mixer = make(case["features"], jr.key(0), state_dim=case["state"])
+    params.pop("truncated_C", None)
+    where = lambda m: [getattr(m, name) for name in params]
+    for name, drawn, given in zip(params, where(mixer), params.values(), strict=True):
+        assert drawn.shape == given.shape, (name, drawn.shape, given.shape)
+    mixer = eqx.tree_at(where, mixer, list(params.values()))
+    if case["op"].startswith("step "):
+        if case["op"].endswith(", discretized"):
+            mixer = Discretized(mixer)
+        cache = mixer.allocate_inference_cache()
+        return decoding_job(mixer.step, cache, jnp.asarray(arrays["x"][0]), case["time"])
+    return training_job(lambda mixer, x: mixer(x)[0], mixer, arrays, case)
+
+
+def model(case: dict, key: jax.Array):
+    """Encoder, a model of so many blocks, head; with the blocks in a loop where the case says so."""
+    _, name, *options = case["op"].split()
+    keys = jr.split(key, 3)
+    width = case["features"]
+    backbone = getattr(models, name)(
+        keys[1], hidden_dim=width, state_dim=case["state"], num_blocks=case["blocks"]
+    )
+    if "scan" in options:
+        backbone = models.scan_blocks(backbone)
+    if "remat" in options:
+        backbone = models.remat_blocks(backbone)
+    encoder = LinearEncoder(3, keys[0], out_features=width)
+    return eqx.nn.Sequential([encoder, backbone, ClassificationHead(width, 10, keys[2])])
+
+
+def rates() -> dict[str, float]:
+    """What this machine does per second at best: products, exponentials, bytes read and written."""
+    a, long = jnp.ones((2048, 2048)), jnp.ones(2**25)
+
+    def best(f, *args):
+        f = jax.jit(f)
+        times = []
+        for _ in range(11):
+            start = time.perf_counter()
+            jax.block_until_ready(f(*args))
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return {
+        "products": 2 * 2048**3 / best(jnp.matmul, a, a),
+        "exponentials": long.size / best(lambda v: jnp.exp(v).sum(), long),
+        "bytes": 2 * long.nbytes / best(lambda v: v + 1, long),
+    }

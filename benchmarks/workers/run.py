@@ -1,0 +1,46 @@
+"""One subject of the comparison in a process of its own: answers requests, a line of JSON each.
+
+`python run.py SUBJECT`, SUBJECT being a module beside this file, in whichever environment has what
+that module imports. What it prints besides goes to stderr.
+"""
+
+import importlib
+import json
+import os
+import sys
+import time
+
+import numpy as np
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    subject = importlib.import_module(sys.argv[1])
+    job = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: dict = {}
+        try:
+            match request["do"]:
+                case "prepare":
+                    with np.load(request["arrays"]) as arrays:
+                        job = subject.prepare(request["case"], dict(arrays))
+                    answer = job.facts
+                case "run":
+                    start = time.perf_counter()
+                    job.run()
+                    answer = {"seconds": time.perf_counter() - start}
+                case "outcome":
+                    np.savez(request["to"], **job.outcome())
+                case "forget":
+                    job = None
+                case name:
+                    answer = getattr(subject, name)()
+        except Exception as error:  # to be told by the one who asked
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The usual way to write each recurrence in JAX, with nothing but JAX."""
+
+import jax
+import jax.numpy as jnp
+from measuring import Job, decoding_job, training_job, versions
+
+__all__ = ["prepare", "versions"]
+
+
+def prepare(case: dict, arrays: dict) -> Job:
+    params = {k[2:]: jnp.asarray(v) for k, v in arrays.items() if k.startswith("p.")}
+    if case["op"].startswith("step "):
+        return decoding_job(lambda x, h: lru_step(params, x, h), *first(case, arrays))
+    return training_job(FORMS[case["op"]], params, arrays, case)
+
+
+def scan(a, b):
+    def combine(earlier, later):
+        (a_i, b_i), (a_j, b_j) = earlier, later
+        return a_j * a_i, a_j * b_i + b_j
+
+    return jax.lax.associative_scan(combine, (a, b))[1]
+
+
+def diagonal(A, B, C, D, x):
+    """Complex, the transition repeated along time."""
+    h = scan(jnp.repeat(A[None], x.shape[0], axis=0), jax.vmap(lambda u: B @ u)(x))
+    return jax.vmap(lambda h, u: (C @ h).real + D * u)(h, x)
+
+
+def lru(p, x):
+    A = jnp.exp(-jnp.exp(p["nu_log"]) + 1j * jnp.exp(p["theta_log"]))
+    B = (p["B_re"] + 1j * p["B_im"]) * jnp.exp(p["gamma_log"])[:, None]
+    return diagonal(A, B, p["C_re"] + 1j * p["C_im"], p["D"], x)
+
+
+def lru_step(p, x, h):
+    A = jnp.exp(-jnp.exp(p["nu_log"]) + 1j * jnp.exp(p["theta_log"]))
+    B = (p["B_re"] + 1j * p["B_im"]) * jnp.exp(p["gamma_log"])[:, None]
+    h = A * h + B @ x
+    return ((p["C_re"] + 1j * p["C_im"]) @ h).real + p["D"] * x, h
+
+
+def first(case, arrays):
+    """The state before, the first input, and how many tokens follow."""
+    return jnp.zeros(case["state"], complex), jnp.asarray(arrays["x"][0]), case["time"]
+
+
+def s5(p, x):
+    Lambda = jnp.clip(p["Lambda_re"], None, -1e-4) + 1j * p["Lambda_im"]
+    A = jnp.exp(Lambda * jnp.exp(p["log_step"][:, 0]))
+    B = ((A - 1) / Lambda)[:, None] * (p["B"][..., 0] + 1j * p["B"][..., 1])
+    return diagonal(A, B, 2 * (p["C"][..., 0] + 1j * p["C"][..., 1]), p["D"], x)
+
+
+def s4d(p, x):
+    """The whole kernel from a Vandermonde matrix, and a convolution by FFT."""
+    dt = jnp.exp(p["inv_dt"])
+    A = -jnp.exp(p["A_real"]) - 1j * p["A_imag"]
+    C = 2 * (p["C"][0, ..., 0] + 1j * p["C"][0, ..., 1]) * (jnp.exp(dt * A) - 1) / A
+    powers = jnp.exp((dt * A)[:, :, None] * jnp.arange(x.shape[0]))
+    return fft_convolution(jnp.einsum("hn,hnl->hl", C, powers).real, x)
+
+
+def s4(p, x):
+    """The generating function at the roots of unity, through Cauchy sums and Woodbury's identity.
+
+    Its parameter is C (I - A^L), the matrix power being left out of the time.
+    """
+    length = x.shape[0]
+    pair = lambda v: jnp.concatenate([v, v.conj()], axis=-1)
+    number = lambda v: v[..., 0] + 1j * v[..., 1]
+    dt = jnp.exp(p["inv_dt"])
+    A = pair(-jnp.exp(p["A_real"]) - 1j * p["A_imag"])
+    B, P, C = pair(number(p["B"])), pair(number(p["P"])), pair(number(p["truncated_C"]))
+    omega = jnp.exp(-2j * jnp.pi / length * jnp.arange(length // 2 + 1))
+    z = 2 * (1 - omega) / (1 + omega)
+    resolvent = dt[..., None] / (z - (dt * A)[..., None])
+    k00, k01, k10, k11 = (
+        jnp.einsum("hn,hnf->hf", left * right, resolvent)
+        for left in (C, P.conj())
+        for right in (B, P)
+    )
+    spectrum = (k00 - k01 * k10 / (1 + k11)) * 2 / (1 + omega)
+    return fft_convolution(jnp.fft.irfft(spectrum, length), x)
+
+
+def fft_convolution(kernel, x):
+    size = 2 * x.shape[0]
+    spectrum = jnp.fft.rfft(x.T, size) * jnp.fft.rfft(kernel, size)
+    return jnp.fft.irfft(spectrum, size)[:, : x.shape[0]].T
+
+
+def rg_lru(p, x):
+    heads = x.reshape(x.shape[0], p["a_weight"].shape[0], -1)
+    gate = lambda w, b: jax.nn.sigmoid(jnp.einsum("thi,hij->thj", heads, w) + b).reshape(x.shape)
+    log_a = -8 * gate(p["a_weight"], p["a_bias"]) * jax.nn.softplus(p["Lambda"])
+    first = (jnp.arange(x.shape[0]) == 0)[:, None]
+    share = jnp.where(first, 1, jnp.sqrt(-jnp.expm1(2 * log_a)))
+    return scan(jnp.exp(log_a), share * gate(p["input_weight"], p["input_bias"]) * x)
+
+
+def recurrence(p, inputs):
+    return scan(*inputs)
+
+
+def selective_scan(p, inputs):
+    x, dt, B, C = inputs
+    drive = (dt * x)[:, :, None] * B[:, None, :]
+    h = scan(jnp.exp(dt[:, :, None] * p["A"]), drive)
+    return jnp.einsum("ldn,ln->ld", h, C)
+
+
+FORMS = {
+    "LRU": lru,
+    "S5": s5,
+    "S4D": s4d,
+    "S4": s4,
+    "RG-LRU": rg_lru,
+    "linear_recurrence": recurrence,
+    "selective_scan": selective_scan,
+}
