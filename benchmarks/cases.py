@@ -54,11 +54,11 @@ class Case:
 
 def training_cases() -> list[Case]:
     """Whole training steps: four blocks against the peer, and deep models in each way of running."""
-    size = {"time": 1024, "features": 64, "state": 64, "batch": 8}
-    cases = [Case(f"train {name}", **size, blocks=4) for name in ("LRU", "S5")]
-    for options in ("", " scan", " scan remat"):
-        cases += [Case(f"train LRU{options}", **size, blocks=blocks) for blocks in (4, 24)]
-    return list(dict.fromkeys(cases))
+    models = [("LRU", 4), ("S5", 4), ("LRU", 24)]
+    models += [
+        (f"LRU{options}", depth) for options in (" scan", " scan remat") for depth in (4, 24)
+    ]
+    return [Case(f"train {model}", 1024, 64, 64, batch=8, blocks=depth) for model, depth in models]
 
 
 def long_cases() -> list[Case]:
@@ -122,6 +122,7 @@ def draw(case: Case, key: jax.Array) -> dict[str, np.ndarray]:
         return {"x": np.asarray(x), "labels": np.arange(case.sequences) % 10}
     shape = (*(() if case.batch is None else (case.batch,)), case.time, case.features)
     arrays = {"weights": jr.normal(weights_key, shape), "x": jr.normal(keys[0], shape)}
+    mixer = None
     match case.op:
         case "LRU" | "step LRU" | "step LRU, discretized":
             mixer = LRUSequenceMixer(
@@ -131,28 +132,27 @@ def draw(case: Case, key: jax.Array) -> dict[str, np.ndarray]:
             mixer = S5SequenceMixer(case.features, mixer_key, state_dim=case.state)
         case "RG-LRU":
             mixer = RGLRUSequenceMixer(case.features, mixer_key, num_heads=HEADS)
-        case "S4D" | "S4":
-            make = S4DSequenceMixer if case.op == "S4D" else S4SequenceMixer
-            mixer = make(case.features, mixer_key, state_dim=case.state)
-            mixer = eqx.tree_at(lambda m: m.D, mixer, jnp.zeros_like(mixer.D))  # peers have none
+        case "S4D":
+            mixer = S4DSequenceMixer(case.features, mixer_key, state_dim=case.state)
+        case "S4":
+            mixer = S4SequenceMixer(case.features, mixer_key, state_dim=case.state)
+            arrays["p.truncated_C"] = _truncated(mixer, case.time)
         case "linear_recurrence":
             low, high = (0.9, 0.999) if case.decay is None else (case.decay, case.decay)
             arrays["x.0"] = jr.uniform(keys[1], shape, minval=low, maxval=high)
             arrays["x.1"] = arrays.pop("x")
-            mixer = None
         case "selective_scan":
             arrays["x.0"] = arrays.pop("x")
             arrays["x.1"] = jax.nn.softplus(jr.normal(keys[1], shape) - 3)
             arrays["x.2"], arrays["x.3"] = (
                 jr.normal(key, (*shape[:-1], case.state)) for key in keys[2:]
             )
-            mixer = None
             arrays["p.A"] = -jnp.tile(jnp.arange(1.0, case.state + 1), (case.features, 1))
     for field in dataclasses.fields(mixer) if mixer is not None else ():
         if eqx.is_inexact_array(value := getattr(mixer, field.name)):
             arrays[f"p.{field.name}"] = value
-    if case.op == "S4":
-        arrays["p.truncated_C"] = _truncated(mixer, case.time)
+    if case.op in ("S4D", "S4"):  # whose peers have no skip
+        arrays["p.D"] = jnp.zeros_like(arrays["p.D"])
     return {name: np.asarray(value) for name, value in arrays.items()}
 
 

@@ -27,7 +27,7 @@ def compare(
     case asks for the error against double precision, that says how far each is off.
     """
     arrays = folder / "arrays.npz"
-    np.savez(arrays, **draw(case, jr.key(0)))
+    np.savez(arrays, allow_pickle=False, **draw(case, jr.key(0)))
     # Compiling takes turns too, where it is the question.
     turns = 3 if case.blocks is not None else 1
     facts: dict[str, list[dict]] = {name: [] for name in case.subjects if name in subjects}

@@ -166,7 +166,12 @@ def _block_by_block(transition, B, C, D, x, h0, length):
         return jnp.moveaxis(blocks, axis, 0)
 
     transition, B, h0 = jax.tree.map(lambda values: split(values, 0), (transition, B, h0))
-    run = jax.checkpoint(lambda block: _chunks(*block, length))
+
+    @jax.checkpoint
+    def run(block):
+        transition, B, C, D, x, h0 = block
+        return _chunks(transition, B, C, D, x, h0, length)
+
     D = None if D is None else split(D, 1)
     y, h = lax.map(run, (transition, B, split(C, 1), D, split(x, 1), h0))
     return jnp.moveaxis(y, 0, 2).reshape(*y.shape[1:3], -1), h.reshape(-1, *h.shape[2:])

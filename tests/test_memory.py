@@ -1,0 +1,78 @@
+"""Temporary memory of forward and backward as XLA plans it: exact, and bounded here.
+
+In megabytes; the bounds leave a tenth of room. Nothing is run, only compiled.
+"""
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import pytest
+
+from discretax.models import LRU, remat_blocks, scan_blocks
+from discretax.ops import linear_recurrence, selective_scan
+from discretax.sequence_mixers import (
+    LRUSequenceMixer,
+    RGLRUSequenceMixer,
+    S4DSequenceMixer,
+    S4SequenceMixer,
+    S5SequenceMixer,
+    S7SequenceMixer,
+)
+
+
+def megabytes(f, *shapes, params=None):
+    """Of the gradient of `f(params, *arrays)` in all its arguments."""
+    params, static = eqx.partition(params, eqx.is_inexact_array)
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+    def loss(params, arrays, weights):
+        return jnp.vdot(f(eqx.combine(params, static), *arrays), weights)
+
+    weights = jax.eval_shape(lambda p, a: f(eqx.combine(p, static), *a), params, arrays)
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    memory = gradient.lower(params, arrays, weights).compile().memory_analysis()
+    return memory.temp_size_in_bytes / 2**20
+
+
+MIXERS = {
+    "LRU whole": (lambda: LRUSequenceMixer(64, jr.key(0), state_dim=64), (4096, 64), 8.9),
+    "LRU chunks": (lambda: LRUSequenceMixer(64, jr.key(0), state_dim=64), (16384, 64), 2.9),
+    "S5 chunks": (lambda: S5SequenceMixer(256, jr.key(0), state_dim=256), (16384, 256), 7.8),
+    "S4D": (lambda: S4DSequenceMixer(256, jr.key(0), state_dim=64), (1024, 256), 31),
+    "S4D blocks": (lambda: S4DSequenceMixer(256, jr.key(0), state_dim=64), (16384, 256), 63),
+    "S4 blocks": (lambda: S4SequenceMixer(64, jr.key(0), state_dim=32), (4096, 64), 6.3),
+    "RG-LRU": (lambda: RGLRUSequenceMixer(256, jr.key(0), num_heads=4), (4096, 256), 1.9),
+    "S7": (lambda: S7SequenceMixer(64, jr.key(0), state_dim=32), (4096, 64), 8.9),
+}
+
+
+@pytest.mark.parametrize("name", MIXERS)
+def test_mixers(name):
+    make, shape, bound = MIXERS[name]
+    assert megabytes(lambda mixer, x: mixer(x)[0], shape, params=make()) < bound
+
+
+def test_linear_recurrence():
+    """The states alone are kept, and they are the output."""
+    shape = (4096, 256)
+    assert megabytes(lambda _, a, b: linear_recurrence(a, b), shape, shape) < 8.9
+
+
+@pytest.mark.parametrize(("time", "bound"), [(2048, 2), (65536, 36)])
+def test_selective_scan(time, bound):
+    """States for all samples would fill 2048 * 256 * 16 * 4 bytes = 32 MB, and 1 GB."""
+    inputs, states = (time, 256), (time, 16)
+    run = lambda A, x, dt, B, C: selective_scan(x, dt, A, B, C)[0]
+    assert megabytes(run, inputs, inputs, states, states, params=-jnp.ones((256, 16))) < bound
+
+
+def test_remat():
+    """What is kept grows by one (time, hidden_dim) for each block, 1/8 MB."""
+    model, state = eqx.nn.make_with_state(LRU)(
+        jr.key(0), hidden_dim=32, num_blocks=8, state_dim=32, norm="layer", drop_rate=0.0
+    )
+    run = lambda model, x: model(x, jax.tree.map(lambda leaf: leaf, state))[0]
+    plain = megabytes(run, (1024, 32), params=model)
+    deep = megabytes(run, (1024, 32), params=remat_blocks(scan_blocks(model)))
+    assert deep < 3.4 and plain > 3 * deep
