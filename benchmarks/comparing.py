@@ -46,6 +46,8 @@ def compare(
     }
     for name in results:
         subjects[name].ask("outcome", to=str(folder / f"{name}.npz"))
+    if "ours" not in results:
+        raise RuntimeError(f"{case}: {refused}")
     expected, *others = ({**np.load(folder / f"{name}.npz")} for name in results)
     disagreement = max((_distance(expected, other) for other in others), default=0.0)
     if not case.exact and not disagreement < 1e-4:

@@ -45,8 +45,8 @@ class Subject:
         if not line:
             raise UnavailableError(f"{self.name} has died, at `{do}`")
         answer = json.loads(line)
-        if "error" in answer:
-            raise UnavailableError(f"{self.name}: {answer['error']}")
+        if "failed" in answer:
+            raise UnavailableError(f"{self.name}: {answer["failed"]}")
         return answer
 
     def close(self) -> None:

@@ -104,7 +104,7 @@ def decoding_job(step: Callable[[Any, Any], tuple], cache: Any, x: jax.Array, to
     def generate(x, cache):
         def body(carry, _):
             y, cache = step(*carry)
-            return (jnp.tanh(y), cache), y
+            return (0.01 * y, cache), y  # so small that rounding errors fade
 
         return jax.lax.scan(body, (x, cache), length=tokens)[1]
 

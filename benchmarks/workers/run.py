@@ -38,7 +38,7 @@ def main() -> None:
                 case name:
                     answer = getattr(subject, name)()
         except Exception as error:  # to be told by the one who asked
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            answer = {"failed": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 
