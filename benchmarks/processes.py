@@ -46,7 +46,7 @@ class Subject:
             raise UnavailableError(f"{self.name} has died, at `{do}`")
         answer = json.loads(line)
         if "failed" in answer:
-            raise UnavailableError(f"{self.name}: {answer["failed"]}")
+            raise UnavailableError(f"{self.name}: {answer['failed']}")
         return answer
 
     def close(self) -> None:
