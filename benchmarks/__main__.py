@@ -68,6 +68,8 @@ def main() -> None:
                 )
                 results[name].append(outcome)
                 print("\n".join(report.rows(name, outcome)), flush=True)
+                for reason in outcome["refused"].values():
+                    print(f"not run: {reason}", flush=True)
     for subject in subjects.values():
         subject.close()
     if options.write:

@@ -12,7 +12,7 @@ ENVIRONMENTS = HERE / ".environments"
 
 # What a peer needs that cannot live beside this library, and the Python it asks for.
 REQUIREMENTS = {
-    "discretax_0_3": ("python3.12", ["discretax==0.3.0"]),
+    "discretax_0_3": ("python3.12", ["discretax==0.3.0", "optax"]),
     "memax_0_1": (None, ["memax[equinox]==0.1.1"]),
 }
 

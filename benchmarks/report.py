@@ -8,6 +8,8 @@ import re
 
 from matplotlib.figure import Figure
 
+from benchmarks.cases import TABLES
+
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 NAMES = {
     "ours": "discretax",
@@ -96,25 +98,32 @@ def processor() -> str:
 
 
 def write(about: dict, results: dict) -> None:
-    """Replaces the tables that were measured, between their markers in `docs/performance.md`."""
-    page = DOCS / "performance.md"
+    """Puts the cases that were measured into the tables of `docs/performance.md`, by its markers."""
+    page, record = DOCS / "performance.md", DOCS / "performance.json"
     text = page.read_text()
+    kept = json.loads(record.read_text() or "{}") if record.exists() else {}
     for name, outcomes in results.items():
+        outcomes = _merged(name, kept.get(name, {"cases": []})["cases"], outcomes)
+        kept[name] = {"about": about, "cases": outcomes}
         lines = [row for outcome in outcomes for row in rows(name, outcome)]
         refused = {reason for outcome in outcomes for reason in outcome["refused"].values()}
         notes = [f"\nNot run: {'; '.join(sorted(refused))}."] if refused else []
-        table = "\n".join([heading(about), "", table_head(name), *lines, *notes])
-        marked = re.compile(rf"(<!-- begin {name} -->\n).*?(\n<!-- end {name} -->)", re.DOTALL)
+        table = "\n".join([heading(about), "", table_head(name), *lines, *notes, ""])
+        marked = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         text, count = marked.subn(lambda match, new=table: match[1] + new + match[2], text)
         if count != 1:
             raise ValueError(f"{page} must have one pair of markers for {name!r}; it has {count}.")
     page.write_text(text)
-    record = DOCS / "performance.json"
-    kept = json.loads(record.read_text()) if record.exists() else {}
-    kept |= {name: {"about": about, "cases": outcomes} for name, outcomes in results.items()}
     record.write_text(json.dumps(kept, indent=1) + "\n")
     if "mixers" in results:
-        _draw(results["mixers"], DOCS / "figures" / "performance.svg")
+        _draw(kept["mixers"]["cases"], DOCS / "figures" / "performance.svg")
+
+
+def _merged(name: str, old: list[dict], new: list[dict]) -> list[dict]:
+    """In the order of the table, the newer of two outcomes of a case, and none that it has no more."""
+    outcomes = {json.dumps(outcome["case"]): outcome for outcome in [*old, *new]}
+    order = [json.dumps(vars(case)) for case in TABLES[name]()]
+    return [outcomes[case] for case in order if case in outcomes]
 
 
 def _draw(outcomes: list[dict], path: pathlib.Path) -> None:

@@ -72,7 +72,7 @@ def s4(p, x):
     number = lambda v: v[..., 0] + 1j * v[..., 1]
     dt = jnp.exp(p["inv_dt"])
     A = pair(-jnp.exp(p["A_real"]) - 1j * p["A_imag"])
-    B, P, C = pair(number(p["B"])), pair(number(p["P"])), pair(number(p["truncated_C"]))
+    B, P, C = pair(number(p["B"])), pair(number(p["P"][0])), pair(number(p["truncated_C"]))
     omega = jnp.exp(-2j * jnp.pi / length * jnp.arange(length // 2 + 1))
     z = 2 * (1 - omega) / (1 + omega)
     resolvent = dt[..., None] / (z - (dt * A)[..., None])
