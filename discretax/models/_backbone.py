@@ -2,12 +2,11 @@
 
 import functools as ft
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
 import equinox as eqx
 import jax
 import jax.random as jr
-from jaxtyping import Array, PRNGKeyArray, PyTree
+from jaxtyping import Array, PRNGKeyArray
 
 from discretax._features import check_size
 from discretax._stateful import check_state
@@ -15,23 +14,13 @@ from discretax.blocks import AbstractBlock, ResidualBlock, StandardBlock
 from discretax.blocks._parts import Norm
 from discretax.blocks.base import Samples
 from discretax.channel_mixers import GLU, AbstractChannelMixer, SwiGLU
-from discretax.models._stack import run_blocks
 from discretax.sequence_mixers import AbstractSequenceMixer
-
-Model = TypeVar("Model", bound=PyTree)
 
 
 class AbstractBackbone(eqx.nn.StatefulLayer):
     """Blocks one after the other, `(x, state) -> (x, state)`, to stand between encoder and head."""
 
-    blocks: tuple[AbstractBlock, ...]
-    scan: bool
-    remat: bool
-
-    def __init__(self, blocks: Sequence[AbstractBlock]):
-        self.blocks = tuple(blocks)
-        self.scan = False
-        self.remat = False
+    blocks: eqx.AbstractVar[tuple[AbstractBlock, ...]]
 
     def __call__(
         self, x: Samples, state: eqx.nn.State, *, key: PRNGKeyArray | None = None
@@ -42,11 +31,17 @@ class AbstractBackbone(eqx.nn.StatefulLayer):
         **Returns:** the same kind as `x`, and the new state.
         """
         check_state(state, self)
-        return run_blocks(self.blocks, x, state, key, scan=self.scan, remat=self.remat)
+        num_blocks = len(self.blocks)
+        keys = (None,) * num_blocks if key is None else jr.split(key, num_blocks)
+        for block, block_key in zip(self.blocks, keys, strict=True):
+            x, state = block(x, state, key=block_key)
+        return x, state
 
 
 class Backbone(AbstractBackbone):
     """A model from any mixer: `Backbone(key, hidden_dim=64, sequence_mixer=MyMixer)`."""
+
+    blocks: tuple[AbstractBlock, ...]
 
     def __init__(
         self,
@@ -70,55 +65,17 @@ class Backbone(AbstractBackbone):
         - `num_blocks`: how many blocks to stack.
         - `drop_rate`, `prenorm`, `norm`, `activation`: as in [`discretax.blocks.StandardBlock`][].
         """
-        super().__init__(
-            standard_blocks(
-                key,
-                hidden_dim=hidden_dim,
-                sequence_mixer=sequence_mixer,
-                channel_mixer=channel_mixer,
-                num_blocks=num_blocks,
-                drop_rate=drop_rate,
-                prenorm=prenorm,
-                norm=norm,
-                activation=activation,
-            )
+        self.blocks = standard_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            sequence_mixer=sequence_mixer,
+            channel_mixer=channel_mixer,
+            num_blocks=num_blocks,
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
+            activation=activation,
         )
-
-
-def scan_blocks(model: Model, value: bool = True) -> Model:
-    """The model with blocks that are alike run by one loop, so that a deep model compiles fast.
-
-    The numbers stay the same, and so do parameters, state and streaming. A pattern of blocks, as
-    Griffin's, counts as alike from one repetition to the next. While the loop runs it holds a
-    second copy of the blocks' parameters.
-
-    **Arguments:** `model`: any PyTree of models; `value`: False to go back.
-    """
-    return _with_flag(model, lambda backbone: backbone.scan, value)
-
-
-def remat_blocks(model: Model, value: bool = True) -> Model:
-    """The model with its blocks run again in the backward pass, which then keeps their inputs alone.
-
-    Memory for training grows by one (time, hidden_dim) per block, against the time of another
-    forward pass. The numbers stay the same.
-
-    **Arguments:** `model`: any PyTree of models; `value`: False to go back.
-    """
-    return _with_flag(model, lambda backbone: backbone.remat, value)
-
-
-def _with_flag(model, flag, value):
-    is_backbone = lambda node: isinstance(node, AbstractBackbone)
-    nodes = lambda tree: [n for n in jax.tree.leaves(tree, is_leaf=is_backbone) if is_backbone(n)]
-    if not nodes(model):
-        raise ValueError(
-            "There are no blocks to run in another way: expected a model with a backbone of "
-            f"`discretax.models` in it; got {type(model).__name__}."
-        )
-    return eqx.tree_at(
-        lambda tree: [flag(n) for n in nodes(tree)], model, replace_fn=lambda _: value
-    )
 
 
 def standard_blocks(

@@ -3,6 +3,7 @@ import functools as ft
 from jaxtyping import PRNGKeyArray
 
 from discretax import sequence_mixers
+from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
 from discretax.channel_mixers import GLU
 from discretax.models._backbone import AbstractBackbone, standard_blocks
@@ -16,6 +17,8 @@ class Centaurus(AbstractBackbone):
     The paper's networks change the mode from stage to stage, as a convolutional network changes
     its kind of convolution; build such a one from blocks.
     """
+
+    blocks: tuple[StandardBlock, ...]
 
     def __init__(
         self,
@@ -46,25 +49,23 @@ class Centaurus(AbstractBackbone):
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
         - `use_bias`: in the GLU.
         """
-        super().__init__(
-            standard_blocks(
-                key,
-                hidden_dim=hidden_dim,
-                num_blocks=num_blocks,
-                sequence_mixer=ft.partial(
-                    sequence_mixers.Centaurus,
-                    mode=mode,
-                    state_dim=state_dim,
-                    sub_state_dim=sub_state_dim,
-                    dt_min=dt_min,
-                    dt_max=dt_max,
-                    step_rescale=step_rescale,
-                    discretization=discretization,
-                    route=route,
-                ),
-                channel_mixer=ft.partial(GLU, use_bias=use_bias),
-                drop_rate=drop_rate,
-                prenorm=prenorm,
-                norm=norm,
-            )
+        self.blocks = standard_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            num_blocks=num_blocks,
+            sequence_mixer=ft.partial(
+                sequence_mixers.Centaurus,
+                mode=mode,
+                state_dim=state_dim,
+                sub_state_dim=sub_state_dim,
+                dt_min=dt_min,
+                dt_max=dt_max,
+                step_rescale=step_rescale,
+                discretization=discretization,
+                route=route,
+            ),
+            channel_mixer=ft.partial(GLU, use_bias=use_bias),
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
         )

@@ -2,6 +2,7 @@ import functools as ft
 
 from jaxtyping import PRNGKeyArray
 
+from discretax.blocks import ResidualBlock
 from discretax.blocks._parts import Norm
 from discretax.models._backbone import AbstractBackbone, residual_blocks
 from discretax.sequence_mixers import AttentionSequenceMixer, GriffinSequenceMixer
@@ -9,6 +10,8 @@ from discretax.sequence_mixers import AttentionSequenceMixer, GriffinSequenceMix
 
 class Griffin(AbstractBackbone):
     """Griffin: two recurrent blocks, then one of local attention, over again (arXiv:2402.19427)."""
+
+    blocks: tuple[ResidualBlock, ...]
 
     def __init__(
         self,
@@ -61,15 +64,13 @@ class Griffin(AbstractBackbone):
             out_bias=use_bias,
         )
         pattern = (recurrent, recurrent, attention)
-        super().__init__(
-            residual_blocks(
-                key,
-                hidden_dim=hidden_dim,
-                sequence_mixers=tuple(pattern[i % 3] for i in range(num_blocks)),
-                expansion=expansion,
-                use_bias=use_bias,
-                drop_rate=drop_rate,
-                prenorm=prenorm,
-                norm=norm,
-            )
+        self.blocks = residual_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            sequence_mixers=tuple(pattern[i % 3] for i in range(num_blocks)),
+            expansion=expansion,
+            use_bias=use_bias,
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
         )

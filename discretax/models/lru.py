@@ -3,6 +3,7 @@ import math
 
 from jaxtyping import PRNGKeyArray
 
+from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
 from discretax.channel_mixers import GLU
 from discretax.models._backbone import AbstractBackbone, standard_blocks
@@ -11,6 +12,8 @@ from discretax.sequence_mixers import LRUSequenceMixer
 
 class LRU(AbstractBackbone):
     """Blocks of LRU and GLU (arXiv:2303.06349)."""
+
+    blocks: tuple[StandardBlock, ...]
 
     def __init__(
         self,
@@ -37,21 +40,19 @@ class LRU(AbstractBackbone):
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
         - `use_bias`: in the GLU.
         """
-        super().__init__(
-            standard_blocks(
-                key,
-                hidden_dim=hidden_dim,
-                num_blocks=num_blocks,
-                sequence_mixer=ft.partial(
-                    LRUSequenceMixer,
-                    state_dim=state_dim,
-                    r_min=r_min,
-                    r_max=r_max,
-                    max_phase=max_phase,
-                ),
-                channel_mixer=ft.partial(GLU, use_bias=use_bias),
-                drop_rate=drop_rate,
-                prenorm=prenorm,
-                norm=norm,
-            )
+        self.blocks = standard_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            num_blocks=num_blocks,
+            sequence_mixer=ft.partial(
+                LRUSequenceMixer,
+                state_dim=state_dim,
+                r_min=r_min,
+                r_max=r_max,
+                max_phase=max_phase,
+            ),
+            channel_mixer=ft.partial(GLU, use_bias=use_bias),
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
         )

@@ -4,6 +4,7 @@ from typing import Literal
 import jax
 from jaxtyping import PRNGKeyArray
 
+from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
 from discretax.channel_mixers import IdentityChannelMixer
 from discretax.models._backbone import AbstractBackbone, standard_blocks
@@ -18,6 +19,8 @@ class Mamba(AbstractBackbone):
     The mixer has its own gate and projections: no channel mixer follows it. Event-driven with
     `event=True` (arXiv:2411.12603).
     """
+
+    blocks: tuple[StandardBlock, ...]
 
     def __init__(
         self,
@@ -53,31 +56,29 @@ class Mamba(AbstractBackbone):
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][]. The paper
             drops nothing.
         """
-        super().__init__(
-            standard_blocks(
-                key,
-                hidden_dim=hidden_dim,
-                num_blocks=num_blocks,
-                sequence_mixer=ft.partial(
-                    MambaSequenceMixer,
-                    state_dim=state_dim,
-                    conv_width=conv_width,
-                    expand=expand,
-                    dt_rank=dt_rank,
-                    dt_min=dt_min,
-                    dt_max=dt_max,
-                    dt_init=dt_init,
-                    dt_scale=dt_scale,
-                    dt_init_floor=dt_init_floor,
-                    conv_bias=conv_bias,
-                    use_bias=use_bias,
-                    discretization=discretization,
-                    event=event,
-                ),
-                channel_mixer=IdentityChannelMixer,
-                drop_rate=drop_rate,
-                prenorm=prenorm,
-                norm=norm,
-                activation=jax.nn.identity,
-            )
+        self.blocks = standard_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            num_blocks=num_blocks,
+            sequence_mixer=ft.partial(
+                MambaSequenceMixer,
+                state_dim=state_dim,
+                conv_width=conv_width,
+                expand=expand,
+                dt_rank=dt_rank,
+                dt_min=dt_min,
+                dt_max=dt_max,
+                dt_init=dt_init,
+                dt_scale=dt_scale,
+                dt_init_floor=dt_init_floor,
+                conv_bias=conv_bias,
+                use_bias=use_bias,
+                discretization=discretization,
+                event=event,
+            ),
+            channel_mixer=IdentityChannelMixer,
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
+            activation=jax.nn.identity,
         )

@@ -2,6 +2,7 @@ import functools as ft
 
 from jaxtyping import PRNGKeyArray
 
+from discretax.blocks import ResidualBlock
 from discretax.blocks._parts import Norm
 from discretax.models._backbone import AbstractBackbone, residual_blocks
 from discretax.sequence_mixers import GriffinSequenceMixer
@@ -9,6 +10,8 @@ from discretax.sequence_mixers import GriffinSequenceMixer
 
 class RGLRU(AbstractBackbone):
     """Hawk: Griffin's recurrent blocks with gated MLPs, and no attention (arXiv:2402.19427)."""
+
+    blocks: tuple[ResidualBlock, ...]
 
     def __init__(
         self,
@@ -40,26 +43,24 @@ class RGLRU(AbstractBackbone):
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.ResidualBlock`][]. The paper
             drops nothing.
         """
-        super().__init__(
-            residual_blocks(
-                key,
-                hidden_dim=hidden_dim,
-                sequence_mixers=(
-                    ft.partial(
-                        GriffinSequenceMixer,
-                        lru_width=lru_width,
-                        num_heads=num_heads,
-                        conv_width=conv_width,
-                        a_min=a_min,
-                        a_max=a_max,
-                        use_bias=use_bias,
-                    ),
-                )
-                * num_blocks,
-                expansion=expansion,
-                use_bias=use_bias,
-                drop_rate=drop_rate,
-                prenorm=prenorm,
-                norm=norm,
+        self.blocks = residual_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            sequence_mixers=(
+                ft.partial(
+                    GriffinSequenceMixer,
+                    lru_width=lru_width,
+                    num_heads=num_heads,
+                    conv_width=conv_width,
+                    a_min=a_min,
+                    a_max=a_max,
+                    use_bias=use_bias,
+                ),
             )
+            * num_blocks,
+            expansion=expansion,
+            use_bias=use_bias,
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
         )

@@ -2,6 +2,7 @@ import functools as ft
 
 from jaxtyping import PRNGKeyArray
 
+from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
 from discretax.channel_mixers import GLU
 from discretax.init import Measure
@@ -14,6 +15,8 @@ from discretax.sequence_mixers._s4_parameters import StepTransform, Transform
 
 class S4(AbstractBackbone):
     """Blocks of S4, exact GELU and GLU (arXiv:2111.00396)."""
+
+    blocks: tuple[StandardBlock, ...]
 
     def __init__(
         self,
@@ -78,16 +81,14 @@ class S4(AbstractBackbone):
             bottleneck,
             gate,
         )
-        super().__init__(
-            standard_blocks(
-                key,
-                hidden_dim=hidden_dim,
-                num_blocks=num_blocks,
-                sequence_mixer=sequence_mixer,
-                channel_mixer=ft.partial(GLU, use_bias=use_bias),
-                drop_rate=drop_rate,
-                prenorm=prenorm,
-                norm=norm,
-                activation=activation,
-            )
+        self.blocks = standard_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            num_blocks=num_blocks,
+            sequence_mixer=sequence_mixer,
+            channel_mixer=ft.partial(GLU, use_bias=use_bias),
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
+            activation=activation,
         )

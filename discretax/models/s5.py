@@ -5,6 +5,7 @@ import jax
 from jaxtyping import PRNGKeyArray
 
 from discretax._features import check_name
+from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
 from discretax.channel_mixers import GLU, HalfGLU, IdentityChannelMixer
 from discretax.models._backbone import AbstractBackbone, standard_blocks
@@ -28,6 +29,8 @@ class S5(AbstractBackbone):
 
     With `"half_glu2"`, the S5 code drops features of $u$ alone; here they are dropped from $z$.
     """
+
+    blocks: tuple[StandardBlock, ...]
 
     def __init__(
         self,
@@ -71,27 +74,25 @@ class S5(AbstractBackbone):
             "half_glu2": ft.partial(HalfGLU, use_bias=use_bias, gate_activation=jax.nn.gelu),
             "gelu": IdentityChannelMixer,
         }
-        super().__init__(
-            standard_blocks(
-                key,
-                hidden_dim=hidden_dim,
-                num_blocks=num_blocks,
-                sequence_mixer=ft.partial(
-                    BidirectionalS5 if bidirectional else S5SequenceMixer,
-                    state_dim=state_dim,
-                    ssm_blocks=ssm_blocks,
-                    conj_sym=conj_sym,
-                    C_init=C_init,
-                    clip_eigs=clip_eigs,
-                    dt_min=dt_min,
-                    dt_max=dt_max,
-                    step_rescale=step_rescale,
-                    discretization=discretization,
-                ),
-                channel_mixer=channel_mixers[activation],
-                drop_rate=drop_rate,
-                prenorm=prenorm,
-                norm=norm,
-                activation=jax.nn.identity if activation == "half_glu2" else jax.nn.gelu,
-            )
+        self.blocks = standard_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            num_blocks=num_blocks,
+            sequence_mixer=ft.partial(
+                BidirectionalS5 if bidirectional else S5SequenceMixer,
+                state_dim=state_dim,
+                ssm_blocks=ssm_blocks,
+                conj_sym=conj_sym,
+                C_init=C_init,
+                clip_eigs=clip_eigs,
+                dt_min=dt_min,
+                dt_max=dt_max,
+                step_rescale=step_rescale,
+                discretization=discretization,
+            ),
+            channel_mixer=channel_mixers[activation],
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
+            activation=jax.nn.identity if activation == "half_glu2" else jax.nn.gelu,
         )

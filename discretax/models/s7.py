@@ -3,6 +3,7 @@ import functools as ft
 import jax
 from jaxtyping import PRNGKeyArray
 
+from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
 from discretax.channel_mixers import IdentityChannelMixer
 from discretax.models._backbone import AbstractBackbone, standard_blocks
@@ -11,6 +12,8 @@ from discretax.sequence_mixers import S7SequenceMixer
 
 class S7(AbstractBackbone):
     """S7's blocks: norm, the gated recurrence, sum (arXiv:2410.03464)."""
+
+    blocks: tuple[StandardBlock, ...]
 
     def __init__(
         self,
@@ -35,22 +38,20 @@ class S7(AbstractBackbone):
             [`discretax.sequence_mixers.S7SequenceMixer`][].
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
         """
-        super().__init__(
-            standard_blocks(
-                key,
-                hidden_dim=hidden_dim,
-                num_blocks=num_blocks,
-                sequence_mixer=ft.partial(
-                    S7SequenceMixer,
-                    state_dim=state_dim,
-                    a_min=a_min,
-                    a_max=a_max,
-                    use_bias=use_bias,
-                ),
-                channel_mixer=IdentityChannelMixer,
-                drop_rate=drop_rate,
-                prenorm=prenorm,
-                norm=norm,
-                activation=jax.nn.identity,
-            )
+        self.blocks = standard_blocks(
+            key,
+            hidden_dim=hidden_dim,
+            num_blocks=num_blocks,
+            sequence_mixer=ft.partial(
+                S7SequenceMixer,
+                state_dim=state_dim,
+                a_min=a_min,
+                a_max=a_max,
+                use_bias=use_bias,
+            ),
+            channel_mixer=IdentityChannelMixer,
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
+            activation=jax.nn.identity,
         )

@@ -1,0 +1,157 @@
+"""Other ways to run a backbone's blocks: those alike as one loop, and each again in the backward pass."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from discretax._stateful import check_state
+from discretax.blocks import AbstractBlock
+from discretax.blocks.base import Samples
+from discretax.models._backbone import AbstractBackbone
+
+Model = TypeVar("Model", bound=PyTree)
+
+
+def scan_blocks(model: Model, value: bool = True) -> Model:
+    """The model with blocks that are alike run by one loop, so that a deep model compiles fast.
+
+    The numbers stay the same, and so do parameters, state and streaming. A pattern of blocks, as
+    Griffin's, counts as alike from one repetition to the next. While the loop runs it holds a
+    second copy of the blocks' parameters.
+
+    **Arguments:** `model`: any PyTree of models; `value`: False to go back.
+
+    **Raises:** `ValueError` if there is no backbone of `discretax.models` in it.
+    """
+    return _run_otherwise(model, scan=value)
+
+
+def remat_blocks(model: Model, value: bool = True) -> Model:
+    """The model with its blocks run again in the backward pass, which then keeps their inputs alone.
+
+    Memory for training grows by one (time, hidden_dim) per block, against the time of another
+    forward pass. The numbers stay the same.
+
+    **Arguments:** `model`: any PyTree of models; `value`: False to go back.
+
+    **Raises:** `ValueError` if there is no backbone of `discretax.models` in it.
+    """
+    return _run_otherwise(model, remat=value)
+
+
+class DeepBackbone(eqx.nn.StatefulLayer):
+    """A backbone whose blocks run in another way, with the same numbers."""
+
+    backbone: AbstractBackbone
+    scan: bool = eqx.field(static=True, default=False)
+    remat: bool = eqx.field(static=True, default=False)
+
+    @property
+    def blocks(self) -> tuple[AbstractBlock, ...]:
+        return self.backbone.blocks
+
+    def __call__(
+        self, x: Samples, state: eqx.nn.State, *, key: PRNGKeyArray | None = None
+    ) -> tuple[Samples, eqx.nn.State]:
+        """As the backbone's own."""
+        check_state(state, self)
+        blocks = self.blocks
+        keys = None if key is None else jr.split(key, len(blocks))
+        period, repeats = _pattern(blocks) if self.scan else (1, 0)
+        looped = period * repeats
+        if looped:
+            x, state = _run_repeated(blocks[:looped], period, x, state, keys, self.remat)
+        for i in range(looped, len(blocks)):
+            x, state = _run(blocks[i], x, state, None if keys is None else keys[i], self.remat)
+        return x, state
+
+
+def _run_otherwise(model: Model, *, scan: bool | None = None, remat: bool | None = None) -> Model:
+    """None: as before."""
+    is_backbone = lambda node: isinstance(node, AbstractBackbone | DeepBackbone)
+    new = lambda value, old: old if value is None else value
+
+    def change(node):
+        if isinstance(node, DeepBackbone):
+            deep = DeepBackbone(node.backbone, new(scan, node.scan), new(remat, node.remat))
+        elif isinstance(node, AbstractBackbone):
+            deep = DeepBackbone(node, new(scan, False), new(remat, False))
+        else:
+            return node
+        return deep if deep.scan or deep.remat else deep.backbone
+
+    if not any(map(is_backbone, jax.tree.leaves(model, is_leaf=is_backbone))):
+        raise ValueError(
+            "There are no blocks to run in another way: expected a model with a backbone of "
+            f"`discretax.models` in it; got {type(model).__name__}."
+        )
+    return jax.tree.map(change, model, is_leaf=is_backbone)
+
+
+def _run(block, x, state, key, remat):
+    apply = lambda block, x, state, key: block(x, state, key=key)
+    return (eqx.filter_checkpoint(apply) if remat else apply)(block, x, state, key)
+
+
+def _pattern(blocks: Sequence[AbstractBlock]) -> tuple[int, int]:
+    """The length of the shortest pattern that repeats from the first block on, and how often.
+
+    (1, 0) if none does.
+    """
+    forms = [_form(block) for block in blocks]
+    alike = lambda one, other: one[0] == other[0] and eqx.tree_equal(one[1], other[1]) is True
+    for period in range(1, len(blocks) // 2 + 1):
+        same = 0
+        while same + period < len(blocks) and alike(forms[same], forms[same + period]):
+            same += 1
+        if same >= period:
+            return period, 1 + same // period
+    return 1, 0
+
+
+def _form(block: AbstractBlock) -> tuple[Any, Any]:
+    """What two blocks must share for one's code to run the other's arrays."""
+    is_index = lambda node: isinstance(node, eqx.nn.StateIndex)
+    block = jax.tree.map(lambda node: None if is_index(node) else node, block, is_leaf=is_index)
+    arrays, static = eqx.partition(block, eqx.is_array)
+    shapes = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(arrays)]
+    return (shapes, jax.tree.structure(arrays)), static
+
+
+def _run_repeated(blocks, period, x, state, keys, remat):
+    """Blocks differ in their arrays and in the indices of their states: the first ones' run all."""
+    arrays, static = zip(*(eqx.partition(block, eqx.is_array) for block in blocks), strict=True)
+    substates = [state.substate(block) for block in blocks]
+
+    def stacked(trees):
+        """For each place in the pattern, what stands there, in the structure of the first."""
+        return [
+            jax.tree.unflatten(
+                jax.tree.structure(trees[i]),
+                map(jnp.stack, zip(*map(jax.tree.leaves, trees[i::period]), strict=True)),
+            )
+            for i in range(period)
+        ]
+
+    def advance(x, inputs):
+        arrays, substates, keys = inputs
+        after = []
+        for i in range(period):
+            block = eqx.combine(arrays[i], static[i])
+            x, substate = _run(block, x, substates[i], None if keys is None else keys[i], remat)
+            after.append(substate)
+        return x, after
+
+    if keys is not None:
+        keys = keys[: len(blocks)].reshape(-1, period, *keys.shape[1:])
+    x, after = lax.scan(advance, x, (stacked(arrays), stacked(substates), keys))
+    for n, substate in enumerate(substates):
+        leaves = [leaf[n // period] for leaf in jax.tree.leaves(after[n % period])]
+        state = state.update(jax.tree.unflatten(jax.tree.structure(substate), leaves))
+    return x, state
