@@ -1,6 +1,7 @@
 """Linear recurrent sequence models for JAX and Equinox."""
 
 from discretax import (
+    architectures as architectures,
     blocks as blocks,
     channel_mixers as channel_mixers,
     encoder as encoder,
@@ -15,9 +16,13 @@ from discretax import (
 )
 from discretax._timeseries import Timeseries as Timeseries
 from discretax.inference import (
+    Generated as Generated,
     discretized as discretized,
+    generate as generate,
     inference_state as inference_state,
     resampled as resampled,
+    sample_token as sample_token,
+    stream_tokens as stream_tokens,
     streaming_mode as streaming_mode,
 )
 

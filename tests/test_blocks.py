@@ -480,7 +480,7 @@ def test_activation(activation, formula):
         (
             {"norm": "group"},
             ValueError,
-            "`norm` must be 'batch', 'layer', 'rms' or None; got 'group'",
+            "`norm` must be 'batch', 'layer', 'rms', None or a function .*; got 'group'",
         ),
         ({"drop_rate": 1.0}, ValueError, r"`drop_rate` must lie in \[0, 1\); got 1.0"),
         ({"drop_rate": -0.1}, ValueError, r"`drop_rate` must lie in \[0, 1\); got -0.1"),

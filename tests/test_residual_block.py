@@ -100,7 +100,10 @@ def test_each_sum_drops_whole_features():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": "group"}, "`norm` must be 'batch', 'layer', 'rms' or None; got 'group'"),
+        (
+            {"norm": "group"},
+            "`norm` must be 'batch', 'layer', 'rms', None or a function .*; got 'group'",
+        ),
         ({"drop_rate": 1.0}, r"`drop_rate` must lie in \[0, 1\); got 1.0"),
         ({"sequence_mixer": Leaky(3, jr.key(0))}, "`sequence_mixer` .*in_features=4; .*width 3"),
         ({"channel_mixer": GLU(5, jr.key(0))}, "`channel_mixer` .*in_features=4; got GLU"),

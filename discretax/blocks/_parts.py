@@ -8,11 +8,12 @@ from jaxtyping import PRNGKeyArray
 
 from discretax._features import check_size, out_features
 from discretax.blocks._batch_norm import BatchNorm
+from discretax.blocks._offset_rms_norm import OffsetRMSNorm
 from discretax.channel_mixers import AbstractChannelMixer
 from discretax.sequence_mixers import AbstractSequenceMixer
 
-Norm = Literal["batch", "layer", "rms"] | None
-NormLayer = BatchNorm | eqx.nn.LayerNorm | eqx.nn.RMSNorm | None
+NormLayer = BatchNorm | eqx.nn.LayerNorm | eqx.nn.RMSNorm | OffsetRMSNorm | None
+Norm = Literal["batch", "layer", "rms"] | Callable[[int], NormLayer] | None
 
 
 def make_norm(norm: Norm, in_features: int) -> NormLayer:
@@ -25,7 +26,12 @@ def make_norm(norm: Norm, in_features: int) -> NormLayer:
         return eqx.nn.RMSNorm(in_features, eps=1e-6, use_bias=False)
     if norm is None:
         return None
-    raise ValueError(f"`norm` must be 'batch', 'layer', 'rms' or None; got {norm!r}.")
+    if callable(norm):
+        return norm(in_features)
+    raise ValueError(
+        "`norm` must be 'batch', 'layer', 'rms', None or a function of the width that makes a "
+        f"layer; got {norm!r}."
+    )
 
 
 def make_dropout(drop_rate: float) -> eqx.nn.Dropout:

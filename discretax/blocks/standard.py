@@ -70,7 +70,8 @@ class StandardBlock(AbstractBlock):
         - `drop_rate`: probability with which dropout zeroes a feature.
         - `prenorm`: norm before the mixer (True) or after the sum (False).
         - `norm`: `"batch"` over batch and time, as the papers have it; `"layer"` or `"rms"` over
-            the features of each sample; None.
+            the features of each sample; a function `(in_features) -> layer`, for a norm of other
+            options: `functools.partial(OffsetRMSNorm, eps=1e-5)`; None.
         - `activation`: what the sequence mixer's output goes through: `jax.nn.gelu`, in its
             approximation by tanh; `functools.partial(jax.nn.gelu, approximate=False)`;
             `lambda x: x` for none.

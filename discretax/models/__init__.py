@@ -1,7 +1,15 @@
 """Models: stacks of blocks, to be put between an encoder and a head by `eqx.nn.Sequential`."""
 
-from discretax.models._backbone import AbstractBackbone as AbstractBackbone, Backbone as Backbone
-from discretax.models._deep import remat_blocks as remat_blocks, scan_blocks as scan_blocks
+from discretax.models._backbone import (
+    AbstractBackbone as AbstractBackbone,
+    Backbone as Backbone,
+    BlockStack as BlockStack,
+)
+from discretax.models._deep import (
+    DeepBackbone as DeepBackbone,
+    remat_blocks as remat_blocks,
+    scan_blocks as scan_blocks,
+)
 from discretax.models.centaurus import Centaurus as Centaurus
 from discretax.models.griffin import Griffin as Griffin
 from discretax.models.lru import LRU as LRU

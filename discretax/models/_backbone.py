@@ -38,6 +38,16 @@ class AbstractBackbone(eqx.nn.StatefulLayer):
         return x, state
 
 
+class BlockStack(AbstractBackbone):
+    """A model from blocks of any kind: `BlockStack([block, other_block])`."""
+
+    blocks: tuple[AbstractBlock, ...]
+
+    def __init__(self, blocks: Sequence[AbstractBlock]):
+        """**Arguments:** `blocks`, of the same `in_features`."""
+        self.blocks = tuple(blocks)
+
+
 class Backbone(AbstractBackbone):
     """A model from any mixer: `Backbone(key, hidden_dim=64, sequence_mixer=MyMixer)`."""
 

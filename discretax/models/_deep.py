@@ -46,7 +46,10 @@ def remat_blocks(model: Model, value: bool = True) -> Model:
 
 
 class DeepBackbone(eqx.nn.StatefulLayer):
-    """A backbone whose blocks run in another way, with the same numbers."""
+    """A backbone whose blocks run in another way, with the same numbers.
+
+    Made by [`discretax.models.scan_blocks`][] and [`discretax.models.remat_blocks`][].
+    """
 
     backbone: AbstractBackbone
     scan: bool = eqx.field(static=True, default=False)

@@ -5,6 +5,7 @@ from discretax.ops._convolution import (
     matrix_convolution as matrix_convolution,
     projected_convolution as projected_convolution,
 )
+from discretax.ops._cross_entropy import chunked_cross_entropy as chunked_cross_entropy
 from discretax.ops._depthwise_convolution import depthwise_convolution as depthwise_convolution
 from discretax.ops._depthwise_ssm import (
     Route as Route,

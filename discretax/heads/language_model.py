@@ -1,0 +1,67 @@
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from discretax._features import check_positive, check_samples, check_size
+from discretax._stateful import check_state
+from discretax._timeseries import Timeseries, values_of
+from discretax._types import Values, accumulation_dtype
+from discretax.heads.base import AbstractHead
+
+
+class LanguageModelHead(AbstractHead):
+    r"""Logits of the next token at every sample: $W x_t$.
+
+    With `soft_cap` $c$ they are $c \tanh(W x_t / c)$, as in Gemma: none is larger than $c$. They are
+    float32, or float64 if `x` is, whatever the type of `x`.
+    """
+
+    weight: Float[Array, "tokens features"]
+    soft_cap: float | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        key: PRNGKeyArray,
+        *,
+        soft_cap: float | None = None,
+    ):
+        """**Arguments:**
+
+        - `in_features`: width of the model.
+        - `out_features`: number of tokens of the vocabulary.
+        - `key`: for the initialisation.
+        - `soft_cap`: the largest logit; none if left out.
+        """
+        check_size("in_features", in_features)
+        check_size("out_features", out_features)
+        if soft_cap is not None:
+            check_positive("soft_cap", soft_cap)
+        bound = in_features**-0.5
+        self.weight = jr.uniform(key, (out_features, in_features), minval=-bound, maxval=bound)
+        self.soft_cap = soft_cap
+
+    def __call__(
+        self,
+        x: Array | Timeseries,
+        state: eqx.nn.State,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Float[Array, "time tokens"], eqx.nn.State]:
+        """**Arguments:** `x`: `(time, in_features)` or a [`discretax.Timeseries`][] of such;
+        `state`; `key`, unused.
+
+        **Returns:** `(time, out_features)`, and `state`.
+        """
+        del key
+        check_state(state, self)
+        values = values_of(x)
+        check_samples(self, values, self.weight.shape[1])
+        return self.logits(values), state
+
+    def logits(self, x: Values) -> Float[Array, "time tokens"]:
+        weight = self.weight.astype(x.dtype)
+        y = jnp.matmul(x, weight.T, preferred_element_type=accumulation_dtype(x))
+        return y if self.soft_cap is None else self.soft_cap * jnp.tanh(y / self.soft_cap)

@@ -1,0 +1,57 @@
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from discretax._features import check_size
+from discretax._types import accumulation_dtype
+from discretax.ops._chunks import scan_chunks
+
+
+def chunked_cross_entropy(
+    logits: Callable[[Float[Array, "chunk features"]], Float[Array, "chunk classes"]],
+    x: Float[Array, "time features"],
+    targets: Int[Array, " time"],
+    *,
+    chunk_size: int = 128,
+) -> Float[Array, " time"]:
+    r"""$-\log \mathrm{softmax}(\mathrm{logits}(x_t))_{\mathrm{target}_t}$ at every sample.
+
+    The logits of `chunk_size` samples at a time are all that ever exists of them, forward and
+    backward: for a large vocabulary those of a whole sequence take more memory than the model.
+
+    **Arguments:**
+
+    - `logits`: from some samples to their logits. It may close over parameters; they get gradients.
+    - `x`: the samples.
+    - `targets`: which class is right, in [0, classes).
+    - `chunk_size`: samples whose logits exist together.
+
+    **Returns:**
+
+    The losses in nats, float32, or float64 if `x` is. A target out of range gives NaN.
+
+    **Raises:**
+
+    `ValueError` if shapes do not fit or targets are not whole numbers.
+    """
+    check_size("chunk_size", chunk_size)
+    if x.ndim != 2 or not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise ValueError(
+            "`x` must be (time, features) and `targets` (time,) whole numbers; got "
+            f"x: {x.dtype}{x.shape}, targets: {targets.dtype}{targets.shape}. "
+            "Use `jax.vmap` to batch."
+        )
+    if targets.shape != x.shape[:1]:
+        raise ValueError(f"`targets` must be (time,) = ({x.shape[0]},); got {targets.shape}.")
+
+    def run(state, chunk, _):
+        x, targets = chunk
+        y = logits(x)
+        y = y.astype(accumulation_dtype(y))
+        index = jnp.where(targets < 0, y.shape[1], targets)[:, None]  # no wrapping around
+        chosen = jnp.take_along_axis(y, index, axis=1, mode="fill", fill_value=jnp.nan)[:, 0]
+        return state, jax.nn.logsumexp(y, axis=1) - chosen
+
+    return scan_chunks(run, (), (x, targets.astype(int)), None, chunk_size)[1]
