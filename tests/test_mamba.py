@@ -154,6 +154,22 @@ def test_automatic_rank_is_a_sixteenth_rounded_up(in_features, rank):
     assert mixer.dt_proj.weight.shape == (2 * in_features, rank)
 
 
+def test_normalised_step_and_projections():
+    """For one sample: a plain mixer whose maps to d, B and C are divided by the root mean squares."""
+    mixer = MambaSequenceMixer(4, jr.key(0), state_dim=3, dt_rank=2, b_c_dt_rms_eps=0.5)
+    plain = MambaSequenceMixer(4, jr.key(0), state_dim=3, dt_rank=2)
+    x = jr.normal(jr.key(1), (1, 4))
+    u = numbers(x[0]) @ numbers(mixer.in_proj.weight)[:8].T
+    u = u * numbers(mixer.conv_weight)[:, -1] + numbers(mixer.conv_bias)
+    u = u / (1 + np.exp(-u))
+    parts = np.split(numbers(mixer.x_proj.weight) @ u, (2, 5))
+    scales = [(np.mean(part**2) + 0.5) ** -0.5 for part in parts]
+    rows = np.repeat(scales, (2, 3, 3))[:, None] * numbers(mixer.x_proj.weight)
+    scaled = eqx.tree_at(lambda m: m.x_proj.weight, plain, jnp.asarray(rows, x.dtype))
+    for actual, expected in zip(jax.tree.leaves(mixer(x)), jax.tree.leaves(scaled(x)), strict=True):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
+
+
 def test_timesteps_multiply_the_decay_and_nothing_else():
     """From a state and without input, gaps that add up to the same leave the same state."""
     mixer = MambaSequenceMixer(4, jr.key(0), conv_bias=False, event=True)
@@ -203,6 +219,7 @@ def test_foreign_cache_is_refused():
         ({"dt_rank": "full"}, "`dt_rank` must be a whole number.*; got 'full'"),
         ({"dt_min": 0.2}, "0 < dt_min <= dt_max; got dt_min=0.2 and dt_max=0.1"),
         ({"dt_init": "zeros"}, "`dt_init` must be one of 'random', 'constant'; got 'zeros'"),
+        ({"b_c_dt_rms_eps": 0.0}, "`b_c_dt_rms_eps` must be positive; got 0.0"),
         ({"discretization": "async"}, "one of 'mamba', 'zoh', 'bilinear', 'dirac'; got 'async'"),
     ],
 )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_name, check_size, linear
+from discretax._features import check_name, check_positive, check_size, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.init import inverse_softplus, log_uniform_step
 from discretax.ops import depthwise_convolution, selective_scan
@@ -46,6 +46,10 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
     what an event adds does not depend on the gap before it. Without `event` the steps are the
     input's choice, and timesteps are refused.
 
+    With `b_c_dt_rms_eps` $= \epsilon$, each of $d$, $B$ and $C$ is divided by
+    $\sqrt{\mathrm{mean}(v^2) + \epsilon}$ of its own entries $v$ before it is used, as in Falcon
+    Mamba.
+
     The cache holds the convolution's window, `(conv_width - 1, inner)`, and the state,
     `(state, inner)`.
 
@@ -71,6 +75,7 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
     out_proj: eqx.nn.Linear
     in_features: int = eqx.field(static=True)
     dt_rank: int = eqx.field(static=True)
+    b_c_dt_rms_eps: float | None = eqx.field(static=True)
     discretization: SelectiveDiscretization = eqx.field(static=True)
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_A_bias")
@@ -93,6 +98,7 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
         use_bias: bool = False,
         discretization: SelectiveDiscretization = "mamba",
         event: bool = False,
+        b_c_dt_rms_eps: float | None = None,
     ):
         r"""**Arguments:**
 
@@ -113,10 +119,13 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
         - `discretization`: `"mamba"` (the paper's code), `"zoh"` (its equations), `"bilinear"` or
             `"dirac"`.
         - `event`: the state decays over the timesteps.
+        - `b_c_dt_rms_eps`: normalise $d$, $B$ and $C$, with this added to the mean of the squares;
+            not if left out.
 
         **Raises:**
 
-        `ValueError` for sizes below one, an unknown name, or `dt_min > dt_max`.
+        `ValueError` for sizes below one, an unknown name, `dt_min > dt_max`, or a `b_c_dt_rms_eps`
+        that is not positive.
         """
         check_size("in_features", in_features)
         check_size("state_dim", state_dim)
@@ -127,6 +136,8 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
         if dt_rank == "auto":
             dt_rank = math.ceil(in_features / 16)
         check_size("dt_rank", dt_rank)
+        if b_c_dt_rms_eps is not None:
+            check_positive("b_c_dt_rms_eps", b_c_dt_rms_eps)
         in_key, conv_key, x_key, dt_key, step_key, event_key, out_key = jr.split(key, 7)
         inner = expand * in_features
 
@@ -160,6 +171,7 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
         self.out_proj = eqx.nn.Linear(inner, in_features, use_bias=use_bias, key=out_key)
         self.in_features = in_features
         self.dt_rank = dt_rank
+        self.b_c_dt_rms_eps = b_c_dt_rms_eps
         self.discretization = discretization
 
     def allocate_inference_cache(
@@ -188,6 +200,8 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
         low_rank, B, C = jnp.split(
             linear(self.x_proj, u), (self.dt_rank, self.dt_rank + self.A_log.shape[1]), axis=-1
         )
+        if self.b_c_dt_rms_eps is not None:
+            low_rank, B, C = (_rms(v, self.b_c_dt_rms_eps) for v in (low_rank, B, C))
         low_rank = low_rank.astype(accumulation_dtype(x, self.D))
         y, state = selective_scan(
             u,
@@ -213,3 +227,8 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
         timesteps = jnp.ones(time) if timesteps is None else timesteps
         per_interval = jax.nn.softplus(self.dt_A_bias)
         return timesteps.astype(per_interval.dtype)[:, None] * per_interval
+
+
+def _rms(v: Float[Array, "time width"], eps: float) -> Float[Array, "time width"]:
+    wide = v.astype(accumulation_dtype(v))
+    return (wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=1, keepdims=True) + eps)).astype(v.dtype)
