@@ -12,6 +12,7 @@ from discretax import (
     models as models,
     ops as ops,
     optim as optim,
+    pretrained as pretrained,
     sequence_mixers as sequence_mixers,
 )
 from discretax._timeseries import Timeseries as Timeseries

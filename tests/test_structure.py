@@ -41,6 +41,7 @@ MAY_SEE = {
         "models",
     ),
     "inference": (*_COMMON, "ops", "sequence_mixers", "blocks", "heads", "models"),
+    "pretrained": ("architectures", "blocks", "channel_mixers", "sequence_mixers"),
     "inspection": (*_COMMON, "sequence_mixers"),
     "optim": (*_COMMON, "sequence_mixers"),
 }
@@ -80,8 +81,15 @@ def test_imports_point_one_way(path):
                 "numpy",
                 "abc",
                 "collections",
+                "contextlib",
+                "dataclasses",
                 "functools",
+                "importlib",
+                "json",
                 "math",
+                "os",
+                "pathlib",
+                "re",
                 "typing",
             }, f"{path} depends on {name}"
 

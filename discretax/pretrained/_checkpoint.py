@@ -1,0 +1,231 @@
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+from jax.sharding import Sharding
+from jaxtyping import Array
+
+from discretax.architectures import LanguageModel
+from discretax.pretrained._falcon_mamba import FALCON_MAMBA
+from discretax.pretrained._family import Config, Family, stored_shape
+from discretax.pretrained._files import Tensors, locate, open_tensors, read_config, write
+from discretax.pretrained._mamba import MAMBA
+from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
+
+FAMILIES = {family.model_type: family for family in (MAMBA, FALCON_MAMBA, RECURRENT_GEMMA)}
+HEAD = "lm_head.weight"
+# What a model may have in its own way, with the same files: how it runs, and where it drops.
+OWN = ("cache_index", "dropout", "inference", "streaming")
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    sharding: Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding] | None = None,
+) -> tuple[LanguageModel, eqx.nn.State]:
+    """A language model from a folder in Hugging Face's layout, or from a name on its hub.
+
+    The folder holds `config.json` and `model.safetensors`, or shards of it with
+    `model.safetensors.index.json`. Of `config.json`, `model_type` must be `"mamba"`, `"mamba2"`,
+    `"falcon_mamba"` or `"recurrent_gemma"`, and every other entry must be known: one that might
+    change what the model computes is never passed over. Tensors are read one by one, each straight
+    to its place, after all names and shapes have been found right: memory holds about one copy.
+    Pickled weights are not opened.
+
+    Numbers differ from transformers' by rounding alone. RecurrentGemma's embeddings are multiplied
+    by the root of the width rounded to bfloat16, as they are there.
+
+    !!! example
+
+        ```python
+        model, state = discretax.pretrained.load("state-spaces/mamba-130m-hf", dtype=jnp.float32)
+        logits, state = model(tokens, state)
+        ```
+
+    **Arguments:**
+
+    - `source`: a folder; or a name such as `"state-spaces/mamba-130m-hf"`, of which configuration
+        and safetensors are downloaded (`pip install 'discretax[pretrained]'`).
+    - `dtype`: of the parameters, and with it of the activations; each as it was stored if left out.
+    - `sharding`: for every tensor; or a function of a tensor's name in the file and the
+        `jax.ShapeDtypeStruct` of the parameter that it becomes. JAX's default device if left out.
+
+    **Returns:** the model and its state, as from `eqx.nn.make_with_state`.
+
+    **Raises:**
+
+    - `FileNotFoundError` for a folder or file that is missing.
+    - `ValueError` for files cut off or corrupt, another `model_type`, entries of the configuration
+        that are unknown or have a value that is not supported, tensors that are missing, left over
+        or of another shape, and for a `dtype` that is not floating.
+    - `ImportError` if a package for reading is missing.
+    """
+    dtype = None if dtype is None else _floating(jnp.dtype(dtype), "`dtype`")
+    folder = locate(source)
+    family, make = _family(read_config(folder), str(folder))
+    model, state = eqx.filter_eval_shape(eqx.nn.make_with_state(make), jr.key(0))
+    leaves = family.leaves(model)
+    with open_tensors(folder) as tensors:
+        _check_names(leaves, tensors, family, model.tie_embeddings)
+        structs = {
+            name: jax.ShapeDtypeStruct(
+                leaf.shape, dtype or _floating(tensors.dtype(name), f"tensor {name!r}")
+            )
+            for name, leaf in leaves.items()
+        }
+        place = sharding if callable(sharding) else lambda *_: sharding
+        placed = {name: place(name, struct) for name, struct in structs.items()}
+        arrays = [_put(tensors, name, structs[name], placed[name]) for name in leaves]
+    return eqx.tree_at(lambda m: list(family.leaves(m).values()), model, arrays), state
+
+
+def save(
+    model: LanguageModel,
+    folder: str | os.PathLike[str],
+    *,
+    entries: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes `config.json` and `model.safetensors`, for [`discretax.pretrained.load`][] and transformers.
+
+    Every tensor is written as it is, bit by bit and in its own type. A model need not have been
+    loaded: one that was built here can be saved if it is what one of the families would build.
+
+    **Arguments:**
+
+    - `model`: a [`discretax.architectures.LanguageModel`][].
+    - `folder`: made if missing; the two files in it are replaced.
+    - `entries`: more of `config.json`, which do not change what the model computes:
+        `{"eos_token_id": 2}`.
+
+    **Raises:** `TypeError` for another kind of model; `ValueError` for one that belongs to no family,
+    with the fields in which it differs, and for `entries` that are not of that kind.
+    """
+    if not isinstance(model, LanguageModel):
+        raise TypeError(
+            "`save` takes a `discretax.architectures.LanguageModel`; got "
+            f"{type(model).__name__}. For others there is `eqx.tree_serialise_leaves`."
+        )
+    for family in FAMILIES.values():
+        description = family.describe(model)
+        if description is not None:
+            break
+    else:
+        mixers = sorted({type(block.sequence_mixer).__name__ for block in model.backbone.blocks})
+        raise ValueError(
+            f"`save` writes models of the families {', '.join(FAMILIES)}; this one, with "
+            f"{', '.join(mixers)} and {type(model.norm).__name__}, is of none. "
+            "`eqx.tree_serialise_leaves` saves any model."
+        )
+    config = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "dtype": str(model.encoder.embedding.weight.dtype),
+        **description,
+    }
+    clash = sorted(set(config) & set(entries or {}))
+    if clash:
+        raise ValueError(
+            f"`entries` may not hold {', '.join(clash)}: the model says what they are."
+        )
+    config |= entries or {}
+    like = eqx.filter_eval_shape(_family(config, "`save`")[1], jr.key(0))
+    found = [line for part in _parts(model, like) for line in _differences(*part)]
+    if found:
+        raise ValueError(
+            f"`save` takes this model for one of the family {family.model_type}, but then the "
+            "files would not hold all that it is:\n" + "\n".join(found)
+        )
+    tensors = {
+        name: np.ascontiguousarray(leaf).reshape(stored_shape(name, leaf.shape))
+        for name, leaf in family.leaves(model).items()
+    }
+    write(pathlib.Path(folder).expanduser(), config, tensors)
+
+
+def _family(entries: dict[str, Any], where: str) -> tuple[Family, Callable[..., LanguageModel]]:
+    config = Config(entries, where)
+    model_type = config.entry("model_type")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        raise config.refused("model_type", model_type, f"one of {', '.join(FAMILIES)}")
+    family = FAMILIES[model_type]
+    config.fixed(architectures=[family.architecture])
+    return family, family.build(config)
+
+
+def _check_names(leaves: dict[str, Array], tensors: Tensors, family: Family, is_tied: bool) -> None:
+    """All that does not fit, together."""
+    stored = set(tensors.file_of)
+    twice = is_tied and HEAD in stored
+    if twice:
+        stored.remove(HEAD)
+    found = [f"missing: {name}" for name in sorted(set(leaves) - stored)]
+    found += [f"left over: {name}" for name in sorted(stored - set(leaves))]
+    for name in sorted(set(leaves) & stored):
+        expected = stored_shape(name, leaves[name].shape)
+        if tensors.shape(name) != expected:
+            found.append(f"{name}: got shape {tensors.shape(name)}, expected {expected}")
+    if found:
+        raise ValueError(
+            f"the tensors are not those of a {family.architecture} with this configuration:\n"
+            + "\n".join(found)
+        )
+    embedding = next(iter(leaves))
+    if twice and not np.array_equal(tensors.read(HEAD), tensors.read(embedding)):
+        raise ValueError(
+            f"the configuration ties the logits' weight to the embedding, but {HEAD!r} differs from "
+            f"{embedding!r}. Set tie_word_embeddings to false if both are meant."
+        )
+
+
+def _floating(dtype: np.dtype, what: str) -> np.dtype:
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"{what} must be of a floating type; got {dtype}.")
+    if dtype == np.float64 and jnp.result_type(float) != dtype:
+        raise ValueError(
+            f"{what} is float64, which JAX has only with `jax.config.update('jax_enable_x64', "
+            "True)`. Or give `dtype=jnp.float32`."
+        )
+    return dtype
+
+
+def _put(
+    tensors: Tensors, name: str, struct: jax.ShapeDtypeStruct, sharding: Sharding | None
+) -> Array:
+    array = tensors.read(name).astype(struct.dtype, copy=False).reshape(struct.shape)
+    return jax.device_put(array, sharding)
+
+
+def _parts(model: LanguageModel, like: LanguageModel) -> Iterator[tuple[Any, Any, str]]:
+    """The backbone's blocks alone: how it runs them is its own matter."""
+    yield model.backbone.blocks, like.backbone.blocks, "backbone.blocks"
+    for name in ("encoder", "norm", "head", "embedding_scale", "tie_embeddings"):
+        yield getattr(model, name), getattr(like, name), name
+
+
+def _differences(a: Any, b: Any, where: str) -> Iterator[str]:
+    if type(a) is type(b) and dataclasses.is_dataclass(a):
+        for field in dataclasses.fields(a):
+            if field.name not in OWN:
+                yield from _differences(
+                    getattr(a, field.name), getattr(b, field.name), f"{where}.{field.name}"
+                )
+    elif isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
+        for i, (left, right) in enumerate(zip(a, b, strict=True)):
+            yield from _differences(left, right, f"{where}[{i}]")
+    else:
+        a, b = (
+            f"an array {tuple(x.shape)}"
+            if isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
+            else x
+            for x in (a, b)
+        )
+        if a != b:
+            yield f"{where}: {a!r}, where the family has {b!r}"

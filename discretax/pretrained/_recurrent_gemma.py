@@ -1,0 +1,206 @@
+"""`model_type` "recurrent_gemma": Griffin."""
+
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
+
+from discretax.architectures import LanguageModel
+from discretax.blocks import OffsetRMSNorm, ResidualBlock
+from discretax.channel_mixers import SwiGLU
+from discretax.pretrained._family import Config, Family
+from discretax.sequence_mixers import AttentionSequenceMixer, GriffinSequenceMixer
+
+NO_EFFECT = ("final_w_init_variance_scale", "w_init_variance_scale")
+BLOCK_TYPES = {"recurrent": GriffinSequenceMixer, "attention": AttentionSequenceMixer}
+
+
+def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
+    hidden = config.size("hidden_size")
+    num_heads = config.size("num_attention_heads")
+    config.fixed(
+        attention_dropout=0.0,
+        embeddings_scale_by_sqrt_dim=True,
+        hidden_activation="gelu_pytorch_tanh",
+        rope_scaling=None,
+    )
+    mixers = {
+        "recurrent": ft.partial(
+            GriffinSequenceMixer,
+            lru_width=config.size("lru_width", hidden),
+            num_heads=num_heads,
+            conv_width=config.size("conv1d_width", 4),
+        ),
+        "attention": ft.partial(
+            AttentionSequenceMixer,
+            num_heads=num_heads,
+            num_kv_heads=config.size("num_key_value_heads", num_heads),
+            head_dim=config.size("head_dim", hidden // num_heads),
+            window=config.size("attention_window_size", 2048),
+            use_bias=config.flag("attention_bias", False),
+            out_bias=True,
+            **rotary(config),
+        ),
+    }
+    both_branches = config.size("intermediate_size")
+    if both_branches % 2:
+        raise config.refused(
+            "intermediate_size", both_branches, "even, twice the width of each branch of the MLP"
+        )
+    make = ft.partial(
+        LanguageModel,
+        vocab_size=config.size("vocab_size"),
+        hidden_dim=hidden,
+        num_blocks=config.size("num_hidden_layers"),
+        pattern=[mixers[kind] for kind in block_types(config)],
+        channel_mixer=ft.partial(
+            SwiGLU, intermediate_dim=both_branches // 2, use_bias=True, non_linearity="gelu"
+        ),
+        norm=ft.partial(OffsetRMSNorm, eps=config.number("rms_norm_eps")),
+        tie_embeddings=config.flag("tie_word_embeddings", True),
+        # The original keeps it in bfloat16: 50.5, not 50.596, for a width of 2560.
+        embedding_scale=float(np.asarray(hidden**0.5).astype(jnp.bfloat16)),
+        soft_cap=config.number("logits_soft_cap"),
+    )
+    config.done(NO_EFFECT)
+    return make
+
+
+def block_types(config: Config) -> list[str]:
+    default = config.entry("_block_types", ["recurrent", "recurrent", "attention"])
+    kinds = config.entry("block_types", default)
+    if not isinstance(kinds, list) or not kinds or not set(kinds) <= set(BLOCK_TYPES):
+        raise config.refused("block_types", kinds, f"a list of names among {list(BLOCK_TYPES)}")
+    return kinds
+
+
+def rotary(config: Config) -> dict[str, float]:
+    """One entry with all, or, in files of transformers 4, an entry for each."""
+    rope = config.entry("rope_parameters", None)
+    if rope is None:
+        rope = config
+    elif isinstance(rope, dict):
+        rope = Config(rope, f"{config.where}, rope_parameters")
+        rope.fixed(rope_type="default")
+    else:
+        raise config.refused("rope_parameters", rope, "an object")
+    options = {
+        "rotary_fraction": rope.number("partial_rotary_factor", 0.5),
+        "rotary_base": rope.number("rope_theta", 10_000.0),
+    }
+    if rope is not config:
+        rope.done()
+    return options
+
+
+def describe(model: Any) -> dict[str, Any] | None:
+    blocks = model.backbone.blocks
+    if not isinstance(model.norm, OffsetRMSNorm):
+        return None
+    kinds = [
+        kind
+        for block in blocks
+        for kind, mixer in BLOCK_TYPES.items()
+        if isinstance(block, ResidualBlock)
+        and isinstance(block.sequence_mixer, mixer)
+        and isinstance(block.channel_mixer, SwiGLU)
+    ]
+    if len(kinds) < len(blocks):
+        return None
+    vocab_size, hidden = model.encoder.embedding.weight.shape
+    config = {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "num_hidden_layers": len(blocks),
+        "block_types": kinds,
+        "intermediate_size": 2 * blocks[0].channel_mixer.gate_proj.weight.shape[0],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "rms_norm_eps": model.norm.eps,
+        "logits_soft_cap": model.head.soft_cap,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+    for mixer in (block.sequence_mixer for block in blocks):
+        config |= describe_mixer(mixer)
+    return config
+
+
+def describe_mixer(mixer: Any) -> dict[str, Any]:
+    if isinstance(mixer, GriffinSequenceMixer):
+        lru_width, conv_width = mixer.conv_weight.shape
+        return {
+            "num_attention_heads": mixer.rg_lru.a_weight.shape[0],
+            "lru_width": lru_width,
+            "conv1d_width": conv_width,
+        }
+    head_dim = mixer.q_proj.weight.shape[0] // mixer.num_heads
+    return {
+        "num_attention_heads": mixer.num_heads,
+        "num_key_value_heads": mixer.num_kv_heads,
+        "head_dim": head_dim,
+        "attention_window_size": mixer.window,
+        "attention_bias": mixer.q_proj.bias is not None,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": mixer.rotary_base,
+            "partial_rotary_factor": mixer.rotary_dim / head_dim,
+        },
+    }
+
+
+def tensors(model: Any) -> dict[str, Array | None]:
+    tensors: dict[str, Array | None] = {
+        "model.embed_tokens.weight": model.encoder.embedding.weight,
+        "model.final_norm.weight": model.norm.offset,
+        "lm_head.weight": model.head.weight,
+    }
+    for i, block in enumerate(model.backbone.blocks):
+        mixer = block.sequence_mixer
+        is_recurrent = isinstance(mixer, GriffinSequenceMixer)
+        of_mixer = recurrent_tensors(mixer) if is_recurrent else attention_tensors(mixer)
+        layer = f"model.layers.{i}."
+        tensors[f"{layer}temporal_pre_norm.weight"] = block.sequence_norm.offset
+        tensors[f"{layer}channel_pre_norm.weight"] = block.channel_norm.offset
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            linear = getattr(block.channel_mixer, name)
+            tensors[f"{layer}mlp_block.{name}.weight"] = linear.weight
+            tensors[f"{layer}mlp_block.{name}.bias"] = linear.bias
+        for name, leaf in of_mixer.items():
+            tensors[f"{layer}temporal_block.{name}"] = leaf
+    return tensors
+
+
+def recurrent_tensors(mixer: GriffinSequenceMixer) -> dict[str, Array | None]:
+    return {
+        "linear_x.weight": mixer.linear_x.weight,
+        "linear_x.bias": mixer.linear_x.bias,
+        "linear_y.weight": mixer.linear_y.weight,
+        "linear_y.bias": mixer.linear_y.bias,
+        "linear_out.weight": mixer.linear_out.weight,
+        "linear_out.bias": mixer.linear_out.bias,
+        "conv_1d.weight": mixer.conv_weight,
+        "conv_1d.bias": mixer.conv_bias,
+        "rg_lru.recurrent_param": mixer.rg_lru.Lambda,
+        "rg_lru.recurrent_gate_weight": mixer.rg_lru.a_weight,
+        "rg_lru.recurrent_gate_bias": mixer.rg_lru.a_bias,
+        "rg_lru.input_gate_weight": mixer.rg_lru.input_weight,
+        "rg_lru.input_gate_bias": mixer.rg_lru.input_bias,
+    }
+
+
+def attention_tensors(mixer: AttentionSequenceMixer) -> dict[str, Array | None]:
+    return {
+        "q_proj.weight": mixer.q_proj.weight,
+        "q_proj.bias": mixer.q_proj.bias,
+        "k_proj.weight": mixer.k_proj.weight,
+        "k_proj.bias": mixer.k_proj.bias,
+        "v_proj.weight": mixer.v_proj.weight,
+        "v_proj.bias": mixer.v_proj.bias,
+        "o_proj.weight": mixer.out_proj.weight,
+        "o_proj.bias": mixer.out_proj.bias,
+    }
+
+
+RECURRENT_GEMMA = Family("recurrent_gemma", "RecurrentGemmaForCausalLM", build, describe, tensors)
