@@ -1,6 +1,12 @@
-"""Running trained models sample by sample or chunk by chunk."""
+"""Running trained models sample by sample or chunk by chunk, and writing text with them."""
 
+from discretax.inference._generate import (
+    Generated as Generated,
+    generate as generate,
+    stream_tokens as stream_tokens,
+)
 from discretax.inference._resampling import resampled as resampled
+from discretax.inference._sampling import sample_token as sample_token
 from discretax.inference._streaming import (
     discretized as discretized,
     inference_state as inference_state,

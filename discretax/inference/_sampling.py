@@ -1,0 +1,191 @@
+"""From logits to the next token."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
+
+from discretax._timeseries import known
+
+Logits = Float[Array, " vocabulary"]
+
+
+class Sampling(NamedTuple):
+    """Arrays, so that new values need no new compilation. None: left out; `temperature` None: the
+    most likely token, without drawing."""
+
+    temperature: Float[Array, ""] | None
+    top_k: Int[Array, ""] | None
+    top_p: Float[Array, ""] | None
+    min_p: Float[Array, ""] | None
+    repetition_penalty: Float[Array, ""] | None
+
+
+def sample_token(
+    logits: Logits,
+    key: PRNGKeyArray | None = None,
+    *,
+    temperature: Any = 1.0,
+    top_k: Any | None = None,
+    top_p: Any | None = None,
+    min_p: Any | None = None,
+    repetition_penalty: Any | None = None,
+    seen: Bool[Array, " vocabulary"] | None = None,
+) -> Int[Array, ""]:
+    r"""One token, drawn from $\mathrm{softmax}(\mathrm{logits} / \mathrm{temperature})$.
+
+    The options act in the order in which they stand here, each on what the one before has left:
+
+    | | |
+    |---|---|
+    | `repetition_penalty` $r$ | logits of `seen` tokens: $\ell / r$ where positive, $\ell r$ where negative |
+    | `temperature` $T$ | $\ell / T$; with 0 the most likely token is taken |
+    | `top_k` | the $k$ most likely tokens |
+    | `top_p` | the smallest set of most likely tokens whose probability reaches $p$ |
+    | `min_p` | the tokens at least $p$ times as likely as the most likely one |
+
+    Of tokens that are equally likely, the lower ones come first. Computed in float32, in float64
+    with x64 enabled. For use under `jax.vmap` and `jax.jit`; [`discretax.generate`][] calls it.
+
+    ??? cite
+
+        Top-p: Holtzman et al., The Curious Case of Neural Text Degeneration (arXiv:1904.09751).
+        Min-p: Nguyen et al. (arXiv:2407.01082). Repetition penalty: Keskar et al., CTRL
+        (arXiv:1909.05858), with logits below zero multiplied, since to divide those would favour them.
+
+    **Arguments:**
+
+    - `logits`: `(vocabulary,)`.
+    - `key`: needed unless `temperature` is 0.
+    - `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`: scalars; None leaves one out.
+        Within `jax.jit` a traced `temperature` must be positive.
+    - `seen`: `(vocabulary,)`, the tokens that the repetition penalty is for.
+
+    **Returns:** the token, a whole number.
+
+    **Raises:**
+
+    `ValueError` for a value out of its range, a missing key, or one of `repetition_penalty` and
+    `seen` without the other.
+    """
+    sampling = checked_sampling(key, temperature, top_k, top_p, min_p, repetition_penalty)
+    if (repetition_penalty is None) != (seen is None):
+        raise ValueError(
+            "`repetition_penalty` is for the tokens of `seen`: give both or neither; got "
+            f"repetition_penalty={repetition_penalty} and `seen` "
+            f"{'missing' if seen is None else seen.shape}."
+        )
+    return draw_token(logits, key, sampling, seen)
+
+
+def checked_sampling(
+    key: PRNGKeyArray | None,
+    temperature: Any,
+    top_k: Any | None,
+    top_p: Any | None,
+    min_p: Any | None,
+    repetition_penalty: Any | None,
+) -> Sampling:
+    _check("temperature", temperature, lambda t: 0 <= t < math.inf, "at least 0 and finite")
+    _check("top_k", top_k, lambda k: k >= 1, "a whole number of at least 1", whole=True)
+    _check("top_p", top_p, lambda p: 0 < p <= 1, "in (0, 1]")
+    _check("min_p", min_p, lambda p: 0 <= p <= 1, "in [0, 1]")
+    _check("repetition_penalty", repetition_penalty, lambda r: 0 < r < math.inf, "positive, finite")
+    at_zero = known(temperature)
+    greedy = at_zero is not None and at_zero == 0
+    if key is None and not greedy:
+        raise ValueError(
+            f"Drawing at random (temperature={temperature}) needs a `key`, such as "
+            "`jax.random.key(0)`; `temperature=0` takes the most likely token and needs none."
+        )
+    scalar = lambda value, kind=float: None if value is None else jnp.asarray(value, kind)
+    return Sampling(
+        None if greedy else scalar(temperature),
+        scalar(top_k, int),
+        scalar(top_p),
+        scalar(min_p),
+        scalar(repetition_penalty),
+    )
+
+
+def draw_token(
+    logits: Logits,
+    key: PRNGKeyArray | None,
+    sampling: Sampling,
+    seen: Bool[Array, " vocabulary"] | None,
+) -> Int[Array, ""]:
+    logits = logits.astype(float)
+    penalty = sampling.repetition_penalty
+    if penalty is not None and seen is not None:
+        logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
+    if sampling.temperature is None or key is None:
+        return jnp.argmax(logits).astype(int)
+    kept = filtered(logits / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    return jr.categorical(key, kept).astype(int)
+
+
+def filtered(
+    logits: Logits,
+    top_k: Int[Array, ""] | None,
+    top_p: Float[Array, ""] | None,
+    min_p: Float[Array, ""] | None,
+) -> Logits:
+    """-inf for the tokens that are not to be drawn."""
+    kept = jnp.ones(logits.shape, bool)
+    if top_k is not None:
+        kept = _leading(logits, kept.astype(int), logits.size - top_k)
+    if top_p is not None:
+        kept &= _leading(logits, jax.nn.softmax(logits, where=kept), 1 - top_p)
+    if min_p is not None:
+        kept &= jnp.exp(logits - logits.max()) >= min_p
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def _leading(
+    logits: Logits, weights: Shaped[Array, " vocabulary"], rest: Shaped[Array, ""]
+) -> Bool[Array, " vocabulary"]:
+    """The tokens that, with all tokens ranked behind them, weigh more than `rest`; the first in any
+    case.
+
+    To sort a vocabulary at every step would take longer than all else. The logit at the edge is
+    found by halving, from the highest bit down, and only its equals are put in order. The sums
+    begin at the far end: near one, a sum could not tell small probabilities from zero.
+    """
+    ranks = _ordered_bits(logits)
+    bits = jnp.iinfo(ranks.dtype).bits
+    most = ranks.max()
+
+    def lower(i, edge):
+        lower_edge = edge ^ (jnp.ones_like(edge) << (bits - 1 - i).astype(edge.dtype))
+        behind = jnp.where(ranks <= lower_edge, weights, 0).sum()
+        return jnp.where(behind > rest, lower_edge, edge)
+
+    edge = lax.fori_loop(0, bits, lower, ~jnp.zeros_like(most))
+    edge = jnp.minimum(edge, most)
+    equals = jnp.where(ranks == edge, weights, 0)
+    behind = jnp.where(ranks < edge, weights, 0).sum() + jnp.cumsum(equals[::-1])[::-1]
+    first = jnp.arange(logits.size) == jnp.argmax(logits)
+    return (ranks > edge) | ((ranks == edge) & (behind > rest)) | first
+
+
+def _ordered_bits(x: Float[Array, " n"]) -> Shaped[Array, " n"]:
+    """Unsigned whole numbers in the order of the floating ones, equal for equal ones."""
+    x = jnp.where(x == 0, 0, x)  # no minus zero
+    unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
+    bits = lax.bitcast_convert_type(x, unsigned)
+    sign = jnp.asarray(1 << (8 * x.dtype.itemsize - 1), unsigned)
+    return jnp.where(bits >= sign, ~bits, bits | sign)
+
+
+def _check(name: str, value: Any, valid: Any, rule: str, whole: bool = False) -> None:
+    if value is None:
+        return
+    kinds = (jnp.integer,) if whole else (jnp.integer, jnp.floating)
+    is_kind = any(jnp.issubdtype(jnp.result_type(value), kind) for kind in kinds)
+    number = known(value)
+    if jnp.shape(value) or not is_kind or (number is not None and not valid(number)):
+        raise ValueError(f"`{name}` must be {rule}; got {value}.")
