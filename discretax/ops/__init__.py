@@ -21,4 +21,5 @@ from discretax.ops._discretization import (
 )
 from discretax.ops._linear_recurrence import linear_recurrence as linear_recurrence
 from discretax.ops._selective_scan import selective_scan as selective_scan
+from discretax.ops._ssd import ssd as ssd
 from discretax.ops._transition import Transition as Transition
