@@ -26,6 +26,7 @@ from discretax.sequence_mixers import (
     GatedSequenceMixer,
     GriffinSequenceMixer,
     LRUSequenceMixer,
+    Mamba2SequenceMixer,
     MambaSequenceMixer,
     RGLRUSequenceMixer,
     S4DSequenceMixer,
@@ -186,6 +187,12 @@ def mamba_size(mixer: MambaSequenceMixer) -> Array:
     return jnp.abs(discretize(-jnp.exp(mixer.A_log), steps[..., None])[0])
 
 
+def mamba2_size(mixer: Mamba2SequenceMixer) -> Array:
+    """For steps that inputs of any size ask for."""
+    steps = jax.nn.softplus(jnp.linspace(-10, 10, 100)[:, None] + mixer.dt_bias)
+    return jnp.exp(-jnp.exp(mixer.A_log) * jnp.clip(steps, *mixer.dt_limit))
+
+
 def rg_lru_size(mixer: RGLRUSequenceMixer) -> Array:
     """For every opening of the gate."""
     openings = jnp.linspace(0, 1, 100)[:, None]
@@ -245,6 +252,22 @@ CASES = (
         transition_size=mamba_size,
         not_drawn=("A_log", "D"),
         variant="event",
+    ),
+    Case(
+        "Mamba2SequenceMixer",
+        lambda key: Mamba2SequenceMixer(
+            FEATURES,
+            key,
+            state_dim=3,
+            head_dim=2,
+            num_groups=2,
+            dt_min=0.1,
+            dt_max=1.0,
+            dt_limit=(0.2, 2.0),
+            A_init_range=(0.3, 2.0),
+        ),
+        transition_size=mamba2_size,
+        not_drawn=("D", "norm_weight"),
     ),
     Case(
         "RGLRUSequenceMixer",

@@ -14,6 +14,7 @@ from discretax.models.centaurus import Centaurus as Centaurus
 from discretax.models.griffin import Griffin as Griffin
 from discretax.models.lru import LRU as LRU
 from discretax.models.mamba import Mamba as Mamba
+from discretax.models.mamba2 import Mamba2 as Mamba2
 from discretax.models.rglru import RGLRU as RGLRU
 from discretax.models.s4 import S4 as S4
 from discretax.models.s4d import S4D as S4D

@@ -1,7 +1,5 @@
 """The scan of Mamba-2: one decay per head and sample, so that a chunk is a few matrix products."""
 
-import functools as ft
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -98,11 +96,12 @@ def ssd(
         *array.shape[:axis], groups, heads // groups, *array.shape[axis + 1 :]
     )
     rates = grouped(A.astype(dtype), 0)
+    advance = _sample if time == 1 else _chunk
 
     def run(h, inputs, _):
         *samples, resets = inputs
-        samples = jax.tree.map(lambda array: array.astype(dtype), samples)
-        return (_sample if time == 1 else _chunk)(rates, h, *samples, resets)
+        x, dt, B, C = (array.astype(dtype) for array in samples)
+        return advance(rates, h, x, dt, B, C, resets)
 
     inputs = (grouped(x, 1), grouped(dt, 1), B, C, resets)
     h, y = scan_chunks(run, grouped(h, 0), inputs, None, chunk_size)
@@ -150,7 +149,7 @@ def _chunk(
     y_past = elapsed[..., None] * jnp.einsum("gtn,ghpn->ghtp", C, h)
     h_past = elapsed[:, :, -1, None, None] * h
     if resets is not None:
-        y_past = jnp.where((sequence == 0)[:, None], y_past, 0) + jnp.where(spoilt, jnp.nan, 0)
+        y_past = jnp.where(sequence[:, None] == 0, y_past, 0) + jnp.where(spoilt, jnp.nan, 0)
         h_past = jnp.where(sequence[-1] == 0, h_past, 0)
         h_past = h_past + jnp.where(spoilt[:, :, -1:], jnp.nan, 0)
         B = jnp.where(seen[-1][:, None], B, 0)

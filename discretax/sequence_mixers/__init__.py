@@ -19,6 +19,7 @@ from discretax.sequence_mixers.discretized import Discretized as Discretized
 from discretax.sequence_mixers.gated import GatedSequenceMixer as GatedSequenceMixer
 from discretax.sequence_mixers.lru import LRUSequenceMixer as LRUSequenceMixer
 from discretax.sequence_mixers.mamba import MambaSequenceMixer as MambaSequenceMixer
+from discretax.sequence_mixers.mamba2 import Mamba2SequenceMixer as Mamba2SequenceMixer
 from discretax.sequence_mixers.rglru import (
     GriffinSequenceMixer as GriffinSequenceMixer,
     RGLRUSequenceMixer as RGLRUSequenceMixer,

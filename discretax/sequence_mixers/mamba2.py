@@ -1,0 +1,213 @@
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from discretax._features import check_positive, check_size, linear
+from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
+from discretax.init import inverse_softplus, log_uniform_step
+from discretax.ops import depthwise_convolution, ssd
+from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
+
+
+class Mamba2Cache(NamedTuple):
+    """The samples that the convolution still sees, oldest first, and the recurrence's state."""
+
+    window: Float[Array, "past convolved"]
+    state: Float[Array, "heads head_dim state"]
+
+
+class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
+    r"""Mamba-2: a gated layer around heads whose states decay by one number per sample.
+
+    $$[z, u, d] = W_{in} x, \qquad [v, B, C] = \mathrm{silu}(\mathrm{conv}(u)), \qquad
+    \Delta = \mathrm{clip}(\mathrm{softplus}(d + \mathrm{dt\_bias}))$$
+    $$h_t = e^{\Delta_t A} h_{t-1} + \Delta_t v_t B_t^T, \qquad
+    y_t = W_{out}\, (w \odot \mathrm{rms}((h_t C_t + D v_t) \odot \mathrm{silu}(z_t)))$$
+
+    with $A = -e^{\mathrm{A\_log}}$, $\Delta$, $A$ and $D$ one number per head, and $v$ cut into heads
+    of `head_dim` features. Heads share $B$ and $C$ within a group, as in [`discretax.ops.ssd`][], and
+    $\mathrm{rms}$ divides each group's features by the root of their mean square. $z$ and $v$ have
+    `expand` times the width of $x$; the convolution is causal, one short filter per feature.
+
+    The cache holds the convolution's window, `(conv_width - 1, inner + 2 * groups * state)`, and the
+    state, `(heads, head_dim, state)`.
+
+    The steps are clipped to `dt_limit` wherever they are used. transformers does not clip them when
+    it generates with a cache.
+
+    ??? cite
+
+        Dao and Gu, Transformers are SSMs: Generalized Models and Efficient Algorithms Through
+        Structured State Space Duality, ICML 2024 (arXiv:2405.21060).
+    """
+
+    in_proj: eqx.nn.Linear
+    conv_weight: Float[Array, "convolved width"]
+    conv_bias: Float[Array, " convolved"] | None
+    dt_bias: Float[Array, " heads"]
+    A_log: Float[Array, " heads"]
+    D: Float[Array, " heads"]
+    norm_weight: Float[Array, " inner"]
+    out_proj: eqx.nn.Linear
+    in_features: int = eqx.field(static=True)
+    state_dim: int = eqx.field(static=True)
+    num_groups: int = eqx.field(static=True)
+    dt_limit: tuple[float, float] = eqx.field(static=True)
+    norm_eps: float = eqx.field(static=True)
+
+    recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias")
+
+    def __init__(
+        self,
+        in_features: int,
+        key: PRNGKeyArray,
+        *,
+        state_dim: int = 128,
+        conv_width: int = 4,
+        expand: int = 2,
+        head_dim: int = 64,
+        num_groups: int = 1,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        dt_limit: tuple[float, float] = (0.0, math.inf),
+        A_init_range: tuple[float, float] = (1.0, 16.0),
+        norm_eps: float = 1e-5,
+        conv_bias: bool = True,
+        use_bias: bool = False,
+    ):
+        r"""**Arguments:**
+
+        - `in_features`: width of the input and of the output.
+        - `key`: for the initialisation.
+        - `state_dim`: number of states per inner feature.
+        - `conv_width`: how many samples the convolution sees, its own included.
+        - `expand`: the inner width is `expand * in_features`.
+        - `head_dim`: features per head; it divides the inner width.
+        - `num_groups`: of heads that share $B$ and $C$; it divides the number of heads.
+        - `dt_min`, `dt_max`: the biases of the steps start such that without input $\Delta$ is
+            log-uniform between these, in sample intervals.
+        - `dt_init_floor`: no step starts below it.
+        - `dt_limit`: the least and the largest step.
+        - `A_init_range`: $-A$ starts uniform between these.
+        - `norm_eps`: added to the mean squares of the norm.
+        - `conv_bias`: of the convolution.
+        - `use_bias`: of $W_{in}$ and $W_{out}$.
+
+        **Raises:**
+
+        `ValueError` for sizes below one or that do not divide, or ranges that are none.
+        """
+        for name, size in (
+            ("in_features", in_features),
+            ("state_dim", state_dim),
+            ("conv_width", conv_width),
+            ("expand", expand),
+            ("head_dim", head_dim),
+            ("num_groups", num_groups),
+        ):
+            check_size(name, size)
+        check_positive("norm_eps", norm_eps)
+        inner = expand * in_features
+        num_heads, rest = divmod(inner, head_dim)
+        if rest:
+            raise ValueError(
+                f"`head_dim` must divide the inner width, expand * in_features = {inner}; got "
+                f"{head_dim}."
+            )
+        if num_heads % num_groups:
+            raise ValueError(
+                "`num_groups` must divide the number of heads, expand * in_features / head_dim = "
+                f"{num_heads}; got {num_groups}."
+            )
+        if not 0 <= dt_limit[0] < dt_limit[1]:
+            raise ValueError(
+                f"`dt_limit` must be (low, high) with 0 <= low < high; got {dt_limit}."
+            )
+        if not 0 < A_init_range[0] <= A_init_range[1] < math.inf:
+            raise ValueError(
+                "`A_init_range` must be (low, high) with 0 < low <= high, the rates being -A; got "
+                f"{A_init_range}."
+            )
+        in_key, conv_key, bias_key, A_key, step_key, out_key = jr.split(key, 6)
+        convolved = inner + 2 * num_groups * state_dim
+        bound = conv_width**-0.5
+
+        self.in_proj = eqx.nn.Linear(
+            in_features, inner + convolved + num_heads, use_bias=use_bias, key=in_key
+        )
+        self.conv_weight = jr.uniform(
+            conv_key, (convolved, conv_width), minval=-bound, maxval=bound
+        )
+        self.conv_bias = (
+            jr.uniform(bias_key, (convolved,), minval=-bound, maxval=bound) if conv_bias else None
+        )
+        steps = jnp.exp(log_uniform_step(step_key, (num_heads,), dt_min, dt_max))
+        self.dt_bias = inverse_softplus(jnp.maximum(steps, dt_init_floor))
+        low, high = A_init_range
+        self.A_log = jnp.log(jr.uniform(A_key, (num_heads,), minval=low, maxval=high))
+        self.D = jnp.ones(num_heads)
+        self.norm_weight = jnp.ones(inner)
+        self.out_proj = eqx.nn.Linear(inner, in_features, use_bias=use_bias, key=out_key)
+        self.in_features = in_features
+        self.state_dim = state_dim
+        self.num_groups = num_groups
+        self.dt_limit = (dt_limit[0], dt_limit[1])
+        self.norm_eps = norm_eps
+
+    def allocate_inference_cache(
+        self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
+    ) -> Mamba2Cache:
+        del max_seqlen
+        convolved, width = self.conv_weight.shape
+        heads, inner = self.A_log.shape[0], self.norm_weight.shape[0]
+        return Mamba2Cache(
+            window=zero_cache(batch_size, (width - 1, convolved), dtype),
+            state=zero_cache(batch_size, (heads, inner // heads, self.state_dim), dtype),
+        )
+
+    def mix(
+        self,
+        x: Values,
+        cache: Mamba2Cache,
+        integration_timesteps: Timesteps | None,
+        length: Length | None,
+        resets: Resets | None,
+    ) -> tuple[Values, Mamba2Cache]:
+        refuse_timesteps(self, integration_timesteps, "its steps are the input's choice")
+        time, inner = x.shape[0], self.norm_weight.shape[0]
+        convolved = self.conv_weight.shape[0]
+        dtype = accumulation_dtype(x, self.D)
+        z, u, dt = jnp.split(linear(self.in_proj, x), (inner, inner + convolved), axis=-1)
+        u, window = depthwise_convolution(
+            u, self.conv_weight, self.conv_bias, cache.window, length=length, resets=resets
+        )
+        states = self.num_groups * self.state_dim
+        v, B, C = jnp.split(jax.nn.silu(u), (inner, inner + states), axis=-1)
+        y, state = ssd(
+            v.reshape(time, *cache.state.shape[:2]),
+            jnp.clip(jax.nn.softplus(dt.astype(dtype) + self.dt_bias), *self.dt_limit),
+            -jnp.exp(self.A_log),
+            B.reshape(time, self.num_groups, self.state_dim),
+            C.reshape(time, self.num_groups, self.state_dim),
+            self.D,
+            cache.state,
+            length=length,
+            resets=resets,
+        )
+        y = y.reshape(time, inner).astype(dtype) * jax.nn.silu(z.astype(dtype))
+        y = linear(self.out_proj, self._normalise(y).astype(x.dtype))
+        dtypes = cache.window.dtype, cache.state.dtype
+        return y, Mamba2Cache(window.astype(dtypes[0]), state.astype(dtypes[1]))
+
+    def _normalise(self, y: Float[Array, "time inner"]) -> Float[Array, "time inner"]:
+        time, inner = y.shape
+        groups = y.reshape(time, self.num_groups, inner // self.num_groups)
+        squares = jnp.mean(groups**2, axis=-1, keepdims=True)
+        return (groups * lax.rsqrt(squares + self.norm_eps)).reshape(time, inner) * self.norm_weight
