@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -69,15 +70,24 @@ def sample_token(
 
     **Raises:**
 
-    `ValueError` for a value out of its range, a missing key, or one of `repetition_penalty` and
-    `seen` without the other.
+    `ValueError` for logits of another rank or kind, a value out of its range, a missing key, or one
+    of `repetition_penalty` and `seen` without the other.
     """
+    if logits.ndim != 1 or not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(
+            f"`logits` must be floating, (vocabulary,); got {logits.dtype}{logits.shape}. Use "
+            "`jax.vmap` to batch."
+        )
     sampling = checked_sampling(key, temperature, top_k, top_p, min_p, repetition_penalty)
     if (repetition_penalty is None) != (seen is None):
         raise ValueError(
             "`repetition_penalty` is for the tokens of `seen`: give both or neither; got "
             f"repetition_penalty={repetition_penalty} and `seen` "
             f"{'missing' if seen is None else seen.shape}."
+        )
+    if seen is not None and (seen.shape != logits.shape or seen.dtype != bool):
+        raise ValueError(
+            f"`seen` must be booleans, one per token, {logits.shape}; got {seen.dtype}{seen.shape}."
         )
     return draw_token(logits, key, sampling, seen)
 
@@ -91,10 +101,14 @@ def checked_sampling(
     repetition_penalty: Any | None,
 ) -> Sampling:
     _check("temperature", temperature, lambda t: 0 <= t < math.inf, "at least 0 and finite")
-    _check("top_k", top_k, lambda k: k >= 1, "a whole number of at least 1", whole=True)
-    _check("top_p", top_p, lambda p: 0 < p <= 1, "in (0, 1]")
-    _check("min_p", min_p, lambda p: 0 <= p <= 1, "in [0, 1]")
-    _check("repetition_penalty", repetition_penalty, lambda r: 0 < r < math.inf, "positive, finite")
+    for name, value, valid, rule in (
+        ("top_k", top_k, lambda k: k >= 1, "a whole number of at least 1"),
+        ("top_p", top_p, lambda p: 0 < p <= 1, "in (0, 1]"),
+        ("min_p", min_p, lambda p: 0 <= p <= 1, "in [0, 1]"),
+        ("repetition_penalty", repetition_penalty, lambda r: 0 < r < math.inf, "positive, finite"),
+    ):
+        if value is not None:
+            _check(name, value, valid, rule, whole=name == "top_k")
     at_zero = known(temperature)
     greedy = at_zero is not None and at_zero == 0
     if key is None and not greedy:
@@ -118,7 +132,7 @@ def draw_token(
     sampling: Sampling,
     seen: Bool[Array, " vocabulary"] | None,
 ) -> Int[Array, ""]:
-    logits = logits.astype(float)
+    logits = jnp.asarray(logits, float)
     penalty = sampling.repetition_penalty
     if penalty is not None and seen is not None:
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
@@ -182,10 +196,9 @@ def _ordered_bits(x: Float[Array, " n"]) -> Shaped[Array, " n"]:
 
 
 def _check(name: str, value: Any, valid: Any, rule: str, whole: bool = False) -> None:
-    if value is None:
-        return
     kinds = (jnp.integer,) if whole else (jnp.integer, jnp.floating)
-    is_kind = any(jnp.issubdtype(jnp.result_type(value), kind) for kind in kinds)
+    is_scalar = eqx.is_array_like(value) and jnp.shape(value) == ()
+    is_kind = is_scalar and any(jnp.issubdtype(jnp.result_type(value), kind) for kind in kinds)
     number = known(value)
-    if jnp.shape(value) or not is_kind or (number is not None and not valid(number)):
+    if not is_kind or (number is not None and not valid(number)):
         raise ValueError(f"`{name}` must be {rule}; got {value}.")
