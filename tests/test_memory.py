@@ -10,7 +10,7 @@ import jax.random as jr
 import pytest
 
 from discretax.models import LRU, remat_blocks, scan_blocks
-from discretax.ops import linear_recurrence, selective_scan
+from discretax.ops import linear_recurrence, selective_scan, ssd
 from discretax.sequence_mixers import (
     LRUSequenceMixer,
     RGLRUSequenceMixer,
@@ -65,6 +65,14 @@ def test_selective_scan(time, bound):
     inputs, states = (time, 256), (time, 16)
     run = lambda A, x, dt, B, C: selective_scan(x, dt, A, B, C)[0]
     assert megabytes(run, inputs, inputs, states, states, params=-jnp.ones((256, 16))) < bound
+
+
+@pytest.mark.parametrize(("time", "bound"), [(1024, 9.1), (4096, 31)])
+def test_ssd(time, bound):
+    """States for all samples would fill 1024 * 8 * 64 * 64 * 4 bytes = 128 MB, and 512 MB."""
+    inputs, states = (time, 8, 64), (time, 1, 64)
+    run = lambda A, x, dt, B, C: ssd(x, dt, A, B, C)[0]
+    assert megabytes(run, inputs, (time, 8), states, states, params=-jnp.ones(8)) < bound
 
 
 def test_remat():
