@@ -94,7 +94,8 @@ def test_bfloat16(name):
     golden = Golden(f"hf_{name}", "float32")
     model, state = load(folder_of(name), dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in tensors(model).values()} == {jnp.dtype("bfloat16")}
-    y = logits(model, state, golden["input_ids_L37"].astype(int))
+    with jax.numpy_dtype_promotion("standard"):  # as users have it
+        y = logits(model, state, golden["input_ids_L37"].astype(int))
     error = np.linalg.norm(y - golden["logits_L37"])
     assert y.dtype == jnp.float32 and error < 0.03 * np.linalg.norm(golden["logits_L37"])
 
@@ -287,6 +288,30 @@ MAMBA_130M = {
     "use_conv_bias": True,
     "vocab_size": 50280,
 }
+CODESTRAL_7B = {
+    "architectures": ["Mamba2ForCausalLM"],
+    "chunk_size": 256,
+    "conv_kernel": 4,
+    "expand": 2,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 8192,
+    "layer_norm_epsilon": 1e-5,
+    "model_type": "mamba2",
+    "n_groups": 8,
+    "norm_before_gate": True,
+    "num_heads": 128,
+    "num_hidden_layers": 64,
+    "rms_norm": True,
+    "state_size": 128,
+    "tie_word_embeddings": False,
+    "time_step_limit": [0.0, math.inf],
+    "time_step_rank": 256,
+    "use_bias": False,
+    "use_conv_bias": True,
+    "vocab_size": 32768,
+}
 FALCON_7B = {
     "architectures": ["FalconMambaForCausalLM"],
     "conv_kernel": 4,
@@ -332,7 +357,12 @@ RECURRENT_GEMMA_2B = {
 
 @pytest.mark.parametrize(
     ("config", "size"),
-    [(MAMBA_130M, 129_135_360), (FALCON_7B, 7_272_665_088), (RECURRENT_GEMMA_2B, 2_682_862_080)],
+    [
+        (MAMBA_130M, 129_135_360),
+        (CODESTRAL_7B, 7_285_403_648),
+        (FALCON_7B, 7_272_665_088),
+        (RECURRENT_GEMMA_2B, 2_682_862_080),
+    ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )
 def test_published_models_have_their_size(config, size):
@@ -494,6 +524,31 @@ def test_what_is_not_loaded(tamper, error, message, folder):
 def test_what_is_not_a_recurrent_gemma(entries, message):
     with pytest.raises(ValueError, match=message):
         _family(RECURRENT_GEMMA_2B | entries, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_heads": 64}, "'num_heads' must be 128; got 64"),
+        ({"intermediate_size": 4096}, "'intermediate_size' must be 8192; got 4096"),
+        ({"time_step_limit": [0.0]}, "'time_step_limit' must be two numbers"),
+        ({"time_step_limit": [0.0, "1"]}, "'time_step_limit' must be two numbers"),
+    ],
+)
+def test_what_is_not_a_mamba2(entries, message):
+    with pytest.raises(ValueError, match=message):
+        _family(CODESTRAL_7B | entries, CONFIG)
+
+
+def test_limits_of_steps(tmp_path):
+    """As JSON has them, with infinity written out or not, and back."""
+    for stored, limit in (([0.0, math.inf], (0.0, math.inf)), ([0.01, 2], (0.01, 2.0))):
+        shutil.copytree(folder_of("mamba2"), tmp_path, dirs_exist_ok=True)
+        change_config(tmp_path, time_step_limit=stored)
+        model, _ = load(tmp_path)
+        save(model, tmp_path)
+        for loaded in (model, load(tmp_path)[0]):
+            assert loaded.backbone.blocks[1].sequence_mixer.dt_limit == limit
 
 
 def test_unfit_arguments(folder):

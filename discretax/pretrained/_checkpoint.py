@@ -17,9 +17,10 @@ from discretax.pretrained._falcon_mamba import FALCON_MAMBA
 from discretax.pretrained._family import Config, Family, stored_shape
 from discretax.pretrained._files import Tensors, locate, open_tensors, read_config, write
 from discretax.pretrained._mamba import MAMBA
+from discretax.pretrained._mamba2 import MAMBA2
 from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
 
-FAMILIES = {family.model_type: family for family in (MAMBA, FALCON_MAMBA, RECURRENT_GEMMA)}
+FAMILIES = {family.model_type: family for family in (MAMBA, MAMBA2, FALCON_MAMBA, RECURRENT_GEMMA)}
 HEAD = "lm_head.weight"
 # What a model may have in its own way, with the same files: how it runs, and where it drops.
 OWN = ("cache_index", "dropout", "inference", "streaming")
