@@ -90,6 +90,7 @@ def test_imports_point_one_way(path):
                 "os",
                 "pathlib",
                 "re",
+                "shutil",
                 "typing",
             }, f"{path} depends on {name}"
 

@@ -15,7 +15,7 @@ from jaxtyping import Array
 from discretax.architectures import LanguageModel
 from discretax.pretrained._falcon_mamba import FALCON_MAMBA
 from discretax.pretrained._family import Config, Family, stored_shape
-from discretax.pretrained._files import Tensors, locate, open_tensors, read_config, write
+from discretax.pretrained._files import CONFIG, Tensors, locate, open_tensors, read_config, write
 from discretax.pretrained._mamba import MAMBA
 from discretax.pretrained._mamba2 import MAMBA2
 from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
@@ -71,7 +71,7 @@ def load(
     """
     dtype = None if dtype is None else _floating(jnp.dtype(dtype), "`dtype`")
     folder = locate(source)
-    family, make = _family(read_config(folder), str(folder))
+    family, make = _family(read_config(folder), str(folder / CONFIG))
     model, state = eqx.filter_eval_shape(eqx.nn.make_with_state(make), jr.key(0))
     leaves = family.leaves(model)
     with open_tensors(folder) as tensors:
@@ -221,12 +221,11 @@ def _differences(a: Any, b: Any, where: str) -> Iterator[str]:
     elif isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
         for i, (left, right) in enumerate(zip(a, b, strict=True)):
             yield from _differences(left, right, f"{where}[{i}]")
-    else:
-        a, b = (
-            f"an array {tuple(x.shape)}"
-            if isinstance(x, jax.Array | np.ndarray | jax.ShapeDtypeStruct)
-            else x
-            for x in (a, b)
-        )
-        if a != b:
-            yield f"{where}: {a!r}, where the family has {b!r}"
+    elif _shown(a) != _shown(b):
+        yield f"{where}: {_shown(a)!r}, where the family has {_shown(b)!r}"
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
+        return f"array of shape {tuple(value.shape)}"
+    return type(value).__name__ if dataclasses.is_dataclass(value) else value

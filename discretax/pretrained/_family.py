@@ -9,6 +9,7 @@ from discretax.architectures import LanguageModel
 
 # Of every family: about training, tokens, caches and the files' history.
 NO_EFFECT = (
+    "_attn_implementation_autoset",
     "_name_or_path",
     "bos_token_id",
     "dtype",
@@ -18,6 +19,7 @@ NO_EFFECT = (
     "output_hidden_states",
     "pad_token_id",
     "return_dict",
+    "tokenizer_class",
     "torch_dtype",
     "transformers_version",
     "use_cache",
@@ -63,7 +65,7 @@ class Config:
         for name, value in only.items():
             received = self.entry(name, value)
             if received != value:
-                raise self.refused(name, received, repr(value), "nothing else is supported here")
+                raise self.refused(name, received, repr(value), " Nothing else is supported.")
 
     def done(self, no_effect: Iterable[str] = ()) -> None:
         unknown = sorted(set(self.unasked) - {*NO_EFFECT, *no_effect})
@@ -75,9 +77,7 @@ class Config:
             )
 
     def refused(self, name: str, value: Any, rule: str, why: str = "") -> ValueError:
-        return ValueError(
-            f"{self.where}: {name!r} must be {rule}; got {value!r}. {why}".rstrip(". ")
-        )
+        return ValueError(f"{self.where}: {name!r} must be {rule}; got {value!r}.{why}")
 
 
 class Family(NamedTuple):
@@ -90,7 +90,8 @@ class Family(NamedTuple):
     describe: Callable[[LanguageModel], dict[str, Any] | None]
     """The configuration that describes a model; None if it is of another kind."""
     tensors: Callable[[LanguageModel], dict[str, Array | None]]
-    """The model's leaves, or its gradient's, by their names in the files; None for no such tensor."""
+    """The model's leaves, or its gradient's, by their names in the files, the embedding first; None
+    for no such tensor."""
 
     def leaves(self, model: LanguageModel) -> dict[str, Array]:
         return {name: leaf for name, leaf in self.tensors(model).items() if leaf is not None}

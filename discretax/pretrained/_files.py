@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -130,10 +131,11 @@ def write(folder: pathlib.Path, config: dict[str, Any], tensors: dict[str, np.nd
     """Each file whole or not at all: a model may be saved over the one that it was loaded from."""
     safetensors = optional("safetensors.numpy", "to write weights")
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{WEIGHTS}.partial"
+    partial = {name: folder / f"{name}.partial" for name in (WEIGHTS, CONFIG)}
     # transformers reads nothing without this entry.
-    safetensors.save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHTS)
-    partial = folder / f"{CONFIG}.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, folder / CONFIG)
+    safetensors.save_file(tensors, partial[WEIGHTS], metadata={"format": "pt"})
+    partial[CONFIG].write_text(json.dumps(config, indent=2) + "\n")
+    # safetensors writes for the owner alone.
+    shutil.copymode(partial[CONFIG], partial[WEIGHTS])
+    for name, path in partial.items():
+        os.replace(path, folder / name)
