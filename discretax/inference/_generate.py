@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from discretax._timeseries import Timeseries
 from discretax.inference._sampling import draw_token
@@ -33,11 +33,11 @@ def generate(
     max_new_tokens: int,
     *,
     key: PRNGKeyArray | None = None,
-    temperature: Any = 1.0,
-    top_k: Any | None = None,
-    top_p: Any | None = None,
-    min_p: Any | None = None,
-    repetition_penalty: Any | None = None,
+    temperature: Float[Array, ""] | float = 1.0,
+    top_k: Int[Array, ""] | int | None = None,
+    top_p: Float[Array, ""] | float | None = None,
+    min_p: Float[Array, ""] | float | None = None,
+    repetition_penalty: Float[Array, ""] | float | None = None,
     stop_tokens: Sequence[int] = (),
     length: Int[Array, "*batch"] | int | None = None,
     chunk_size: int = 512,
@@ -93,11 +93,11 @@ def stream_tokens(
     max_new_tokens: int,
     *,
     key: PRNGKeyArray | None = None,
-    temperature: Any = 1.0,
-    top_k: Any | None = None,
-    top_p: Any | None = None,
-    min_p: Any | None = None,
-    repetition_penalty: Any | None = None,
+    temperature: Float[Array, ""] | float = 1.0,
+    top_k: Int[Array, ""] | int | None = None,
+    top_p: Float[Array, ""] | float | None = None,
+    min_p: Float[Array, ""] | float | None = None,
+    repetition_penalty: Float[Array, ""] | float | None = None,
     stop_tokens: Sequence[int] = (),
     length: Int[Array, "*batch"] | int | None = None,
     chunk_size: int = 512,

@@ -27,19 +27,19 @@ class Sampling(NamedTuple):
 
 
 def sample_token(
-    logits: Logits,
+    logits: Float[Array, " vocabulary"],
     key: PRNGKeyArray | None = None,
     *,
-    temperature: Any = 1.0,
-    top_k: Any | None = None,
-    top_p: Any | None = None,
-    min_p: Any | None = None,
-    repetition_penalty: Any | None = None,
+    temperature: Float[Array, ""] | float = 1.0,
+    top_k: Int[Array, ""] | int | None = None,
+    top_p: Float[Array, ""] | float | None = None,
+    min_p: Float[Array, ""] | float | None = None,
+    repetition_penalty: Float[Array, ""] | float | None = None,
     seen: Bool[Array, " vocabulary"] | None = None,
 ) -> Int[Array, ""]:
     r"""One token, drawn from $\mathrm{softmax}(\mathrm{logits} / \mathrm{temperature})$.
 
-    The options act in the order in which they stand here, each on what the one before has left:
+    The options act in the order of the table, each on what the one before has left:
 
     | | |
     |---|---|
