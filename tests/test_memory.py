@@ -59,11 +59,13 @@ def test_linear_recurrence():
     assert megabytes(lambda _, a, b: linear_recurrence(a, b), shape, shape) < 8.9
 
 
-@pytest.mark.parametrize(("time", "bound"), [(2048, 2), (65536, 36)])
-def test_selective_scan(time, bound):
+@pytest.mark.parametrize("batch", [(), (1,)])
+@pytest.mark.parametrize(("time", "bound"), [(2048, 2.3), (65536, 36)])
+def test_selective_scan(time, bound, batch):
     """States for all samples would fill 2048 * 256 * 16 * 4 bytes = 32 MB, and 1 GB."""
-    inputs, states = (time, 256), (time, 16)
-    run = lambda A, x, dt, B, C: selective_scan(x, dt, A, B, C)[0]
+    inputs, states = (*batch, time, 256), (*batch, time, 16)
+    one = lambda A, x, dt, B, C: selective_scan(x, dt, A, B, C)[0]
+    run = jax.vmap(one, (None, 0, 0, 0, 0)) if batch else one
     assert megabytes(run, inputs, inputs, states, states, params=-jnp.ones((256, 16))) < bound
 
 

@@ -94,8 +94,7 @@ def test_bfloat16(name):
     golden = Golden(f"hf_{name}", "float32")
     model, state = load(folder_of(name), dtype=jnp.bfloat16)
     assert {leaf.dtype for leaf in tensors(model).values()} == {jnp.dtype("bfloat16")}
-    with jax.numpy_dtype_promotion("standard"):  # as users have it
-        y = logits(model, state, golden["input_ids_L37"].astype(int))
+    y = logits(model, state, golden["input_ids_L37"].astype(int))
     error = np.linalg.norm(y - golden["logits_L37"])
     assert y.dtype == jnp.float32 and error < 0.03 * np.linalg.norm(golden["logits_L37"])
 

@@ -41,6 +41,7 @@ class Mamba(AbstractBackbone):
         use_bias: bool = False,
         discretization: SelectiveDiscretization = "mamba",
         event: bool = False,
+        b_c_dt_rms_eps: float | None = None,
         drop_rate: float = 0.0,
         prenorm: bool = True,
         norm: Norm = "rms",
@@ -51,8 +52,8 @@ class Mamba(AbstractBackbone):
         - `hidden_dim`: width of the residual stream.
         - `num_blocks`: how many blocks to stack.
         - `state_dim`, `conv_width`, `expand`, `dt_rank`, `dt_min`, `dt_max`, `dt_init`, `dt_scale`,
-            `dt_init_floor`, `conv_bias`, `use_bias`, `discretization`, `event`: as in
-            [`discretax.sequence_mixers.MambaSequenceMixer`][].
+            `dt_init_floor`, `conv_bias`, `use_bias`, `discretization`, `event`,
+            `b_c_dt_rms_eps`: as in [`discretax.sequence_mixers.MambaSequenceMixer`][].
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][]. The paper
             drops nothing.
         """
@@ -75,6 +76,7 @@ class Mamba(AbstractBackbone):
                 use_bias=use_bias,
                 discretization=discretization,
                 event=event,
+                b_c_dt_rms_eps=b_c_dt_rms_eps,
             ),
             channel_mixer=IdentityChannelMixer,
             drop_rate=drop_rate,

@@ -202,11 +202,12 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
         )
         if self.b_c_dt_rms_eps is not None:
             low_rank, B, C = (_rms(v, self.b_c_dt_rms_eps) for v in (low_rank, B, C))
-        low_rank = low_rank.astype(accumulation_dtype(x, self.D))
+        dtype = accumulation_dtype(x, self.D)
+        low_rank = low_rank.astype(dtype)
         y, state = selective_scan(
             u,
             jax.nn.softplus(linear(self.dt_proj, low_rank)),
-            -jnp.exp(self.A_log),
+            -jnp.exp(self.A_log.astype(dtype)),
             B,
             C,
             self.D,
@@ -225,7 +226,7 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
             refuse_timesteps(self, timesteps, "its steps are the input's choice unless event=True")
             return None
         timesteps = jnp.ones(time) if timesteps is None else timesteps
-        per_interval = jax.nn.softplus(self.dt_A_bias)
+        per_interval = jax.nn.softplus(self.dt_A_bias.astype(accumulation_dtype(self.dt_A_bias)))
         return timesteps.astype(per_interval.dtype)[:, None] * per_interval
 
 

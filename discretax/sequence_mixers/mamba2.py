@@ -192,8 +192,10 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
         v, B, C = jnp.split(jax.nn.silu(u), (inner, inner + states), axis=-1)
         y, state = ssd(
             v.reshape(time, *cache.state.shape[:2]),
-            jnp.clip(jax.nn.softplus(dt.astype(dtype) + self.dt_bias), *self.dt_limit),
-            -jnp.exp(self.A_log),
+            jnp.clip(
+                jax.nn.softplus(dt.astype(dtype) + self.dt_bias.astype(dtype)), *self.dt_limit
+            ),
+            -jnp.exp(self.A_log.astype(dtype)),
             B.reshape(time, self.num_groups, self.state_dim),
             C.reshape(time, self.num_groups, self.state_dim),
             self.D,
@@ -210,4 +212,5 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
         time, inner = y.shape
         groups = y.reshape(time, self.num_groups, inner // self.num_groups)
         squares = jnp.mean(groups**2, axis=-1, keepdims=True)
-        return (groups * lax.rsqrt(squares + self.norm_eps)).reshape(time, inner) * self.norm_weight
+        groups = groups * lax.rsqrt(squares + self.norm_eps)
+        return groups.reshape(time, inner) * self.norm_weight.astype(y.dtype)
