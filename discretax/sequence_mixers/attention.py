@@ -204,7 +204,8 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         q = self._rotated(heads(self.q_proj, self.num_heads), positions)
         k = self._rotated(heads(self.k_proj, self.num_kv_heads), positions)
         v = heads(self.v_proj, self.num_kv_heads)
-        moved = _moved(cache, k, v, positions, left)
+        move = _moved_by_one if time == 1 and resets is None else _moved
+        moved = move(cache, k, v, positions, left)
 
         if resets is None and (self.window is None or time == 1):
             # All that a query may see is still there once the chunk has been cached.
@@ -286,4 +287,17 @@ def _moved(
         now = jnp.where((source >= 0)[:, None, None], new, old)
         return jnp.where((wanted >= 0)[:, None, None], now, 0)
 
+    return AttentionCache(move(cache.keys, k), move(cache.values, v), position)
+
+
+def _moved_by_one(cache, k, v, positions, left):
+    """`_moved` where one slot changes at most."""
+    slot = positions[0] % cache.keys.shape[0]
+    is_valid = jnp.asarray(left) > 0
+
+    def move(old, new):
+        new = jnp.where(is_valid, new.astype(old.dtype), lax.dynamic_slice_in_dim(old, slot, 1))
+        return lax.dynamic_update_slice_in_dim(old, new, slot, axis=0)
+
+    position = cache.position + is_valid.astype(cache.position.dtype)
     return AttentionCache(move(cache.keys, k), move(cache.values, v), position)
