@@ -204,8 +204,10 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         q = self._rotated(heads(self.q_proj, self.num_heads), positions)
         k = self._rotated(heads(self.k_proj, self.num_kv_heads), positions)
         v = heads(self.v_proj, self.num_kv_heads)
-        move = _moved_by_one if time == 1 and resets is None else _moved
-        moved = move(cache, k, v, positions, left)
+        if time == 1 and resets is None:
+            moved = _moved_by_one(cache, k, v, positions, left)
+        else:
+            moved = _moved(cache, k, v, positions, left, emptied=resets is not None)
 
         if resets is None and (self.window is None or time == 1):
             # All that a query may see is still there once the chunk has been cached.
@@ -274,8 +276,9 @@ def _moved(
     v: Float[Array, "time heads head"],
     positions: Int[Array, " time"],
     left: Int[Array, ""] | int,
+    emptied: bool,
 ) -> AttentionCache:
-    """The cache after the first `left` of the samples."""
+    """The cache after the first `left` of the samples, some of which may have `emptied` it."""
     time, slots = k.shape[0], cache.keys.shape[0]
     last = jnp.minimum(left, time) - 1
     position = jnp.where(last < 0, cache.position, positions[last] + 1)
@@ -285,7 +288,7 @@ def _moved(
     def move(old, new):
         new = new[jnp.clip(source, 0, time - 1)].astype(old.dtype)
         now = jnp.where((source >= 0)[:, None, None], new, old)
-        return jnp.where((wanted >= 0)[:, None, None], now, 0)
+        return jnp.where((wanted >= 0)[:, None, None], now, 0) if emptied else now
 
     return AttentionCache(move(cache.keys, k), move(cache.values, v), position)
 
