@@ -59,7 +59,7 @@ def depthwise_ssm(
     """
     varying = transition.A.ndim == 4
     if route is None:
-        route = "scan" if x.shape[0] <= 16 else "chunks"
+        route = "scan" if x.shape[0] <= STEPS else "chunks"
     if route == "scan" or varying or resets is not None:
         return _scan(transition, B, C, D, x, h0, length, resets)
     if x.shape[0] == 0:
@@ -75,17 +75,21 @@ def depthwise_ssm(
     return _chunks(transition, B, C, D, x, h0, length)
 
 
-# Two CPU cores, 256 features of 32 complex states, forward and backward: chunks of 32 samples were
-# fastest up to 4096 samples, of 64 beyond. From 2048 samples on, 16 features after the other, so
-# that what they need stays in the cache, and each block's forward pass again in the backward pass:
-# 76 against 100 ms and 24 against 82 MB at 4096. Segments bound the memory of very long sequences.
+# What is fastest on CPU, from 256 features of 32 complex states; both ways on both sides of each
+# number of samples: "choices" in docs/performance.md.
+STEPS = 16  # up to so many, one by one: too few to pay for the matrices
+CHUNK, LARGE_CHUNK = 32, 64
+LARGE_BEYOND = 4096  # up to so many, small chunks
+# From so many on, 16 features after the other, so that what they need stays in the cache, and each
+# block's forward pass again in the backward pass. Segments bound the memory of very long sequences.
 LONG = 2048
 BLOCK = 16
 SEGMENT = 2**16
 
 
 def _chunk_size(time: int) -> int:
-    return min(32 if time <= 4096 else 64, 1 << (time - 1).bit_length())
+    size = CHUNK if time <= LARGE_BEYOND else LARGE_CHUNK
+    return min(size, 1 << (time - 1).bit_length())
 
 
 def carried_state(

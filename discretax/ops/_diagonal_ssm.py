@@ -75,12 +75,14 @@ def diagonal_ssm(
     return y, h_final
 
 
-# Two CPU cores, forward and backward: the whole sequence is fastest as long as its states fill at
-# most 2 MB (4096 x 64: 10 ms, 14 in chunks), and chunks of 1024 beyond (16384 x 64: 52 ms, 63 whole,
-# with a quarter of the memory). A parallel scan wants the whole sequence at once.
+# On CPU the whole sequence at once is fastest as long as its states stay in the cache: up to 2 MB of
+# them, which is `WHOLE` complex numbers, time * state. Beyond, chunks are, with a fraction of the
+# memory. Both ways on both sides: "choices" in docs/performance.md. A parallel scan, which is what
+# other devices run, wants the whole sequence.
+WHOLE = 2**18
 CHUNK = 1024
 
 
 def _choose_chunk_size(time: int, state_dim: int) -> int:
-    whole = jax.default_backend() != "cpu" or time * state_dim <= 2**18
+    whole = jax.default_backend() != "cpu" or time * state_dim <= WHOLE
     return time if whole else CHUNK
