@@ -140,7 +140,7 @@ def test_a_few_steps_teach_something_and_the_weights_write(
 
 def test_every_pattern_can_be_trained(example):
     """By shapes alone, which compiles nothing."""
-    config = example.Config(hidden_dim=8, num_blocks=3, drop_rate=0.1)
+    config = example.Config(hidden_dim=32, num_blocks=3, drop_rate=0.1)
     optimiser = example.make_optimiser(config)
     tokens = jax.ShapeDtypeStruct((2, 9), jnp.uint8)
     for name in example.PATTERNS:
