@@ -57,6 +57,13 @@ def test_same_numbers(name, way):
     assert_close(outcome(scan_blocks(model, False), state, x, length), expected, 0)
 
 
+def test_state_can_be_used_again():
+    """As with the blocks one by one: where nothing is written, the caller's state stays valid."""
+    model, state = eqx.nn.make_with_state(MODELS["LRU"])(jr.key(0), norm="layer", drop_rate=0.0)
+    deep, x = scan_blocks(model), draw(TIME, WIDTH)
+    assert_close(deep(x, state)[0], deep(x, state)[0], 0)
+
+
 @every_model
 def test_streaming_in_a_loop(name):
     model, state = make(name)

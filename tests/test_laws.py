@@ -445,6 +445,13 @@ def test_one_key_one_mixer(case):
         assert (first != leaves[2][path]).all() == drawn, path
 
 
+@each_case(lambda case: case.name != "Discretized")  # which keeps the skip of what it wraps
+def test_no_array_stands_twice(case):
+    """A training step that donates its parameters could not give away one buffer twice."""
+    arrays = [leaf for leaf in jax.tree.leaves(case.make(jr.key(0))) if eqx.is_array(leaf)]
+    assert len({array.unsafe_buffer_pointer() for array in arrays}) == len(arrays)
+
+
 # What a caller may get wrong
 
 

@@ -155,6 +155,8 @@ def _run_repeated(blocks, period, x, state, keys, remat):
         keys = keys[: len(blocks)].reshape(-1, period, *keys.shape[1:])
     x, after = lax.scan(advance, x, (stacked(arrays), stacked(substates), keys))
     for n, substate in enumerate(substates):
+        if not jax.tree.leaves(substate):
+            continue  # an update would make the caller's state an old one
         leaves = [leaf[n // period] for leaf in jax.tree.leaves(after[n % period])]
         state = state.update(jax.tree.unflatten(jax.tree.structure(substate), leaves))
     return x, state

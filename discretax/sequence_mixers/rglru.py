@@ -11,8 +11,8 @@ from discretax._features import check_size, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.init import inverse_softplus
 from discretax.ops import depthwise_convolution
-from discretax.ops._chunks import scan_chunks, state_at
-from discretax.ops._linear_recurrence import recurrence
+from discretax.ops._chunked_recurrence import chunked_recurrence
+from discretax.ops._sequence_parallel import has_past
 from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
 
 # Two CPU cores, forward and backward: fastest at 256 features of 1024 and 4096 samples, and at 1024
@@ -101,7 +101,7 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
         self.Lambda = inverse_softplus(-0.5 * jnp.log(squared))
         weight = lambda key: jr.normal(key, (num_heads, width, width)) * width**-0.5
         self.a_weight, self.input_weight = weight(a_key), weight(input_key)
-        self.a_bias = self.input_bias = jnp.zeros((num_heads, width))
+        self.a_bias, self.input_bias = jnp.zeros((2, num_heads, width))
         self.in_features = in_features
 
     def allocate_inference_cache(
@@ -125,20 +125,22 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
         time = x.shape[0]
         if time == 0:
             return x, cache
-        first = (jnp.arange(time) == 0) & ~cache.started
+        started = cache.started | has_past()
+        first = (jnp.arange(time) == 0) & ~started
         first = first if resets is None else first | resets
         gates = jax.tree.map(lambda p: p.astype(accumulation_dtype(x, p)), self)
 
-        def run(h, inputs, left):
-            x, first = inputs
-            a, b = gates._recurrence(x.astype(h.dtype), first)
-            states = recurrence(a, b, h, first)
-            return state_at(states, h, left), states
-
         h = cache.state.astype(gates.Lambda.dtype)
-        chunk_size = CHUNK if jax.default_backend() == "cpu" else time
-        h, y = scan_chunks(run, h, (x, first), length, chunk_size)
-        started = cache.started | ((time if length is None else length) > 0)
+        h, y = chunked_recurrence(
+            lambda inputs: (*gates._recurrence(inputs[0].astype(h.dtype), inputs[1]), None),
+            lambda states, _: states,
+            h,
+            (x, first),
+            resets=first,
+            length=length,
+            chunk_size=CHUNK if jax.default_backend() == "cpu" else time,
+        )
+        started = started | ((time if length is None else length) > 0)
         return y.astype(x.dtype), RGLRUCache(h.astype(cache.state.dtype), started)
 
     def _recurrence(self, x, first):
