@@ -1,6 +1,6 @@
 """Measures this library against its peers, in turns, and prints a table for each kind of question.
 
-    python -m benchmarks                        # everything, about an hour on two cores
+    python -m benchmarks                        # everything, more than an hour on two cores
     python -m benchmarks --table mixers --only "LRU 1024"
     python -m benchmarks --write                # also into docs/performance.md, .json and figures
 
@@ -9,12 +9,13 @@ which are made on first use below `benchmarks/.environments`. Run it on an other
 """
 
 import argparse
+import contextlib
 import datetime
 import pathlib
 import platform
 
 from benchmarks import report
-from benchmarks.cases import TABLES
+from benchmarks.cases import TABLES, Case
 from benchmarks.comparing import compare
 from benchmarks.processes import Subject, UnavailableError, scratch
 
@@ -31,49 +32,57 @@ def main() -> None:
     options = parser.parse_args()
     if options.repeats < 3:
         parser.error(f"--repeats must be at least 3, for quartiles; got {options.repeats}.")
+    if options.write and options.only:
+        parser.error("--write takes no --only: the figures of a table come from one run.")
     tables = {
         name: [case for case in TABLES[name]() if options.only in str(case)]
         for name in options.table or TABLES
     }
-    if not any(tables.values()):
-        parser.error(f"--only {options.only!r} leaves no case of {', '.join(tables)}.")
-
-    subjects = {}
-    for name in {name for cases in tables.values() for case in cases for name in case.subjects}:
-        try:
-            subjects[name] = Subject(name)
-        except UnavailableError as reason:
-            print(f"left out: {reason}")
-    rates = subjects["ours"].ask("rates")
-    about = {
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {report.processor()}",
-        "rates": rates,
-        "versions": {name: subject.ask("versions") for name, subject in sorted(subjects.items())},
-    }
-    print(report.heading(about))
-    results = {}
-    with scratch() as folder:
-        for name, cases in tables.items():
-            print(f"\n## {name}\n\n{report.table_head(name)}", flush=True)
-            results[name] = []
-            for case in cases:
-                outcome = compare(
-                    case,
-                    subjects,
-                    pathlib.Path(folder),
-                    rates,
-                    repeats=options.repeats,
-                    seconds=options.seconds,
-                )
-                results[name].append(outcome)
-                print("\n".join(report.rows(name, outcome)), flush=True)
-                for reason in outcome["refused"].values():
-                    print(f"not run: {reason}", flush=True)
-    for subject in subjects.values():
-        subject.close()
+    tables = {name: cases for name, cases in tables.items() if cases}
+    if not tables:
+        parser.error(f"--only {options.only!r} leaves no case.")
     if options.write:
-        report.write(about, results)
+        report.check_page(tables)
+    results = {name: measure(name, cases, options) for name, cases in tables.items()}
+    if options.write:
+        report.write(results)
+
+
+def measure(name: str, cases: list[Case], options: argparse.Namespace) -> dict:
+    """One table: its outcomes, and what there is to say about them."""
+    subjects: dict[str, Subject] = {}
+    versions, left_out, outcomes = {}, [], []
+    with contextlib.ExitStack() as stack:
+        folder = pathlib.Path(stack.enter_context(scratch()))
+        for who in dict.fromkeys(who for case in cases for who in case.subjects):
+            try:
+                subject = stack.enter_context(contextlib.closing(Subject(who)))
+                versions[who] = subject.ask("versions")
+                subjects[who] = subject
+            except UnavailableError as reason:
+                left_out.append(str(reason))
+        about = {
+            "date": datetime.date.today().isoformat(),
+            "machine": f"{platform.machine()}, {report.processor()}",
+            "rates": subjects["ours"].ask("rates"),
+            "versions": versions,
+            "left_out": left_out,
+        }
+        print(f"\n## {name}\n\n{report.heading(about)}\n\n{report.table_head(name)}", flush=True)
+        for case in cases:
+            outcome = compare(
+                case,
+                subjects,
+                folder,
+                about["rates"],
+                repeats=options.repeats,
+                seconds=options.seconds,
+            )
+            outcomes.append(outcome)
+            print("\n".join(report.rows(name, outcome)), flush=True)
+    table = {"about": about, "cases": outcomes}
+    print("\n".join(report.notes(table)), flush=True)
+    return table
 
 
 if __name__ == "__main__":

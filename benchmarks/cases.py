@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import pathlib
 
 import equinox as eqx
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 
+from benchmarks import language_model
 from discretax.sequence_mixers import (
     LRUSequenceMixer,
     RGLRUSequenceMixer,
@@ -18,6 +20,8 @@ from discretax.sequence_mixers import (
 )
 
 HEADS = 4  # blocks of RG-LRU's gates
+HEAD_DIM = 64  # of Mamba-2
+PROMPT = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +32,24 @@ class Case:
     state: int
     batch: int | None  # None: one sequence, without `jax.vmap`
     blocks: int | None = None  # of a whole model
+    other: tuple[str, int] | None = None  # the threshold that makes this library take the other way
     decay: float | None = None  # the transition, where all have one
     exact: bool = False  # to be compared with double precision
 
     @property
     def subjects(self) -> tuple[str, ...]:
         """Who can run it, the one to compare with first and this library last."""
+        if self.other is not None:
+            return "ours_other", "ours"
         peers = {
             "LRU": ("usual", "discretax_0_3", "memax_0_1"),
             "S5": ("usual", "discretax_0_3"),
             "S4D": ("usual", "discretax_0_3"),
+            "ssd": ("usual", "mamba2_jax_1_1"),
             "train LRU": ("discretax_0_3",),
             "train S5": ("discretax_0_3",),
+            "generate Mamba": ("transformers_torch",),
+            "generate Mamba-2": ("transformers_torch",),
         }
         alone = self.time == 2**20 or self.op.endswith((" scan", " remat"))
         return (*(() if alone else peers.get(self.op, ("usual",))), "ours")
@@ -47,6 +57,13 @@ class Case:
     @property
     def sequences(self) -> int:
         return self.batch or 1
+
+    @property
+    def model(self) -> language_model.Sizes:
+        """Of the language model that generates."""
+        assert self.blocks is not None
+        mixer = self.op.removeprefix("generate ")
+        return language_model.Sizes(mixer, self.features, self.state, self.blocks)
 
     def __str__(self) -> str:
         return f"{self.op} {self.time}x{self.features}x{self.state} batch {self.batch}"
@@ -59,6 +76,32 @@ def training_cases() -> list[Case]:
         (f"LRU{options}", depth) for options in (" scan", " scan remat") for depth in (4, 24)
     ]
     return [Case(f"train {model}", 1024, 64, 64, batch=8, blocks=depth) for model, depth in models]
+
+
+def generation_cases() -> list[Case]:
+    """64 tokens from models of 130 million parameters."""
+    return [
+        Case(f"generate {model}", 64, 768, state, batch, blocks=24)
+        for model, state in (("Mamba", 16), ("Mamba-2", 128))
+        for batch in (1, 4)
+    ]
+
+
+def choice_cases() -> list[Case]:
+    """The way chosen and the other one, on both sides of each size from which on another is taken."""
+    never, always = 0, 2**40
+    diagonal = [
+        Case("LRU", time, 64, 64, batch, other=("WHOLE", threshold))
+        for batch in (None, 8)
+        for time, threshold in ((4096, never), (8192, always))
+    ]
+    thresholds = [("STEPS", 16, never), ("STEPS", 32, always)]
+    thresholds += [("LARGE_BEYOND", 4096, never), ("LARGE_BEYOND", 8192, always)]
+    thresholds += [("LONG", 1024, never), ("LONG", 2048, always)]
+    return diagonal + [
+        Case("S4D", time, 256, 64, None, other=(name, threshold))
+        for name, time, threshold in thresholds
+    ]
 
 
 def long_cases() -> list[Case]:
@@ -96,18 +139,28 @@ def mixer_cases() -> list[Case]:
     cases += [Case("S4", time, 256, 64, None) for time in lengths[:2]]
     cases += [Case("selective_scan", time, 256, 16, None) for time in (2048, *lengths)]
     cases += [
-        Case("selective_scan", time, 256, 16, batch) for time in lengths[:2] for batch in (1, 4)
+        Case("selective_scan", time, 256, 16, batch)
+        for time, batch in ((1024, 1), (1024, 4), (2048, 1), (4096, 1), (4096, 4))
     ]
     cases += [Case("selective_scan", 1024, 1024, 16, None)]
+    cases += [Case("ssd", time, 8 * HEAD_DIM, 64, None) for time in lengths[:2]]
     for op in ("linear_recurrence", "RG-LRU"):
         cases += [Case(op, time, width, 1, None) for width in (256, 1024) for time in lengths[:2]]
     return cases
 
 
-def draw(case: Case, key: jax.Array) -> dict[str, np.ndarray]:
-    """Parameters `p.*`, inputs `x` or `x.*` and `weights` of the sum whose gradient is taken."""
+def draw(case: Case, key: jax.Array, folder: pathlib.Path) -> dict[str, np.ndarray]:
+    """Parameters `p.*`, inputs `x` or `x.*` and `weights` of the sum whose gradient is taken.
+
+    For generation a prompt, and where in `folder` the checkpoint is.
+    """
     mixer_key, weights_key, *keys = jr.split(key, 6)
-    if case.blocks is not None:
+    if case.op.startswith("generate "):
+        checkpoint = folder / case.op
+        language_model.save(checkpoint, case.model)
+        prompt = jr.randint(keys[0], (case.sequences, PROMPT), 0, language_model.VOCABULARY)
+        return {"prompt": np.asarray(prompt), "checkpoint": np.asarray(str(checkpoint))}
+    if case.op.startswith("train "):
         x = jr.normal(keys[0], (case.sequences, case.time, 3))
         return {"x": np.asarray(x), "labels": np.arange(case.sequences) % 10}
     shape = (*(() if case.batch is None else (case.batch,)), case.time, case.features)
@@ -138,6 +191,16 @@ def draw(case: Case, key: jax.Array) -> dict[str, np.ndarray]:
                 jr.normal(key, (*shape[:-1], case.state)) for key in keys[2:]
             )
             arrays["p.A"] = -jnp.tile(jnp.arange(1.0, case.state + 1), (case.features, 1))
+        case "ssd":
+            heads = case.features // HEAD_DIM
+            of_heads = lambda array: array.reshape(*shape[:-1], heads, HEAD_DIM)
+            arrays["weights"] = of_heads(arrays["weights"])
+            arrays["x.0"] = of_heads(arrays.pop("x"))
+            arrays["x.1"] = jax.nn.softplus(jr.normal(keys[1], (*shape[:-1], heads)) - 3)
+            arrays["x.2"], arrays["x.3"] = (
+                jr.normal(key, (*shape[:-1], 1, case.state)) for key in keys[2:]
+            )
+            arrays["p.A"] = -jnp.linspace(1, 16, heads)
     for field in dataclasses.fields(mixer) if mixer is not None else ():
         if eqx.is_inexact_array(value := getattr(mixer, field.name)):
             arrays[f"p.{field.name}"] = value
@@ -158,10 +221,13 @@ def floor_seconds(case: Case, rates: dict[str, float]) -> float | None:
     """The least that forward and backward, or all steps, can take here.
 
     The longest of: inputs, outputs and their gradients once through memory; the exponentials that
-    differ from sample to sample; the matrix products, forward and twice as many backward.
+    differ from sample to sample; the matrix products, forward and twice as many backward. For
+    generation: all weights read once per token.
     """
-    if case.blocks is not None:
+    if case.op.startswith("train "):
         return None
+    if case.op.startswith("generate "):
+        return case.time * language_model.weight_bytes(case.model) / rates["read"]
     numbers = case.sequences * case.time * case.features
     arrays = {"linear_recurrence": 3, "selective_scan": 3}.get(case.op, 2)
     traffic = 2 * 4 * arrays * numbers / rates["bytes"]
@@ -176,6 +242,8 @@ def floor_seconds(case: Case, rates: dict[str, float]) -> float | None:
         exponentials = 9 * numbers
     elif case.op == "selective_scan":
         exponentials = 2 * numbers * case.state
+    elif case.op == "ssd":
+        products = 3 * 2 * 2 * numbers * case.state  # into the states and out of them
     elif case.op in ("S4D", "S4"):
         # By chunks of c samples: a triangle of c x c, in and out of the states at their boundary.
         real_state = case.state
@@ -186,7 +254,9 @@ def floor_seconds(case: Case, rates: dict[str, float]) -> float | None:
 
 TABLES = {
     "mixers": mixer_cases,
+    "choices": choice_cases,
     "steps": step_cases,
+    "generation": generation_cases,
     "training": training_cases,
     "long": long_cases,
     "accuracy": accuracy_cases,

@@ -1,5 +1,6 @@
 """Subjects in processes of their own, some in environments of their own."""
 
+import importlib.metadata
 import json
 import pathlib
 import shutil
@@ -11,9 +12,12 @@ HERE = pathlib.Path(__file__).parent
 ENVIRONMENTS = HERE / ".environments"
 
 # What a peer needs that cannot live beside this library, and the Python it asks for.
+JAX = f"jax=={importlib.metadata.version('jax')}"
 REQUIREMENTS = {
-    "discretax_0_3": ("python3.12", ["discretax==0.3.0", "optax"]),
-    "memax_0_1": (None, ["memax[equinox]==0.1.1"]),
+    "discretax_0_3": ("python3.12", ["discretax==0.3.0", "optax", JAX]),
+    "memax_0_1": (None, ["memax[equinox]==0.1.1", JAX]),
+    "mamba2_jax_1_1": (None, ["mamba2-jax==1.1.2", "equinox", JAX]),
+    "transformers_torch": (None, ["torch==2.13.0", "transformers==5.23.0"]),
 }
 
 
@@ -22,7 +26,7 @@ class UnavailableError(Exception):
 
 
 class Subject:
-    """A worker process."""
+    """A worker process, which lives no longer than this one."""
 
     def __init__(self, name: str):
         self.name = name
@@ -66,12 +70,10 @@ def _python(name: str) -> str:
     base = shutil.which(wanted) if wanted else sys.executable
     if base is None:
         raise UnavailableError(f"{name} needs {wanted}, which is not installed")
-    import jax
-
     shutil.rmtree(folder, ignore_errors=True)
     commands = [
         [base, "-m", "venv", str(folder)],
-        [str(python), "-m", "pip", "install", "--quiet", *packages, f"jax=={jax.__version__}"],
+        [str(python), "-m", "pip", "install", "--quiet", *packages],
     ]
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)

@@ -1,26 +1,39 @@
 """Tables, the page of the documentation, and figures."""
 
 import json
+import math
 import os
 import pathlib
 import platform
 import re
+from collections.abc import Iterable
 
 from matplotlib.figure import Figure
 
-from benchmarks.cases import TABLES
-
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
+PAGE = DOCS / "performance.md"
 NAMES = {
     "ours": "discretax",
+    "ours_other": "discretax, the other way",
     "usual": "the usual way",
     "discretax_0_3": "discretax 0.3.0",
     "memax_0_1": "memax 0.1.1",
+    "mamba2_jax_1_1": "mamba2-jax 1.1.2",
+    "transformers_torch": "transformers",
+}
+# Up to each threshold this library goes the first way, beyond it the second.
+WAYS = {
+    "WHOLE": ("the whole sequence", "chunks of 1024"),
+    "STEPS": ("sample by sample", "chunks as matrices"),
+    "LARGE_BEYOND": ("chunks of 32", "chunks of 64"),
+    "LONG": ("all features at once", "16 features after the other"),
 }
 SIZE = "| op | time | features | state | batch "
 COLUMNS = {
     "mixers": f"{SIZE}| | ms (quartiles) | takes | temporary MB | takes | x floor |",
+    "choices": f"{SIZE}| way | ms (quartiles) | takes | temporary MB | takes |",
     "steps": "| op | features = state | | us per step (quartiles) | takes | x floor |",
+    "generation": "| model | batch | | ms per token (quartiles) | tokens/s | takes | x floor | temporary MB |",
     "training": "| model | blocks | | build s | compile s | step ms (quartiles) | temporary MB |",
     "long": f"{SIZE}| | s | temporary MB | x floor | error |",
     "accuracy": "| op | time | transition | | error |",
@@ -46,12 +59,21 @@ def _cells(name: str, outcome: dict, subject: str, result: dict, ours: dict) -> 
     sizes.append("none" if case["batch"] is None else str(case["batch"]))
     who = NAMES[subject]
     slower = f"{result['median'] / ours['median']:.2f}x"
-    memory = result["temporary_bytes"]
+    memory = result.get("temporary_bytes", math.nan)  # XLA's plan, which torch has none of
     floors = f"{result['median'] / outcome['floor']:.1f}" if outcome["floor"] else ""
     match name:
-        case "mixers":
+        case "mixers" | "choices":
             larger = f"{memory / max(ours['temporary_bytes'], 1):.1f}x"
-            return [*sizes, who, _spread(result, 1e3), slower, _megabytes(memory), larger, floors]
+            cells = [_spread(result, 1e3), slower, _megabytes(memory), larger]
+            if name == "mixers":
+                return [*sizes, who, *cells, floors]
+            return [*sizes, _way(case, subject), *cells]
+        case "generation":
+            spread = _spread(result, 1e3 / case["time"])
+            rate = f"{case['batch'] * case['time'] / result['median']:.1f}"
+            model = case["op"].removeprefix("generate ")
+            cells = [spread, rate, slower, floors, _megabytes(memory)]
+            return [model, str(case["batch"]), who, *cells]
         case "steps":
             spread = _spread(result, 1e6 / case["time"])
             return [case["op"], str(case["features"]), who, spread, slower, floors]
@@ -68,6 +90,14 @@ def _cells(name: str, outcome: dict, subject: str, result: dict, ours: dict) -> 
             return [case["op"], str(case["time"]), decay, who, f"{result['error']:.0e}"]
 
 
+def _way(case: dict, subject: str) -> str:
+    threshold, size = case["other"]
+    first, second = WAYS[threshold]
+    # With a threshold of zero, the other way is the one beyond it.
+    chosen, other = (first, second) if size == 0 else (second, first)
+    return f"{chosen} (chosen)" if subject == "ours" else other
+
+
 def _spread(result: dict, scale: float) -> str:
     low, median, high = (scale * result[key] for key in ("low", "median", "high"))
     digits = 2 if median < 10 else 1 if median < 100 else 0
@@ -75,20 +105,28 @@ def _spread(result: dict, scale: float) -> str:
 
 
 def _megabytes(count: float) -> str:
-    return f"{count / 2**20:.3g}"
+    return "" if math.isnan(count) else f"{count / 2**20:.3g}"
 
 
 def heading(about: dict) -> str:
     rates = about["rates"]
     versions = "; ".join(
-        f"{NAMES[name]}: Python {v['python']}, jax {v['jax']}"
-        for name, v in about["versions"].items()
+        f"{NAMES[name]}: " + ", ".join(f"{package} {version}" for package, version in has.items())
+        for name, has in about["versions"].items()
     )
     return (
         f"{about['date']}, {about['machine']}, {versions}. Measured in the same run: matrix products "
         f"at {rates['products'] / 1e9:.0f} GFLOP/s, {rates['exponentials'] / 1e9:.2f} billion "
-        f"exponentials a second, copies at {rates['bytes'] / 1e9:.1f} GB/s."
+        f"exponentials a second, copies at {rates['bytes'] / 1e9:.1f} GB/s, reading at "
+        f"{rates['read'] / 1e9:.1f} GB/s."
     )
+
+
+def notes(table: dict) -> list[str]:
+    """Who did not run, and why."""
+    refused = {reason for outcome in table["cases"] for reason in outcome["refused"].values()}
+    reasons = sorted({*table["about"]["left_out"], *refused})
+    return [f"\nNot run: {'; '.join(reasons)}."] if reasons else []
 
 
 def processor() -> str:
@@ -97,33 +135,32 @@ def processor() -> str:
     return f"{os.cpu_count()} cores of {names[0] if names else platform.processor()}"
 
 
-def write(about: dict, results: dict) -> None:
-    """Puts the cases that were measured into the tables of `docs/performance.md`, by its markers."""
-    page, record = DOCS / "performance.md", DOCS / "performance.json"
-    text = page.read_text()
-    kept = json.loads(record.read_text() or "{}") if record.exists() else {}
-    for name, outcomes in results.items():
-        outcomes = _merged(name, kept.get(name, {"cases": []})["cases"], outcomes)
-        kept[name] = {"about": about, "cases": outcomes}
-        lines = [row for outcome in outcomes for row in rows(name, outcome)]
-        refused = {reason for outcome in outcomes for reason in outcome["refused"].values()}
-        notes = [f"\nNot run: {'; '.join(sorted(refused))}."] if refused else []
-        table = "\n".join([heading(about), "", table_head(name), *lines, *notes, ""])
-        marked = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        text, count = marked.subn(lambda match, new=table: match[1] + new + match[2], text)
+def check_page(names: Iterable[str]) -> None:
+    """That there is a place for each table, before an hour is spent on measuring it."""
+    text = PAGE.read_text()
+    for name in names:
+        count = len(_marked(name).findall(text))
         if count != 1:
-            raise ValueError(f"{page} must have one pair of markers for {name!r}; it has {count}.")
-    page.write_text(text)
-    record.write_text(json.dumps(kept, indent=1) + "\n")
-    if "mixers" in results:
-        _draw(kept["mixers"]["cases"], DOCS / "figures" / "performance.svg")
+            raise ValueError(f"{PAGE} must have one pair of markers for {name!r}; it has {count}.")
 
 
-def _merged(name: str, old: list[dict], new: list[dict]) -> list[dict]:
-    """In the order of the table, the newer of two outcomes of a case, and none that it has no more."""
-    outcomes = {json.dumps(outcome["case"]): outcome for outcome in [*old, *new]}
-    order = [json.dumps(vars(case)) for case in TABLES[name]()]
-    return [outcomes[case] for case in order if case in outcomes]
+def write(tables: dict[str, dict]) -> None:
+    """Puts tables in the place of those in `docs/performance.md`, by its markers."""
+    text, record = PAGE.read_text(), DOCS / "performance.json"
+    kept = json.loads(record.read_text()) if record.exists() else {}
+    for name, table in tables.items():
+        lines = [row for outcome in table["cases"] for row in rows(name, outcome)]
+        head = [heading(table["about"]), "", table_head(name)]
+        new = "\n".join([*head, *lines, *notes(table), ""])
+        text = _marked(name).sub(lambda match, new=new: match[1] + new + match[2], text)
+    PAGE.write_text(text)
+    record.write_text(json.dumps(kept | tables, indent=1) + "\n")
+    if "mixers" in tables:
+        _draw(tables["mixers"]["cases"], DOCS / "figures" / "performance.svg")
+
+
+def _marked(name: str) -> re.Pattern:
+    return re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
 
 
 def _draw(outcomes: list[dict], path: pathlib.Path) -> None:

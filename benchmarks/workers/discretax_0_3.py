@@ -1,9 +1,9 @@
 """discretax 0.3.0 of the package index: the mixers that both have."""
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.random as jr
-from measuring import Job, step_job, training_job, versions
+from job import Job
+from measuring import load, parameters, step_job, training_job, versions
 
 import discretax.models.lru
 import discretax.models.s5
@@ -22,7 +22,7 @@ MIXERS = {"LRU": LRUSequenceMixer, "S5": S5SequenceMixer, "S4D": S4DSequenceMixe
 def prepare(case: dict, arrays: dict) -> Job:
     if case["op"].startswith("train "):
         return step_job(lambda key: model(case, key), arrays)
-    params = {k[2:]: jnp.asarray(v) for k, v in arrays.items() if k.startswith("p.")}
+    params = parameters(arrays)
     key = jr.key(0)
     mixer = MIXERS[case["op"]](case["features"], key, state_dim=case["state"])
     if case["op"] == "S4D":
@@ -32,12 +32,9 @@ def prepare(case: dict, arrays: dict) -> Job:
             "log_a_real": params["A_real"],
             "A_imag": -params["A_imag"],  # in the paper's code too, A is -re - i im or -re + i im
         }
-        where = lambda m: [getattr(m.kernel, name) for name in params]
+        mixer = eqx.tree_at(lambda m: m.kernel, mixer, load(mixer.kernel, params))
     else:
-        where = lambda m: [getattr(m, name) for name in params]
-    for name, drawn, given in zip(params, where(mixer), params.values(), strict=True):
-        assert drawn.shape == given.shape, (name, drawn.shape, given.shape)
-    mixer = eqx.tree_at(where, mixer, list(params.values()))
+        mixer = load(mixer, params)
     return training_job(lambda mixer, x: mixer(x, key=key), mixer, arrays, case)
 
 

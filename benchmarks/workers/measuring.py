@@ -4,26 +4,32 @@ import functools as ft
 import platform
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-
-class Job(NamedTuple):
-    run: Callable[[], Any]  # once, until the results are there
-    outcome: Callable[[], dict[str, np.ndarray]]  # what all subjects must agree on
-    facts: dict[str, float]
+from job import Job
 
 
 def versions() -> dict[str, str]:
     return {
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "platform": jax.devices()[0].platform,
+        "Python": platform.python_version(),
+        "jax": f"{jax.__version__} on {jax.devices()[0].platform}",
     }
+
+
+def parameters(arrays: dict) -> dict[str, jax.Array]:
+    return {name[2:]: jnp.asarray(value) for name, value in arrays.items() if name.startswith("p.")}
+
+
+def load(module: Any, params: dict[str, jax.Array]) -> Any:
+    """The module with these in the place of what was drawn, by name."""
+    where = lambda module: [getattr(module, name) for name in params]
+    for name, drawn, given in zip(params, where(module), params.values(), strict=True):
+        assert drawn.shape == given.shape, (name, drawn.shape, given.shape)
+    return eqx.tree_at(where, module, list(params.values()))
 
 
 def training_job(f: Callable[[Any, Any], jax.Array], model: Any, arrays: dict, case: dict) -> Job:

@@ -6,9 +6,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from measuring import Job, decoding_job, step_job, training_job, versions
+import numpy as np
+from job import Job
+from measuring import (
+    compiled_with_facts,
+    decoding_job,
+    load,
+    parameters,
+    step_job,
+    training_job,
+    versions,
+)
 
-from discretax import models, ops
+from discretax import generate, models, ops, pretrained
 from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
 from discretax.sequence_mixers import (
@@ -33,12 +43,17 @@ MIXERS = {
 def prepare(case: dict, arrays: dict) -> Job:
     if case["op"].startswith("train "):
         return step_job(lambda key: model(case, key), arrays)
-    params = {k[2:]: jnp.asarray(v) for k, v in arrays.items() if k.startswith("p.")}
+    if case["op"].startswith("generate "):
+        return generation_job(case, arrays)
+    params = parameters(arrays)
     match case["op"]:
         case "linear_recurrence":
             return training_job(lambda _, x: ops.linear_recurrence(*x), None, arrays, case)
         case "selective_scan":
             scan = lambda p, x: ops.selective_scan(x[0], x[1], p["A"], x[2], x[3])[0]
+            return training_job(scan, params, arrays, case)
+        case "ssd":
+            scan = lambda p, x: ops.ssd(x[0], x[1], p["A"], x[2], x[3])[0]
             return training_job(scan, params, arrays, case)
         case "RG-LRU":
             heads = params["a_weight"].shape[0]
@@ -47,10 +62,7 @@ def prepare(case: dict, arrays: dict) -> Job:
             make = MIXERS[name.removeprefix("step ").removesuffix(", discretized")]
             mixer = make(case["features"], jr.key(0), state_dim=case["state"])
     params.pop("truncated_C", None)
-    where = lambda m: [getattr(m, name) for name in params]
-    for name, drawn, given in zip(params, where(mixer), params.values(), strict=True):
-        assert drawn.shape == given.shape, (name, drawn.shape, given.shape)
-    mixer = eqx.tree_at(where, mixer, list(params.values()))
+    mixer = load(mixer, params)
     if case["op"].startswith("step "):
         if case["op"].endswith(", discretized"):
             mixer = Discretized(mixer)
@@ -75,8 +87,30 @@ def model(case: dict, key: jax.Array):
     return eqx.nn.Sequential([encoder, backbone, ClassificationHead(width, 10, keys[2])])
 
 
+def generation_job(case: dict, arrays: dict) -> Job:
+    model, state = pretrained.load(str(arrays["checkpoint"]))
+    prompt = jnp.asarray(arrays["prompt"])
+    params, static = eqx.partition(model, eqx.is_array)
+
+    @jax.jit
+    def write(params, prompt):
+        model = eqx.combine(params, static)
+        return generate(model, state, prompt, case["time"], temperature=0.0).tokens
+
+    compiled, facts = compiled_with_facts(write, params, prompt)
+
+    def outcome() -> dict[str, np.ndarray]:
+        logits = jax.jit(jax.vmap(lambda tokens: model(tokens, state)[0]))(prompt)
+        return {"tokens": np.asarray(compiled(params, prompt)), "logits": np.asarray(logits)}
+
+    return Job(lambda: jax.block_until_ready(compiled(params, prompt)), outcome, facts)
+
+
 def rates() -> dict[str, float]:
-    """What this machine does per second at best: products, exponentials, bytes read and written."""
+    """What this machine does per second at best.
+
+    Products, exponentials, bytes copied (each counts twice, read and written) and bytes read.
+    """
     a, long = jnp.ones((2048, 2048)), jnp.ones(2**25)
 
     def best(f, *args):
@@ -92,4 +126,5 @@ def rates() -> dict[str, float]:
         "products": 2 * 2048**3 / best(jnp.matmul, a, a),
         "exponentials": long.size / best(lambda v: jnp.exp(v).sum(), long),
         "bytes": 2 * long.nbytes / best(lambda v: v + 1, long),
+        "read": long.nbytes / best(jnp.max, long),
     }

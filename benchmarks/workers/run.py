@@ -7,7 +7,9 @@ that module imports. What it prints besides goes to stderr.
 import importlib
 import json
 import os
+import queue
 import sys
+import threading
 import time
 
 import numpy as np
@@ -16,12 +18,12 @@ import numpy as np
 def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    subject = importlib.import_module(sys.argv[1])
     job = None
-    for line in sys.stdin:
-        request = json.loads(line)
+    while True:
+        request = REQUESTS.get()
         answer: dict = {}
         try:
+            subject = importlib.import_module(sys.argv[1])
             match request["do"]:
                 case "prepare":
                     with np.load(request["arrays"]) as arrays:
@@ -42,5 +44,16 @@ def main() -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
+REQUESTS: queue.SimpleQueue = queue.SimpleQueue()
+
+
+def listen() -> None:
+    """Ends the process when the one who asks has gone, whatever is being computed."""
+    for line in sys.stdin:
+        REQUESTS.put(json.loads(line))
+    os._exit(0)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=listen, daemon=True).start()
     main()

@@ -2,15 +2,18 @@
 
 import jax
 import jax.numpy as jnp
-from measuring import Job, decoding_job, training_job, versions
+from job import Job
+from measuring import decoding_job, parameters, training_job, versions
 
 __all__ = ["prepare", "versions"]
 
 
 def prepare(case: dict, arrays: dict) -> Job:
-    params = {k[2:]: jnp.asarray(v) for k, v in arrays.items() if k.startswith("p.")}
+    params = parameters(arrays)
     if case["op"].startswith("step "):
-        return decoding_job(lambda x, h: lru_step(params, x, h), *first(case, arrays))
+        h = jnp.zeros(case["state"], complex)
+        step = lambda x, h: lru_step(params, x, h)
+        return decoding_job(step, h, jnp.asarray(arrays["x"][0]), case["time"])
     return training_job(FORMS[case["op"]], params, arrays, case)
 
 
@@ -28,22 +31,20 @@ def diagonal(A, B, C, D, x):
     return jax.vmap(lambda h, u: (C @ h).real + D * u)(h, x)
 
 
-def lru(p, x):
+def lru_system(p):
     A = jnp.exp(-jnp.exp(p["nu_log"]) + 1j * jnp.exp(p["theta_log"]))
     B = (p["B_re"] + 1j * p["B_im"]) * jnp.exp(p["gamma_log"])[:, None]
-    return diagonal(A, B, p["C_re"] + 1j * p["C_im"], p["D"], x)
+    return A, B, p["C_re"] + 1j * p["C_im"], p["D"]
+
+
+def lru(p, x):
+    return diagonal(*lru_system(p), x)
 
 
 def lru_step(p, x, h):
-    A = jnp.exp(-jnp.exp(p["nu_log"]) + 1j * jnp.exp(p["theta_log"]))
-    B = (p["B_re"] + 1j * p["B_im"]) * jnp.exp(p["gamma_log"])[:, None]
+    A, B, C, D = lru_system(p)
     h = A * h + B @ x
-    return ((p["C_re"] + 1j * p["C_im"]) @ h).real + p["D"] * x, h
-
-
-def first(case, arrays):
-    """The state before, the first input, and how many tokens follow."""
-    return jnp.zeros(case["state"], complex), jnp.asarray(arrays["x"][0]), case["time"]
+    return (C @ h).real + D * x, h
 
 
 def s5(p, x):
@@ -111,6 +112,19 @@ def selective_scan(p, inputs):
     return jnp.einsum("ldn,ln->ld", h, C)
 
 
+def ssd(p, inputs):
+    """Step by step; B and C are those of one group."""
+
+    def step(h, inputs):
+        x, dt, B, C = inputs
+        h = jnp.exp(dt * p["A"])[:, None, None] * h + (dt[:, None] * x)[:, :, None] * B[0]
+        return h, h @ C[0]
+
+    _, heads, head_dim = inputs[0].shape
+    h0 = jnp.zeros((heads, head_dim, inputs[2].shape[-1]))
+    return jax.lax.scan(step, h0, inputs)[1]
+
+
 FORMS = {
     "LRU": lru,
     "S5": s5,
@@ -119,4 +133,5 @@ FORMS = {
     "RG-LRU": rg_lru,
     "linear_recurrence": recurrence,
     "selective_scan": selective_scan,
+    "ssd": ssd,
 }
