@@ -46,7 +46,7 @@ MAY_SEE = {
     "optim": (*_COMMON, "sequence_mixers"),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
-WRAPPERS = {"bidirectional.py", "discretized.py", "gated.py"}
+WRAPPERS = {"bidirectional.py", "discretized.py", "gated.py", "parallel.py"}
 
 
 def imports(path: pathlib.Path) -> list[str]:
@@ -82,6 +82,7 @@ def test_imports_point_one_way(path):
                 "abc",
                 "collections",
                 "contextlib",
+                "contextvars",
                 "dataclasses",
                 "functools",
                 "importlib",

@@ -12,12 +12,12 @@ Left = Int[Array, ""] | int
 
 
 def scan_chunks(
-    run: Callable[[PyTree, PyTree, Left], tuple[PyTree, Float[Array, "chunk ..."]]],
+    run: Callable[[PyTree, PyTree, Left], tuple[PyTree, Any]],
     state: PyTree,
     inputs: PyTree[Array],
     length: Left | None,
     chunk_size: int,
-) -> tuple[PyTree, Float[Array, "time ..."]]:
+) -> tuple[PyTree, Any]:
     """Runs `state, chunk of inputs, valid samples left -> state, chunk of outputs` over time.
 
     In training the backward pass keeps the states between the chunks and computes the rest again.
@@ -43,7 +43,7 @@ def scan_chunks(
         return (state, jnp.maximum(left - chunk_size, 0)), y
 
     (state, _), y = lax.scan(advance, (state, jnp.asarray(left)), jax.tree.map(split, inputs))
-    return state, y.reshape(-1, *y.shape[2:])[:time]
+    return state, jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:])[:time], y)
 
 
 def state_at(states: Float[Array, "chunk ..."], before: Float[Array, "..."], left: Left) -> Array:

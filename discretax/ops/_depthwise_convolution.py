@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 from discretax._timeseries import check_length, check_resets, zero_padding
 from discretax._types import accumulation_dtype
 from discretax.ops._checks import check_array
+from discretax.ops._sequence_parallel import incoming_window
 
 
 def depthwise_convolution(
@@ -55,9 +56,15 @@ def depthwise_convolution(
     check_resets(resets, time)
     dtype = accumulation_dtype(*jax.tree.leaves((x, weight, bias, window)))
     window = jnp.zeros((past, features)) if window is None else window
-    samples = jnp.concatenate([window.astype(dtype), zero_padding(x, length).astype(dtype)])
+    u = zero_padding(x, length).astype(dtype)
     # Each sample's sequence; those of the window belong to the zeroth.
     sequence = None if resets is None else jnp.pad(jnp.cumsum(resets), (past, 0))
+    window = incoming_window(
+        window.astype(dtype),
+        lambda: _window_after(jnp.pad(u, ((past, 0), (0, 0))), sequence, time, past),
+        time,
+    )
+    samples = jnp.concatenate([window, u])
 
     y = jnp.zeros((), dtype) if bias is None else bias.astype(dtype)
     for k in range(past + 1):
@@ -67,9 +74,14 @@ def depthwise_convolution(
             delayed = jnp.where(same[:, None], delayed, 0)
         y = y + weight[:, k].astype(dtype) * delayed
 
-    length = time if length is None else length
-    window = lax.dynamic_slice_in_dim(samples, length, past)
-    if sequence is not None and past > 0:
-        tail = lax.dynamic_slice_in_dim(sequence, length, past)
-        window = jnp.where((tail == tail[-1])[:, None], window, 0)
+    window = _window_after(samples, sequence, time if length is None else length, past)
     return y.astype(x.dtype), window
+
+
+def _window_after(samples, sequence, length, past):
+    """The last `past` samples of the sequence that the last valid one belongs to."""
+    window = lax.dynamic_slice_in_dim(samples, length, past)
+    if sequence is None or past == 0:
+        return window
+    tail = lax.dynamic_slice_in_dim(sequence, length, past)
+    return jnp.where((tail == tail[-1])[:, None], window, 0)

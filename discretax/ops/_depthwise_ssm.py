@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 from discretax.ops._chunks import Left, scan_chunks, state_at
 from discretax.ops._convolution import fft_convolution
-from discretax.ops._linear_recurrence import recurrence
+from discretax.ops._linear_recurrence import recurrence, times
+from discretax.ops._sequence_parallel import incoming_state, time_parts
 from discretax.ops._transition import DensePower, DiagonalPower, Transition, flat, power_of, unflat
 
 Route = Literal["scan", "chunks", "fft"] | None
@@ -58,6 +59,7 @@ def depthwise_ssm(
     The output, and the planes of the state after the last valid sample.
     """
     varying = transition.A.ndim == 4
+    h0 = incoming_depthwise_state(transition, B, C, x, h0, length, resets)
     if route is None:
         route = "scan" if x.shape[0] <= STEPS else "chunks"
     if route == "scan" or varying or resets is not None:
@@ -90,6 +92,29 @@ SEGMENT = 2**16
 def _chunk_size(time: int) -> int:
     size = CHUNK if time <= LARGE_BEYOND else LARGE_CHUNK
     return min(size, 1 << (time - 1).bit_length())
+
+
+def incoming_depthwise_state(
+    transition: Transition, B: Array, C: Array, x: Array, h0: Array, length: Left | None, resets
+) -> Float[Array, "features 2 state"]:
+    """`h0`, or with time split over devices the state that the samples before leave."""
+    if transition.U is not None and time_parts() > 1:
+        raise ValueError(
+            "a transition with a low-rank part, that of S4, is not split over devices along time: "
+            "its power over a part is a dense matrix for each feature. Take a diagonal one, that "
+            "of S4D."
+        )
+
+    def last_state(h, x):
+        if transition.A.ndim == 4 or resets is not None:
+            return _scan(transition, B, C, None, x, h, length, resets)[1]
+        return carried_state(transition, B, C, x, h, length)[1]
+
+    def summary():
+        one = jnp.zeros_like(h0).at[:, 0].set(1)
+        return last_state(one, jnp.zeros_like(x)), last_state(jnp.zeros_like(h0), x)
+
+    return incoming_state(h0, summary, resets, times)
 
 
 def carried_state(
@@ -207,11 +232,15 @@ def _boundary_states(
     power: DiagonalPower | DensePower, inputs: Float[Array, "features chunks flat"], h0
 ):
     """The states before each chunk, (chunks, features, flat), and the one after the last."""
+    inputs = jnp.moveaxis(inputs, 1, 0)
+    if isinstance(power, DiagonalPower):
+        after = recurrence(power.planes, unflat(inputs), h0, None, planes=True)
+        return flat(jnp.concatenate([h0[None], after[:-1]])), flat(after[-1])
 
     def move(h, v):
         return power(h) + v, h
 
-    after, before = lax.scan(move, flat(h0), jnp.moveaxis(inputs, 1, 0))
+    after, before = lax.scan(move, flat(h0), inputs)
     return before, after
 
 

@@ -3,8 +3,8 @@
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from discretax.ops._chunks import scan_chunks, state_at
-from discretax.ops._linear_recurrence import Implementation, recurrence, times
+from discretax.ops._chunked_recurrence import chunked_recurrence
+from discretax.ops._linear_recurrence import Implementation, times
 
 
 def diagonal_ssm(
@@ -54,24 +54,27 @@ def diagonal_ssm(
         chunk_size = _choose_chunk_size(x.shape[0], state_dim)
     varying = A.ndim == 3
 
-    def run(h_initial, inputs, left):
-        A_chunk, gamma_chunk, x_chunk, resets_chunk = inputs
+    def terms(inputs):
+        A_chunk, gamma_chunk, x_chunk = inputs
         drive = (x_chunk @ B.reshape(-1, 2 * state_dim)).reshape(-1, 2, state_dim)
-        h = recurrence(
-            A_chunk if varying else A,
-            drive if gamma_chunk is None else times(gamma_chunk, drive),
-            h_initial,
-            resets_chunk,
-            planes=True,
-            implementation=implementation,
-        )
-        y = h.reshape(-1, 2 * state_dim) @ C.reshape(2 * state_dim, -1)
-        if D is not None:
-            y = y + D * x_chunk
-        return state_at(h, h_initial, left), y
+        drive = drive if gamma_chunk is None else times(gamma_chunk, drive)
+        return A_chunk if varying else A, drive, x_chunk
 
-    inputs = (A if varying else None, gamma, x, resets)
-    h_final, y = scan_chunks(run, h0, inputs, length, chunk_size)
+    def readout(h, x_chunk):
+        y = h.reshape(-1, 2 * state_dim) @ C.reshape(2 * state_dim, -1)
+        return y if D is None else y + D * x_chunk
+
+    h_final, y = chunked_recurrence(
+        terms,
+        readout,
+        h0,
+        (A if varying else None, gamma, x),
+        resets=resets,
+        length=length,
+        chunk_size=chunk_size,
+        planes=True,
+        implementation=implementation,
+    )
     return y, h_final
 
 

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Inexact
 
+from discretax.ops._sequence_parallel import incoming_state, time_parts
+
 Implementation = Literal["sequential", "associative"] | None
 
 
@@ -83,7 +85,18 @@ def linear_recurrence(
     dtype = b.dtype
     if dtype in (jnp.bfloat16, jnp.float16):
         a, b, h0 = a.astype(jnp.float32), b.astype(jnp.float32), h0.astype(jnp.float32)
-    h = recurrence(a, b, h0, resets, reverse=reverse, implementation=implementation)
+    states = ft.partial(
+        recurrence, a, resets=resets, reverse=reverse, implementation=implementation
+    )
+    if time_parts() > 1 and reverse:
+        raise ValueError(
+            "with time split over devices, `linear_recurrence` runs forward alone; got reverse=True."
+        )
+    summary = lambda: (
+        states(jnp.zeros_like(b), jnp.ones_like(h0))[-1],
+        states(b, jnp.zeros_like(h0))[-1],
+    )
+    h = states(b, incoming_state(h0, summary, resets))
     return h.astype(dtype)
 
 

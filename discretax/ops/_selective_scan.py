@@ -13,6 +13,7 @@ from discretax._timeseries import check_length, check_resets, valid_samples
 from discretax._types import accumulation_dtype
 from discretax.ops._checks import check_array
 from discretax.ops._discretization import bilinear, zoh
+from discretax.ops._sequence_parallel import incoming_state
 
 SelectiveDiscretization = Literal["mamba", "zoh", "bilinear", "dirac"]
 
@@ -107,7 +108,17 @@ def selective_scan(
         lambda value: jnp.pad(value, ((0, padding), (0, 0))), _Samples(x, dt, dt_A, B, C)
     )
     resets = None if resets is None else jnp.pad(resets, (0, padding))
-    y, h = _scan(discretization, chunk_size, samples, resets, A.astype(dtype).T, h.T)
+    A = A.astype(dtype).T
+    over_time = ft.partial(_scan, discretization, chunk_size)
+
+    def summary():
+        silence = samples._replace(x=jnp.zeros_like(samples.x))
+        return (
+            over_time(silence, resets, A, jnp.ones_like(A))[1],
+            over_time(samples, resets, A, jnp.zeros_like(A))[1],
+        )
+
+    y, h = over_time(samples, resets, A, incoming_state(h.T, summary, resets))
     y = y[:time]
     if D is not None:
         y = y + D.astype(dtype) * x.astype(dtype)

@@ -9,6 +9,7 @@ from discretax._timeseries import check_length, check_resets, zero_padding
 from discretax._types import accumulation_dtype
 from discretax.ops._checks import check_array
 from discretax.ops._chunks import scan_chunks
+from discretax.ops._sequence_parallel import incoming_state
 
 
 def ssd(
@@ -104,7 +105,18 @@ def ssd(
         return advance(rates, h, x, dt, B, C, resets)
 
     inputs = (grouped(x, 1), grouped(dt, 1), B, C, resets)
-    h, y = scan_chunks(run, grouped(h, 0), inputs, None, chunk_size)
+    over_time = lambda h: scan_chunks(run, h, inputs, None, chunk_size)
+    h = grouped(h, 0)
+
+    def summary():
+        steps = inputs[1].astype(dtype)
+        if resets is not None:  # which leave nothing to decay
+            steps = jnp.where(resets.any(), 0, steps)
+        return jnp.exp(rates * steps.sum(0)), over_time(jnp.zeros_like(h))[0]
+
+    h, y = over_time(
+        incoming_state(h, summary, resets, lambda decay, h: decay[..., None, None] * h)
+    )
     y = y.reshape(x.shape)
     if D is not None:
         y = y + D.astype(dtype)[:, None] * x.astype(dtype)

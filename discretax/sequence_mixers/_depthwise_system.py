@@ -9,6 +9,7 @@ from jaxtyping import Array, Complex, Float
 from discretax._types import Length, Resets, Sample, Values, accumulation_dtype
 from discretax.ops import Route, Transition, depthwise_kernel, depthwise_ssm
 from discretax.ops._linear_recurrence import to_complex, to_planes
+from discretax.ops._sequence_parallel import time_parts
 
 
 class DepthwiseSystem(eqx.Module):
@@ -86,10 +87,11 @@ class DepthwiseSystem(eqx.Module):
         length: Length | None = None,
         resets: Resets | None = None,
     ) -> tuple[Values, Float[Array, "features 2 state"]]:
-        if self.l_max is not None and x.shape[0] > self.l_max:
+        time = x.shape[0] * time_parts()
+        if self.l_max is not None and time > self.l_max:
             raise ValueError(
                 f"this mixer was built for sequences of at most l_max={self.l_max} samples; got "
-                f"{x.shape[0]}. Feed the sequence in chunks, or build the mixer with a larger "
+                f"{time}. Feed the sequence in chunks, or build the mixer with a larger "
                 "`l_max`, or None."
             )
         system, u, h0 = self._accumulating(x, cache)

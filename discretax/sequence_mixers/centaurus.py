@@ -20,7 +20,7 @@ from discretax.ops import (
     projected_convolution,
     zoh,
 )
-from discretax.ops._depthwise_ssm import carried_state
+from discretax.ops._depthwise_ssm import carried_state, incoming_depthwise_state
 from discretax.sequence_mixers._depthwise_system import DepthwiseSystem
 from discretax.sequence_mixers._diagonal_system import DiagonalSystem, transfer
 from discretax.sequence_mixers.base import AbstractContinuousMixer, zero_cache
@@ -293,14 +293,10 @@ class CentaurusSystem(eqx.Module):
     def _convolve(self, x, h0, length):
         """With the channels' readout and the projections contracted in the cheapest order."""
         kernel = self.kernel(x.shape[0])
-        free, h = carried_state(
-            self.channels.transition,
-            self.channels.B_planes,
-            self.channels.C_planes,
-            self._project(x),
-            h0,
-            length,
-        )
+        channels = self.channels
+        system = channels.transition, channels.B_planes, channels.C_planes, self._project(x)
+        h0 = incoming_depthwise_state(*system, h0, length, None)
+        free, h = carried_state(*system, h0, length)
         if self.mode == "neck":
             forced = projected_convolution(kernel, self.B_in, self.C_out, x)
         else:

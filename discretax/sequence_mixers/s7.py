@@ -8,8 +8,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._features import check_size, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
-from discretax.ops._chunks import scan_chunks, state_at
-from discretax.ops._linear_recurrence import recurrence
+from discretax.ops._chunked_recurrence import chunked_recurrence
 from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
 
 # B_t and C_t exist for so many samples at once. Each chunk reads all of W_x, so it is not shorter.
@@ -113,18 +112,22 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
         mixer = jax.tree.map(lambda p: p.astype(accumulation_dtype(x, p)), self)
         u = linear(self.in_proj, x)
 
-        def run(h, inputs, left):
-            u, resets = inputs
-            v, states = mixer._states(u.astype(h.dtype), h, resets)
-            return state_at(states, h, left), v
-
         h = cache.astype(mixer.alpha.dtype)
-        h, v = scan_chunks(run, h, (u, resets), length, CHUNK)
+        h, v = chunked_recurrence(
+            lambda u: mixer._recurrence(u.astype(h.dtype)),
+            _read_out,
+            h,
+            u,
+            resets=resets,
+            length=length,
+            chunk_size=CHUNK,
+        )
         v = v.astype(x.dtype)
         gate = linear(self.gate_proj, jax.nn.gelu(v, approximate=False))
         return v * jax.nn.sigmoid(gate), h.astype(cache.dtype)
 
-    def _states(self, u, h, resets):
+    def _recurrence(self, u):
+        """What each sample does to the state, and how it is read out."""
         features, state_dim = self.in_features, self.alpha.size
         ends = [state_dim, features * state_dim, features * state_dim, features]
         alpha, B, C, D, b = jnp.split(
@@ -132,5 +135,9 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
         )
         B, C = (matrix.reshape(-1, features, state_dim) for matrix in (B, C))
         A_bar = 1 - 1 / ((alpha + self.alpha) ** 2 + 0.5)
-        h = recurrence(A_bar, jnp.einsum("thn,th->tn", B, u) + b, h, resets)
-        return jnp.einsum("thn,tn->th", C, h) + D * u, h
+        return A_bar, jnp.einsum("thn,th->tn", B, u) + b, (C, D * u)
+
+
+def _read_out(h, readout):
+    C, skip = readout
+    return jnp.einsum("thn,tn->th", C, h) + skip
