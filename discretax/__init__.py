@@ -14,6 +14,7 @@ from discretax import (
     optim as optim,
     pretrained as pretrained,
     sequence_mixers as sequence_mixers,
+    sharding as sharding,
 )
 from discretax._timeseries import Timeseries as Timeseries
 from discretax.inference import (

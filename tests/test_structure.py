@@ -44,6 +44,7 @@ MAY_SEE = {
     "pretrained": ("architectures", "blocks", "channel_mixers", "sequence_mixers"),
     "inspection": (*_COMMON, "sequence_mixers"),
     "optim": (*_COMMON, "sequence_mixers"),
+    "sharding": ("_features",),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 WRAPPERS = {"bidirectional.py", "discretized.py", "gated.py", "parallel.py"}

@@ -1,0 +1,205 @@
+"""Trains on one device or many, with the same losses: the script does not change, the mesh does.
+
+    python examples/train_sharded.py                                # all devices there are
+    python examples/train_sharded.py --devices 8 --model 2          # the CPU as 4 x 2 devices
+    python examples/train_sharded.py --devices 8 --save runs/sharded --kill 25
+    python examples/train_sharded.py --devices 2 --save runs/sharded    # goes on, on another mesh
+
+On several machines every one runs the script, with its own number; on one machine, as a trial:
+
+    python examples/train_sharded.py --devices 2 --processes 2 --process 0 &
+    python examples/train_sharded.py --devices 2 --processes 2 --process 1
+
+The model learns that a sequence repeats itself. Batches come from the number of the step, so that a
+run that goes on sees what it would have seen.
+"""
+
+import argparse
+import dataclasses
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.random as jr
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+import discretax
+from discretax.architectures import LanguageModel
+from discretax.channel_mixers import SwiGLU
+from discretax.sequence_mixers import (
+    AttentionSequenceMixer,
+    GriffinSequenceMixer,
+    LRUSequenceMixer,
+    MambaSequenceMixer,
+)
+from discretax.sharding import make_mesh, shard_batch, shard_model
+
+recurrent = partial(GriffinSequenceMixer, num_heads=2)
+attention = partial(AttentionSequenceMixer, num_heads=2, window=32)
+PATTERNS = {
+    "griffin": (recurrent, recurrent, attention),
+    "lru": (partial(LRUSequenceMixer, r_min=0.9, r_max=0.999),),
+    "mamba": (MambaSequenceMixer,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    hidden_dim: int = 64
+    num_blocks: int = 3
+    steps: int = 100
+    batch_size: int = 16
+    period: int = 12
+    vocabulary: int = 32
+    learning_rate: float = 3e-3
+    min_size: int = 2**10  # this model is small: 2**14, the default, would leave most of it whole
+
+
+def make_batch(config: Config, step: int) -> np.ndarray:
+    """Three times what is drawn for each sequence, (batch, time)."""
+    rng = np.random.default_rng(step)
+    once = rng.integers(config.vocabulary, size=(config.batch_size, config.period))
+    return np.tile(once, 3)
+
+
+def own_part(batch: np.ndarray) -> np.ndarray:
+    """The sequences that this process loads."""
+    return np.split(batch, jax.process_count())[jax.process_index()]
+
+
+@eqx.nn.make_with_state
+def make_model(name: str, config: Config, key: jax.Array):
+    mlp = partial(SwiGLU, intermediate_dim=2 * config.hidden_dim)
+    return LanguageModel(
+        key,
+        vocab_size=config.vocabulary,
+        hidden_dim=config.hidden_dim,
+        num_blocks=config.num_blocks,
+        pattern=PATTERNS[name],
+        channel_mixer=None if name == "mamba" else mlp,
+    )
+
+
+def make_optimiser(config: Config) -> optax.GradientTransformation:
+    return discretax.optim.adamw_cosine(config.learning_rate, config.steps)
+
+
+@eqx.filter_jit
+def initialise(name: str, config: Config, mesh: Mesh, key: jax.Array):
+    """Model, state and optimiser state, made in their places: no device holds the whole."""
+    model, state = make_model(name, config, key)
+    opt_state = make_optimiser(config).init(eqx.filter(model, eqx.is_inexact_array))
+    return shard_model((model, state, opt_state), mesh, min_size=config.min_size)
+
+
+@eqx.filter_jit(donate="all-except-first")
+def train_step(inputs: tuple[jax.Array, Config, Mesh], trained):
+    tokens, config, mesh = inputs
+    model, state, opt_state = trained
+
+    def loss_fn(model, state):
+        batched = jax.vmap(model.loss, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+        losses, state = batched(tokens, state)
+        return losses.total.sum() / losses.count.sum(), state
+
+    (loss, state), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(model, state)
+    params = eqx.filter(model, eqx.is_inexact_array)
+    updates, opt_state = make_optimiser(config).update(grads, opt_state, params)
+    trained = (eqx.apply_updates(model, updates), state, opt_state)
+    return shard_model(trained, mesh, min_size=config.min_size), loss
+
+
+def named_arrays(trained) -> dict[str, jax.Array]:
+    leaves, _ = jax.tree.flatten_with_path(eqx.filter(trained, eqx.is_array))
+    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+
+
+def restore(manager: ocp.CheckpointManager, trained) -> tuple[Any, int]:
+    """What was saved last, in the places where `trained` lies, and the number of steps done."""
+    step = manager.latest_step()
+    if step is None:
+        return trained, 0
+    arrays, static = eqx.partition(trained, eqx.is_array)
+    like = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in named_arrays(trained).items()
+    }
+    saved = manager.restore(step, args=ocp.args.StandardRestore(like))
+    arrays = jax.tree.unflatten(jax.tree.structure(arrays), [saved[name] for name in like])
+    return eqx.combine(arrays, static), step
+
+
+def train(options: dict, config: Config, mesh: Mesh) -> dict[int, float]:
+    """The loss of every step that this run makes."""
+    trained, done, losses = initialise(options["mixer"], config, mesh, jr.key(0)), 0, {}
+    params = jax.tree.leaves(eqx.filter(trained[0], eqx.is_inexact_array))
+    held = sum(leaf.addressable_shards[0].data.size for leaf in params)
+    axes = " x ".join(f"{size} {name}" for name, size in mesh.shape.items())
+    print(f"{axes}: {sum(leaf.size for leaf in params)} parameters, {held} on each device")
+    manager = None
+    if options["save"] is not None:
+        each = ocp.CheckpointManagerOptions(save_interval_steps=options["every"], max_to_keep=2)
+        manager = ocp.CheckpointManager(options["save"].resolve(), options=each)
+        trained, done = restore(manager, trained)
+    for step in range(done + 1, config.steps + 1):
+        tokens = shard_batch(own_part(make_batch(config, step)), mesh)
+        trained, loss = train_step((tokens, config, mesh), trained)
+        losses[step] = float(loss)
+        print(f"step {step} loss {losses[step]:.7f}", flush=True)
+        if manager is not None:
+            manager.save(step, args=ocp.args.StandardSave(named_arrays(trained)))
+        if step == options["kill"]:
+            os._exit(1)
+    if manager is not None:
+        manager.close()
+    return losses
+
+
+def parse(argv: list[str] | None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--mixer", choices=tuple(PATTERNS), default="griffin")
+    add("--devices", type=int, help="make so many of the CPU, in each process")
+    add("--model", type=int, default=1, help="how many devices share a projection")
+    add("--save", type=Path, help="folder for checkpoints; a run that finds one there goes on")
+    add("--every", type=int, default=10, help="steps between two checkpoints")
+    add("--kill", type=int, help="end the process after this step, as a power cut would")
+    add("--processes", type=int, default=1)
+    add("--process", type=int, default=0, help="number of this process")
+    add("--coordinator", default="127.0.0.1:9911", help="address of process 0")
+    for field in dataclasses.fields(Config):
+        add("--" + field.name.replace("_", "-"), type=field.type, default=field.default)
+    options = vars(parser.parse_args(argv))
+    config = Config(**{f.name: options.pop(f.name) for f in dataclasses.fields(Config)})
+    given = options | dataclasses.asdict(config)
+    rules = [(name, value > 0, "above 0") for name, value in dataclasses.asdict(config).items()]
+    rules += [(name, options[name] > 0, "above 0") for name in ("model", "every", "processes")]
+    own = 0 <= options["process"] < options["processes"]
+    rules.append(("process", own, f"below --processes, {options['processes']}"))
+    for option, holds, rule in rules:
+        if not holds:
+            name = "--" + option.replace("_", "-")
+            parser.error(f"{name} must be {rule}; got {given[option]}. Change or omit it.")
+    return options, config
+
+
+def main(argv: list[str] | None = None) -> dict[int, float]:
+    options, config = parse(argv)
+    if options["devices"] is not None:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", options["devices"])
+    if options["processes"] > 1:
+        jax.distributed.initialize(options["coordinator"], options["processes"], options["process"])
+    return train(options, config, make_mesh(model=options["model"]))
+
+
+if __name__ == "__main__":
+    main()
