@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
-from discretax import ops
+from discretax import ops, sharding
 from discretax.sequence_mixers import (
     AbstractLTIMixer,
     AbstractSequenceMixer,
@@ -33,11 +33,13 @@ from discretax.sequence_mixers import (
     S4SequenceMixer,
     S5SequenceMixer,
     S7SequenceMixer,
+    SequenceParallel,
 )
 from discretax.sequence_mixers._diagonal_system import DiagonalSystem
 from discretax.sequence_mixers.base import zero_cache
 
 FEATURES, TIME = 4, 13
+ONE_DEVICE = sharding.make_mesh(devices=jax.devices()[:1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -356,6 +358,7 @@ CASES = (
         transition_size=lambda mixer: diagonal_size(mixer.sequence_mixer),
     ),
     Case("Bidirectional", bidirectional, streams=False, takes_timesteps=True),
+    Case("SequenceParallel", lambda key: SequenceParallel(lru(key), ONE_DEVICE)),
     Case(
         "Decay",
         lambda key: Decay(FEATURES, key),

@@ -20,6 +20,10 @@ from discretax.sequence_mixers.gated import GatedSequenceMixer as GatedSequenceM
 from discretax.sequence_mixers.lru import LRUSequenceMixer as LRUSequenceMixer
 from discretax.sequence_mixers.mamba import MambaSequenceMixer as MambaSequenceMixer
 from discretax.sequence_mixers.mamba2 import Mamba2SequenceMixer as Mamba2SequenceMixer
+from discretax.sequence_mixers.parallel import (
+    SequenceParallel as SequenceParallel,
+    sequence_parallel as sequence_parallel,
+)
 from discretax.sequence_mixers.rglru import (
     GriffinSequenceMixer as GriffinSequenceMixer,
     RGLRUSequenceMixer as RGLRUSequenceMixer,

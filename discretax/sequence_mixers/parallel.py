@@ -150,14 +150,18 @@ class SequenceParallel(AbstractSequenceMixer[Any]):
             return y, jax.tree.map(lambda array: array[None], after)
 
         over_time, everywhere = PartitionSpec(self.axis_name), PartitionSpec()
-        y, after = jax.shard_map(
+        split_mixer = jax.shard_map(
             mix_part,
             mesh=self.mesh,
             in_specs=(over_time, over_time, everywhere),
             out_specs=over_time,
             axis_names={self.axis_name},
             check_vma=False,
-        )(jnp.arange(parts), (x, integration_timesteps, resets), (arrays, cache, length, key))
+        )
+        # Uncompiled, JAX leaves no axis of a mesh to the compiler.
+        y, after = jax.jit(split_mixer)(
+            jnp.arange(parts), (x, integration_timesteps, resets), (arrays, cache, length, key)
+        )
         return y, jax.tree.map(lambda array: array[last_part], after)
 
     def step(
