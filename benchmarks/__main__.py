@@ -81,7 +81,7 @@ def measure(name: str, cases: list[Case], options: argparse.Namespace) -> dict:
             outcomes.append(outcome)
             print("\n".join(report.rows(name, outcome)), flush=True)
     table = {"about": about, "cases": outcomes}
-    print("\n".join(report.notes(table)), flush=True)
+    print(*report.notes(table), flush=True)
     return table
 
 
