@@ -147,18 +147,37 @@ def shard_model(tree: PyTree, mesh: Mesh, rules: Rules = (), *, min_size: int = 
 
     **Raises:** `ValueError` as there.
     """
-    sharding = parameter_sharding(mesh, rules, min_size=min_size)
-    whole = NamedSharding(mesh, PartitionSpec())
-    is_state = lambda node: isinstance(node, eqx.nn.State | eqx.nn.StateIndex)
+    return _place(tree, mesh, parameter_sharding(mesh, rules, min_size=min_size))
 
-    def place(path, node):
-        if is_state(node):
-            return eqx.filter_shard(node, whole)
-        if not eqx.is_array(node):
-            return node
-        return eqx.filter_shard(node, sharding(jax.tree_util.keystr(path), node))
 
-    return jax.tree_util.tree_map_with_path(place, tree, is_leaf=is_state)
+def gather_model(tree: PyTree, mesh: Mesh, rules: Rules = (), *, min_size: int = 2**14) -> PyTree:
+    """Inside the loss: parameters as the layers use them, whole over `"data"`, split over `"model"`.
+
+    Each is gathered from all devices when a layer needs it. Its gradient is the sum over them, of
+    which each keeps its part, as the optimiser state lies. Without this the compiler is free to
+    move the activations instead, of which there are more.
+
+    !!! example
+
+        ```python
+        def loss_fn(model, state):
+            model = gather_model(model, mesh)
+            ...
+        ```
+
+    **Arguments:** as those of [`discretax.sharding.shard_model`][].
+
+    **Raises:** `ValueError` as there.
+    """
+    stored = parameter_sharding(mesh, rules, min_size=min_size)
+
+    def used(path, leaf):
+        kept = [
+            tuple(n for n in names if n != "data") for names in _entries(stored(path, leaf).spec)
+        ]
+        return NamedSharding(mesh, PartitionSpec(*(names or None for names in kept)))
+
+    return _place(tree, mesh, used)
 
 
 def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
@@ -188,6 +207,20 @@ def shard_batch(batch: PyTree, mesh: Mesh) -> PyTree:
         )
 
     return jax.tree_util.tree_map_with_path(place, batch)
+
+
+def _place(tree: PyTree, mesh: Mesh, sharding: Callable[[str, Array], NamedSharding]) -> PyTree:
+    whole = NamedSharding(mesh, PartitionSpec())
+    is_state = lambda node: isinstance(node, eqx.nn.State | eqx.nn.StateIndex)
+
+    def place(path, node):
+        if is_state(node):
+            return eqx.filter_shard(node, whole)
+        if not eqx.is_array(node):
+            return node
+        return eqx.filter_shard(node, sharding(jax.tree_util.keystr(path), node))
+
+    return jax.tree_util.tree_map_with_path(place, tree, is_leaf=is_state)
 
 
 def _default_spec(path: str, shape: tuple[int, ...], mesh: Mesh, min_size: int) -> PartitionSpec:
@@ -222,5 +255,10 @@ def _check_fit(path: str, shape: tuple[int, ...], spec: PartitionSpec, mesh: Mes
 
 
 def _names(spec: PartitionSpec) -> list[str]:
-    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
-    return [name for entry in entries for name in entry if name is not None]
+    return [name for names in _entries(spec) for name in names]
+
+
+def _entries(spec: PartitionSpec) -> list[tuple[str, ...]]:
+    """For each axis, the mesh's axes over which it is split."""
+    listed = [entry if isinstance(entry, tuple) else (entry,) for entry in spec]
+    return [tuple(name for name in names if name is not None) for names in listed]

@@ -38,7 +38,7 @@ from discretax.sequence_mixers import (
     LRUSequenceMixer,
     MambaSequenceMixer,
 )
-from discretax.sharding import make_mesh, shard_batch, shard_model
+from discretax.sharding import gather_model, make_mesh, shard_batch, shard_model
 
 recurrent = partial(GriffinSequenceMixer, num_heads=2)
 attention = partial(AttentionSequenceMixer, num_heads=2, window=32)
@@ -104,6 +104,7 @@ def train_step(inputs: tuple[jax.Array, Config, Mesh], trained):
     model, state, opt_state = trained
 
     def loss_fn(model, state):
+        model = gather_model(model, mesh, min_size=config.min_size)
         batched = jax.vmap(model.loss, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
         losses, state = batched(tokens, state)
         return losses.total.sum() / losses.count.sum(), state

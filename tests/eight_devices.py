@@ -1,6 +1,7 @@
 """Tests that need eight devices, which `test_sharding.py` runs with as many made of the CPU."""
 
 import functools as ft
+import math
 import re
 from typing import NamedTuple
 
@@ -27,7 +28,13 @@ from discretax.sequence_mixers import (
     GriffinSequenceMixer,
     MambaSequenceMixer,
 )
-from discretax.sharding import make_mesh, parameter_sharding, shard_batch, shard_model
+from discretax.sharding import (
+    gather_model,
+    make_mesh,
+    parameter_sharding,
+    shard_batch,
+    shard_model,
+)
 
 MIN_SIZE = 128
 BATCH, TIME = 16, 6
@@ -36,7 +43,11 @@ BATCH, TIME = 16, 6
 class Collective(NamedTuple):
     kind: str
     in_loop: bool
-    size: int  # numbers that leave it, on each device
+    shapes: list[tuple[int, ...]]  # of what each device has of it afterwards
+
+    @property
+    def size(self):
+        return sum(map(math.prod, self.shapes))
 
 
 def collectives(compiled_text):
@@ -48,9 +59,11 @@ def collectives(compiled_text):
             line,
         )
         if match:
-            shapes = re.findall(r"[a-z]+\d+\[([\d,]*)\]", match[1])
-            size = sum(np.prod([int(n) for n in shape.split(",") if n]) for shape in shapes)
-            found.append(Collective(match[2], "/while/" in line, int(size)))
+            shapes = [
+                tuple(int(n) for n in shape.split(",") if n)
+                for shape in re.findall(r"[a-z]+\d+\[([\d,]*)\]", match[1])
+            ]
+            found.append(Collective(match[2], "/while/" in line, shapes))
     return found
 
 
@@ -130,7 +143,10 @@ def train(name, mesh):
     @eqx.filter_jit(donate="all-except-first")
     def step(batch, trained):
         model, state, opt_state = trained
-        (loss, state), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(model, state, batch)
+        gathered = lambda model, *args: loss_fn(gather_model(model, mesh, min_size=MIN_SIZE), *args)
+        (loss, state), grads = eqx.filter_value_and_grad(gathered, has_aux=True)(
+            model, state, batch
+        )
         updates, opt_state = optimiser.update(grads, opt_state)
         return place((eqx.apply_updates(model, updates), state, opt_state)), loss
 
@@ -161,16 +177,23 @@ def test_training_gives_the_same_numbers_on_any_mesh(name, axes):
 
     assert not any(c.in_loop for c in sent)
     if name == "mamba":
-        # Parameters are gathered for the forward and at most once more for the backward pass, and
-        # every gradient is summed once, with the loss and the number of tokens; that of the embedding
-        # twice, as it is the logits' weight too.
+        # Every parameter that is split is gathered once, and every gradient summed once, with the
+        # loss and the number of tokens; that of the embedding twice: it is the logits' weight too.
         sizes = [leaf.size for leaf in parameters(alone[0]).values()]
-        gathered = sum(c.size for c in sent if c.kind == "all-gather")
-        assert gathered <= 2 * sum(size for size in sizes if size >= MIN_SIZE)
+        params = parameters(trained[0]).values()
+        split = sum(leaf.size for leaf in params if not leaf.sharding.is_fully_replicated)
+        assert sum(c.size for c in sent if c.kind == "all-gather") == split
         reduced = sum(c.size for c in sent if c.kind == "all-reduce")
         embedding = alone[0].encoder.embedding.weight.size
         assert sum(sizes) <= reduced <= sum(sizes) + embedding + 2
         assert {c.kind for c in sent} == {"all-gather", "all-reduce"}
+
+    if name == "griffin":
+        # Sums over "model": forward after each of the four maps back to the residual stream,
+        # backward before each of the nine from it, linear_x and _y, gate and up, q, k and v.
+        stream = (BATCH // mesh.shape["data"], TIME, 16)
+        sums = [shape for c in sent if c.kind == "all-reduce" for shape in c.shapes]
+        assert sums.count(stream) == 4 + 9
 
     params, moments = parameters(trained[0]), parameters(trained[2])
     split = {path for path, leaf in params.items() if leaf.size >= MIN_SIZE}
