@@ -153,9 +153,9 @@ def shard_model(tree: PyTree, mesh: Mesh, rules: Rules = (), *, min_size: int = 
 def gather_model(tree: PyTree, mesh: Mesh, rules: Rules = (), *, min_size: int = 2**14) -> PyTree:
     """Inside the loss: parameters as the layers use them, whole over `"data"`, split over `"model"`.
 
-    Each is gathered from all devices when a layer needs it. Its gradient is the sum over them, of
-    which each keeps its part, as the optimiser state lies. Without this the compiler is free to
-    move the activations instead, of which there are more.
+    Each is gathered from all devices, and held until the backward pass has used it. Its gradient is
+    summed over all, and each device keeps its part. Without this the compiler may send activations
+    around instead.
 
     !!! example
 
