@@ -111,7 +111,7 @@ class SequenceParallel(AbstractSequenceMixer[Any]):
         **Raises:** `ValueError` if the number of samples is not a multiple of that of the devices,
         or if the mixer keeps more than its operations hand from one device to the next.
         """
-        zero = self.allocate_inference_cache()
+        zero = self.allocate_inference_cache(max_seqlen=max(1, x.shape[0]))
         cache = zero if cache is None else cache
         x = check_call(self.mixer, x, cache, zero, integration_timesteps, length, resets)
         parts = self.mesh.shape[self.axis_name]
