@@ -447,3 +447,9 @@ def test_no_two_parameters_from_one_key():
         order, other_order = np.argsort(leaf[:length]), np.argsort(other[:length])
         assert not np.array_equal(order, other_order), (path, other_path)
         assert not np.array_equal(order, other_order[::-1]), (path, other_path)
+
+
+def test_fresh_model_and_state_can_be_donated():
+    model, state = eqx.nn.make_with_state(make_model)()
+    arrays = [leaf for leaf in jax.tree.leaves((model, state)) if eqx.is_array(leaf)]
+    assert len({array.unsafe_buffer_pointer() for array in arrays}) == len(arrays)

@@ -37,8 +37,9 @@ class BatchNorm(eqx.nn.StatefulLayer):
         variance."""
         self.weight = jnp.ones(in_features)
         self.bias = jnp.zeros(in_features)
-        zeros = jnp.zeros(in_features)
-        self.statistics = eqx.nn.StateIndex((zeros, zeros, jnp.zeros(())))
+        # Two arrays, not one twice: a step that donates its state gives away each of them.
+        mean, variance = jnp.zeros((2, in_features))
+        self.statistics = eqx.nn.StateIndex((mean, variance, jnp.zeros(())))
         self.inference = False
         self.momentum = momentum
         self.eps = eps
