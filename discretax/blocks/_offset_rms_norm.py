@@ -1,10 +1,9 @@
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from discretax._features import check_features, check_size
-from discretax._types import accumulation_dtype
+from discretax.ops._rms import rms_normalised
 
 
 class OffsetRMSNorm(eqx.Module):
@@ -27,7 +26,5 @@ class OffsetRMSNorm(eqx.Module):
 
     def __call__(self, x: Float[Array, " features"]) -> Float[Array, " features"]:
         check_features(self, x, self.offset.shape[0])
-        dtype = accumulation_dtype(x)
-        wide = x.astype(dtype)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide**2) + self.eps)
-        return (wide * (1 + self.offset.astype(dtype))).astype(x.dtype)
+        y = rms_normalised(x, self.eps)
+        return (y * (1 + self.offset.astype(y.dtype))).astype(x.dtype)

@@ -4,6 +4,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax.init._inverse_softplus import inverse_softplus
+
 
 def log_uniform_step(
     key: PRNGKeyArray, shape: tuple[int, ...], dt_min: float, dt_max: float
@@ -17,6 +19,19 @@ def log_uniform_step(
     """
     _check_range(dt_min, dt_max)
     return jr.uniform(key, shape, minval=math.log(dt_min), maxval=math.log(dt_max))
+
+
+def step_bias(
+    key: PRNGKeyArray, shape: tuple[int, ...], dt_min: float, dt_max: float, floor: float
+) -> Float[Array, "..."]:
+    r"""Biases under a softplus whose steps are log-uniform in $[\Delta_{min}, \Delta_{max}]$.
+
+    No step starts below the `floor`. (Mamba, arXiv:2312.00752, section 3.6.)
+
+    **Raises:** `ValueError` unless $0 < \Delta_{min} \le \Delta_{max}$.
+    """
+    steps = jnp.exp(log_uniform_step(key, shape, dt_min, dt_max))
+    return inverse_softplus(jnp.maximum(steps, floor))
 
 
 def log_spaced_step(num_steps: int, dt_min: float, dt_max: float) -> Float[Array, " step"]:

@@ -9,8 +9,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._features import check_name, check_positive, check_size, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
-from discretax.init import inverse_softplus, log_uniform_step
+from discretax.init import short_convolution, step_bias
 from discretax.ops import depthwise_convolution, selective_scan
+from discretax.ops._rms import rms_normalised
 from discretax.ops._selective_scan import SelectiveDiscretization
 from discretax.sequence_mixers.base import (
     AbstractLTVMixer,
@@ -140,17 +141,11 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
             check_positive("b_c_dt_rms_eps", b_c_dt_rms_eps)
         in_key, conv_key, x_key, dt_key, step_key, event_key, out_key = jr.split(key, 7)
         inner = expand * in_features
-
-        def initial_bias(key):
-            steps = jnp.exp(log_uniform_step(key, (inner,), dt_min, dt_max))
-            return inverse_softplus(jnp.maximum(steps, dt_init_floor))
-
+        initial_bias = lambda key: step_bias(key, (inner,), dt_min, dt_max, dt_init_floor)
         self.in_proj = eqx.nn.Linear(in_features, 2 * inner, use_bias=use_bias, key=in_key)
-        bound = conv_width**-0.5
         weight_key, bias_key = jr.split(conv_key)
-        self.conv_weight = jr.uniform(weight_key, (inner, conv_width), minval=-bound, maxval=bound)
-        self.conv_bias = (
-            jr.uniform(bias_key, (inner,), minval=-bound, maxval=bound) if conv_bias else None
+        self.conv_weight, self.conv_bias = short_convolution(
+            weight_key, bias_key, inner, conv_width, use_bias=conv_bias
         )
         self.x_proj = eqx.nn.Linear(inner, dt_rank + 2 * state_dim, use_bias=False, key=x_key)
         bound = dt_scale * dt_rank**-0.5
@@ -201,7 +196,9 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
             linear(self.x_proj, u), (self.dt_rank, self.dt_rank + self.A_log.shape[1]), axis=-1
         )
         if self.b_c_dt_rms_eps is not None:
-            low_rank, B, C = (_rms(v, self.b_c_dt_rms_eps) for v in (low_rank, B, C))
+            low_rank, B, C = (
+                rms_normalised(v, self.b_c_dt_rms_eps).astype(v.dtype) for v in (low_rank, B, C)
+            )
         dtype = accumulation_dtype(x, self.D)
         low_rank = low_rank.astype(dtype)
         y, state = selective_scan(
@@ -228,8 +225,3 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
         timesteps = jnp.ones(time) if timesteps is None else timesteps
         per_interval = jax.nn.softplus(self.dt_A_bias.astype(accumulation_dtype(self.dt_A_bias)))
         return timesteps.astype(per_interval.dtype)[:, None] * per_interval
-
-
-def _rms(v: Float[Array, "time width"], eps: float) -> Float[Array, "time width"]:
-    wide = v.astype(accumulation_dtype(v))
-    return (wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=1, keepdims=True) + eps)).astype(v.dtype)

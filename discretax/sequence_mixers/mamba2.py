@@ -5,13 +5,13 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._features import check_positive, check_size, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
-from discretax.init import inverse_softplus, log_uniform_step
+from discretax.init import short_convolution, step_bias
 from discretax.ops import depthwise_convolution, ssd
+from discretax.ops._rms import rms_normalised
 from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
 
 
@@ -137,19 +137,14 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
             )
         in_key, conv_key, bias_key, A_key, step_key, out_key = jr.split(key, 6)
         convolved = inner + 2 * num_groups * state_dim
-        bound = conv_width**-0.5
 
         self.in_proj = eqx.nn.Linear(
             in_features, inner + convolved + num_heads, use_bias=use_bias, key=in_key
         )
-        self.conv_weight = jr.uniform(
-            conv_key, (convolved, conv_width), minval=-bound, maxval=bound
+        self.conv_weight, self.conv_bias = short_convolution(
+            conv_key, bias_key, convolved, conv_width, use_bias=conv_bias
         )
-        self.conv_bias = (
-            jr.uniform(bias_key, (convolved,), minval=-bound, maxval=bound) if conv_bias else None
-        )
-        steps = jnp.exp(log_uniform_step(step_key, (num_heads,), dt_min, dt_max))
-        self.dt_bias = inverse_softplus(jnp.maximum(steps, dt_init_floor))
+        self.dt_bias = step_bias(step_key, (num_heads,), dt_min, dt_max, dt_init_floor)
         low, high = A_init_range
         self.A_log = jnp.log(jr.uniform(A_key, (num_heads,), minval=low, maxval=high))
         self.D = jnp.ones(num_heads)
@@ -211,6 +206,5 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
     def _normalise(self, y: Float[Array, "time inner"]) -> Float[Array, "time inner"]:
         time, inner = y.shape
         groups = y.reshape(time, self.num_groups, inner // self.num_groups)
-        squares = jnp.mean(groups**2, axis=-1, keepdims=True)
-        groups = groups * lax.rsqrt(squares + self.norm_eps)
+        groups = rms_normalised(groups, self.norm_eps)
         return groups.reshape(time, inner) * self.norm_weight.astype(y.dtype)
