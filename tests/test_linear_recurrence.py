@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from discretax.ops import diagonal_ssm, linear_recurrence
+from discretax.ops._sequence_parallel import split_time
 
 TIME, STATE = 7, (2, 3)
 
@@ -262,3 +263,9 @@ def test_long_sequences_run_in_chunks_with_equal_numbers():
         return sum(leaf.size for leaf in jax.tree.leaves(backward) if hasattr(leaf, "size"))
 
     assert residual_floats(diagonal_ssm) < residual_floats(whole) / 10
+
+
+def test_backward_in_time_is_not_split_over_devices():
+    b = jnp.ones((4, 2))
+    with split_time("seq", jnp.array(0), 2), pytest.raises(ValueError, match="got reverse=True"):
+        linear_recurrence(0.5 * b, b, reverse=True)

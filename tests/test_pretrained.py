@@ -79,6 +79,20 @@ def test_logits_and_gradients(name):
 
 
 @every_family
+def test_blocks_one_by_one(name):
+    """transformers keeps what goes into a block of RecurrentGemma, and what comes out of others."""
+    with jax.enable_x64(True):
+        golden = Golden(f"hf_{name}", "float64")
+        model, state = load(folder_of(name), dtype="float64")
+        blocks = model.backbone.blocks
+        between = blocks[:-1] if name == "recurrent_gemma" else blocks[1:]
+        for i, block in enumerate(between):
+            run = eqx.filter_jit(jax.vmap(lambda x, block=block: block(x, state)[0]))
+            actual = run(golden[f"hidden_{i}_L48"])
+            assert_close(actual, golden[f"hidden_{i + 1}_L48"], TOLERANCE[name])
+
+
+@every_family
 def test_single_precision(name):
     with jax.enable_x64(False):
         golden = Golden(f"hf_{name}", "float32")
