@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from discretax.ops._chunks import Left, scan_chunks, state_at
-from discretax.ops._linear_recurrence import Implementation, recurrence, times
+from discretax.ops._linear_recurrence import Implementation, recurrence
+from discretax.ops._recurrence_xla import times
 from discretax.ops._sequence_parallel import incoming_state
 
 

@@ -9,7 +9,8 @@ from jaxtyping import Array, Bool, Float
 
 from discretax.ops._chunks import Left, scan_chunks, state_at
 from discretax.ops._convolution import fft_convolution
-from discretax.ops._linear_recurrence import recurrence, times
+from discretax.ops._linear_recurrence import recurrence
+from discretax.ops._recurrence_xla import times
 from discretax.ops._sequence_parallel import incoming_state, time_parts
 from discretax.ops._transition import DensePower, DiagonalPower, Transition, flat, power_of, unflat
 

@@ -4,7 +4,8 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from discretax.ops._chunked_recurrence import chunked_recurrence
-from discretax.ops._linear_recurrence import Implementation, times
+from discretax.ops._linear_recurrence import Implementation
+from discretax.ops._recurrence_xla import times
 
 
 def diagonal_ssm(

@@ -9,12 +9,23 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Inexact
 
+from discretax._features import check_name
+from discretax.ops._kernels import _recurrence as kernels
+from discretax.ops._kernels._dispatch import operation, over_batch
+from discretax.ops._manual_axes import split_by_compiler, vary_alike
+from discretax.ops._recurrence_xla import (
+    accumulated,
+    align,
+    associative,
+    conjugate,
+    sequential,
+    times,
+)
 from discretax.ops._sequence_parallel import incoming_state, time_parts
 
-Implementation = Literal["sequential", "associative"] | None
+Implementation = Literal["sequential", "associative", "xla", "mosaic_gpu", "mosaic_tpu"] | None
 
 
 def linear_recurrence(
@@ -58,11 +69,7 @@ def linear_recurrence(
     `ValueError` if the shapes do not fit or `implementation` is unknown; `TypeError` if the types
     of `a`, `b` and `h0` differ or are not floating.
     """
-    if implementation not in ("sequential", "associative", None):
-        raise ValueError(
-            "`implementation` must be 'sequential', 'associative' or None (choose by platform); "
-            f"got {implementation!r}."
-        )
+    check_name("implementation", implementation, Implementation)
     if b.ndim == 0 or a.shape not in (b.shape, b.shape[1:]):
         raise ValueError(
             "`a` must have the shape of `b`, (time, *state), or of one state, (*state,); "
@@ -82,9 +89,6 @@ def linear_recurrence(
             "`a`, `b` and `h0` must be of one floating or complex type; got "
             f"{a.dtype}, {b.dtype} and {h0.dtype}. Convert with `.astype`."
         )
-    dtype = b.dtype
-    if dtype in (jnp.bfloat16, jnp.float16):
-        a, b, h0 = a.astype(jnp.float32), b.astype(jnp.float32), h0.astype(jnp.float32)
     states = ft.partial(
         recurrence, a, resets=resets, reverse=reverse, implementation=implementation
     )
@@ -96,8 +100,7 @@ def linear_recurrence(
         states(jnp.zeros_like(b), jnp.ones_like(h0))[-1],
         states(b, jnp.zeros_like(h0))[-1],
     )
-    h = states(b, incoming_state(h0, summary, resets))
-    return h.astype(dtype)
+    return states(b, incoming_state(h0, summary, resets))
 
 
 def recurrence(
@@ -116,20 +119,28 @@ def recurrence(
     a float array of shape (time, 2, state), which a reshape turns into the (time, 2*state) that
     one real matrix product yields or consumes.
     """
+    if implementation in ("mosaic_gpu", "mosaic_tpu"):
+        kernels.check(implementation, b, planes)
     if b.shape[0] == 0:
         return b
+    if implementation is None and split_by_compiler():
+        implementation = "xla"
+    a, b, h0, resets = vary_alike(a, b, h0, resets)
     return _recurrence(planes, reverse, implementation, a, b, h0, resets)
 
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _recurrence(planes, reverse, implementation, a, b, h0, resets):
-    sequential = ft.partial(_sequential, planes, reverse)
-    associative = ft.partial(_associative, planes, reverse)
     if implementation == "sequential" or b.shape[0] == 1:
-        return sequential(a, b, h0, resets)
+        return sequential(planes, reverse, a, b, h0, resets)
     if implementation == "associative":
-        return associative(a, b, h0, resets)
-    return lax.platform_dependent(a, b, h0, resets, cpu=sequential, default=associative)
+        return associative(planes, reverse, a, b, h0, resets)
+    options = {"planes": planes, "reverse": reverse, "implementation": implementation}
+    return _states(a, b, h0, *_given(resets), **options)[0]
+
+
+def _given(resets):
+    return () if resets is None else (resets,)
 
 
 def _recurrence_fwd(planes, reverse, implementation, a, b, h0, resets):
@@ -139,6 +150,96 @@ def _recurrence_fwd(planes, reverse, implementation, a, b, h0, resets):
 
 def _recurrence_bwd(planes, reverse, implementation, residuals, g):
     a, h0, resets, h = residuals
+    in_xla = implementation in ("sequential", "associative") or h.shape[0] == 1
+    derivatives = _derivatives_by_recurrence if in_xla else _derivatives
+    return *derivatives(planes, reverse, implementation, a, h0, h, g, resets), None
+
+
+_recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
+
+
+def _states_on(platform, a, b, h0, resets=None, *, planes, reverse, implementation):
+    kernel = _kernel_on(platform, implementation, b, planes)
+    if kernel is not None:
+        return [kernels.states(kernel, planes, reverse, a, b, h0, resets)]
+    form = sequential if platform == "cpu" else associative
+    run = lambda a, b, h0, resets=None: [form(planes, reverse, a, b, h0, resets)]
+    return over_batch(run, a, b, h0, *_given(resets))
+
+
+def _kernel_on(platform, implementation, b, planes) -> str | None:
+    """The kernel by which `platform` computes the recurrence of `b`, a batch; None for XLA."""
+    own = {"cuda": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(platform)
+    if implementation in kernels.DEVICES and implementation != own:
+        runs_on = kernels.DEVICES[implementation]
+        kernels.refuse(implementation, f"it runs on {runs_on}; got the platform {platform!r}")
+    example = jax.ShapeDtypeStruct(b.shape[1:], b.dtype)
+    takes = implementation != "xla" and own and kernels.why_no_kernel(own, example, planes) is None
+    return own if takes else None
+
+
+def _axes(b):
+    """Names of the axes of `b`, of the state, and of `resets`; a batch can be split, and channels."""
+    state = "uvwxyz"[: b.ndim - 3] + "n" * (b.ndim > 2)
+    return "bt" + state, "b" + state, "bt"
+
+
+def _states_axes(a, b, h0, *resets, **options):
+    b_axes, h_axes, flags = _axes(b)
+    a_axes = b_axes if a.ndim == b.ndim else h_axes
+    return [a_axes, b_axes, h_axes, flags][: 3 + len(resets)], [b_axes]
+
+
+_states = operation(
+    "linear_recurrence", _states_on, _states_axes, lambda a, b, *rest, **options: [b]
+)
+
+
+def _derivatives_on(platform, a, h0, h, g, resets=None, *, planes, reverse, implementation):
+    if _kernel_on(platform, implementation, h, planes) == "mosaic_gpu":
+        return kernels.derivatives(planes, reverse, a, h0, h, g, resets)
+    run = ft.partial(_derivatives_by_recurrence, planes, reverse, implementation)
+    return over_batch(run, a, h0, h, g, *_given(resets))
+
+
+def _derivatives_axes(a, h0, h, g, *resets, **options):
+    h_axes, h0_axes, flags = _axes(h)
+    a_axes = h_axes if a.ndim == h.ndim else h0_axes
+    inputs = [a_axes, h0_axes, h_axes, h_axes, flags]
+    return inputs[: 4 + len(resets)], [a_axes, h_axes, h0_axes]
+
+
+_derivatives_operation = operation(
+    "linear_recurrence_derivatives",
+    _derivatives_on,
+    _derivatives_axes,
+    lambda a, h0, h, g, *resets, **options: [a, h, h0],
+)
+
+
+@ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _derivatives(planes, reverse, implementation, a, h0, h, g, resets):
+    options = {"planes": planes, "reverse": reverse, "implementation": implementation}
+    return tuple(_derivatives_operation(a, h0, h, g, *_given(resets), **options))
+
+
+def _derivatives_fwd(planes, reverse, implementation, *arrays):
+    return _derivatives(planes, reverse, implementation, *arrays), arrays
+
+
+def _derivatives_bwd(planes, reverse, implementation, arrays, cotangents):
+    *arrays, resets = arrays
+    run = lambda *arrays: _derivatives_by_recurrence(
+        planes, reverse, implementation, *arrays, resets
+    )
+    return *jax.vjp(run, *arrays)[1](cotangents), None
+
+
+_derivatives.defvjp(_derivatives_fwd, _derivatives_bwd)
+
+
+def _derivatives_by_recurrence(planes, reverse, implementation, a, h0, h, g, resets=None):
+    """The cotangents of `a`, `b` and `h0`; that of `b` is the recurrence run backward."""
     first = -1 if reverse else 0
     earlier, later = slice(None, -1), slice(1, None)
     if reverse:
@@ -153,7 +254,7 @@ def _recurrence_bwd(planes, reverse, implementation, residuals, g):
     transpose = conjugate if planes else lambda value: value
     multiply = times if planes else jnp.multiply
     adjoint = transpose(a)
-    lam = recurrence(
+    d_b = recurrence(
         next_sample(adjoint) if varying else adjoint,
         g,
         jnp.zeros_like(h0),
@@ -162,76 +263,17 @@ def _recurrence_bwd(planes, reverse, implementation, residuals, g):
         planes=planes,
         implementation=implementation,
     )
-    dh0 = multiply(adjoint[first] if varying else adjoint, lam[first])
-    da_first = multiply(transpose(h0), lam[first])
-    da_later = multiply(transpose(h[earlier]), lam[later])
+    adjoint, lam, h, h0_wide = (value.astype(accumulated(value)) for value in (adjoint, d_b, h, h0))
+    d_h0 = multiply(adjoint[first] if varying else adjoint, lam[first])
+    d_a_first = multiply(transpose(h0_wide), lam[first])
+    d_a_later = multiply(transpose(h[earlier]), lam[later])
     if resets is not None:
-        dh0 = jnp.where(resets[first], 0, dh0)
-        da_first = jnp.where(resets[first], 0, da_first)
-        da_later = jnp.where(_align(resets[later], da_later), 0, da_later)
+        d_h0 = jnp.where(resets[first], 0, d_h0)
+        d_a_first = jnp.where(resets[first], 0, d_a_first)
+        d_a_later = jnp.where(align(resets[later], d_a_later), 0, d_a_later)
     if varying:
-        parts = [da_first[None], da_later]
-        da = jnp.concatenate(parts[::-1] if reverse else parts)
+        parts = [d_a_first[None], d_a_later]
+        d_a = jnp.concatenate(parts[::-1] if reverse else parts)
     else:
-        da = da_first + da_later.sum(0)
-    return da, lam, dh0, None
-
-
-_recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
-
-
-def _sequential(planes, reverse, a, b, h0, resets):
-    multiply = times if planes else jnp.multiply
-    varying = a.ndim == b.ndim
-
-    def step(h, inputs):
-        a_t, b_t, reset_t = inputs
-        h_t = multiply(a_t if varying else a, h) + b_t
-        if reset_t is not None:
-            h_t = jnp.where(reset_t, b_t, h_t)
-        return h_t, h_t
-
-    return lax.scan(step, h0, (a if varying else None, b, resets), reverse=reverse)[1]
-
-
-def _associative(planes, reverse, a, b, h0, resets):
-    multiply = times if planes else jnp.multiply
-    first = -1 if reverse else 0
-    a = jnp.broadcast_to(a, b.shape)
-    b_first = multiply(a[first], h0) + b[first]
-    if resets is not None:
-        b_first = jnp.where(resets[first], b[first], b_first)
-    b = b.at[first].set(b_first)
-
-    def combine(earlier, later):
-        (a_i, b_i, reset_i), (a_j, b_j, reset_j) = earlier, later
-        h_j = multiply(a_j, b_i) + b_j
-        if reset_j is None:
-            return multiply(a_j, a_i), h_j, None
-        return multiply(a_j, a_i), jnp.where(_align(reset_j, h_j), b_j, h_j), reset_i | reset_j
-
-    return lax.associative_scan(combine, (a, b, resets), reverse=reverse)[1]
-
-
-def times(a: Array, h: Array) -> Array:
-    """Complex product of two arrays of planes."""
-    a_re, a_im, h_re, h_im = a[..., 0, :], a[..., 1, :], h[..., 0, :], h[..., 1, :]
-    return jnp.stack([a_re * h_re - a_im * h_im, a_re * h_im + a_im * h_re], axis=-2)
-
-
-def to_planes(values: Array) -> Array:
-    """Real and imaginary part along axis -2."""
-    return jnp.stack([values.real, values.imag], axis=-2)
-
-
-def to_complex(planes: Array) -> Array:
-    return lax.complex(planes[..., 0, :], planes[..., 1, :])
-
-
-def conjugate(a: Array) -> Array:
-    return a * jnp.array([[1], [-1]], a.dtype)
-
-
-def _align(flags, values):
-    """Reshapes one flag per sample so that it broadcasts against (time, *state)."""
-    return flags.reshape(flags.shape + (1,) * (values.ndim - 1))
+        d_a = d_a_first + d_a_later.sum(0)
+    return d_a.astype(a.dtype), d_b, d_h0.astype(h0.dtype)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from discretax.ops._linear_recurrence import conjugate, times
+from discretax.ops._recurrence_xla import conjugate, times
 
 
 class Transition(NamedTuple):

@@ -8,7 +8,7 @@ from jaxtyping import Array, Complex, Float
 
 from discretax._types import Length, Resets, Sample, Values, accumulation_dtype
 from discretax.ops import Route, Transition, depthwise_kernel, depthwise_ssm
-from discretax.ops._linear_recurrence import to_complex, to_planes
+from discretax.ops._recurrence_xla import to_complex, to_planes
 from discretax.ops._sequence_parallel import time_parts
 
 

@@ -8,7 +8,8 @@ from jaxtyping import Array, Complex, Float
 
 from discretax._types import Length, Resets, Sample, Values, accumulation_dtype
 from discretax.ops._diagonal_ssm import diagonal_ssm
-from discretax.ops._linear_recurrence import recurrence, times, to_complex
+from discretax.ops._linear_recurrence import recurrence
+from discretax.ops._recurrence_xla import times, to_complex
 
 Planes = tuple[Array, Array]
 

@@ -1,0 +1,72 @@
+"""The linear recurrence in XLA's own terms: step by step, and as a parallel scan."""
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+
+def accumulated(value: Array) -> jnp.dtype:
+    """The type in which `value` enters sums and products: no narrower than float32."""
+    return jnp.dtype(jnp.float32) if value.dtype in (jnp.bfloat16, jnp.float16) else value.dtype
+
+
+def sequential(planes, reverse, a, b, h0, resets):
+    multiply = times if planes else jnp.multiply
+    varying = a.ndim == b.ndim
+    dtype, wide = b.dtype, accumulated(b)
+
+    def step(h, inputs):
+        a_t, b_t, reset_t = inputs
+        b_t = b_t.astype(wide)
+        h_t = multiply((a_t if varying else a).astype(wide), h) + b_t
+        if reset_t is not None:
+            h_t = jnp.where(reset_t, b_t, h_t)
+        return h_t, h_t.astype(dtype)
+
+    inputs = (a if varying else None, b, resets)
+    return lax.scan(step, h0.astype(wide), inputs, reverse=reverse)[1]
+
+
+def associative(planes, reverse, a, b, h0, resets):
+    multiply = times if planes else jnp.multiply
+    first = -1 if reverse else 0
+    dtype = b.dtype
+    a, b, h0 = (value.astype(accumulated(value)) for value in (a, b, h0))
+    a = jnp.broadcast_to(a, b.shape)
+    b_first = multiply(a[first], h0) + b[first]
+    if resets is not None:
+        b_first = jnp.where(resets[first], b[first], b_first)
+    b = b.at[first].set(b_first)
+
+    def combine(earlier, later):
+        (a_i, b_i, reset_i), (a_j, b_j, reset_j) = earlier, later
+        h_j = multiply(a_j, b_i) + b_j
+        if reset_j is None:
+            return multiply(a_j, a_i), h_j, None
+        return multiply(a_j, a_i), jnp.where(align(reset_j, h_j), b_j, h_j), reset_i | reset_j
+
+    return lax.associative_scan(combine, (a, b, resets), reverse=reverse)[1].astype(dtype)
+
+
+def times(a: Array, h: Array) -> Array:
+    """Complex product of two arrays of planes."""
+    a_re, a_im, h_re, h_im = a[..., 0, :], a[..., 1, :], h[..., 0, :], h[..., 1, :]
+    return jnp.stack([a_re * h_re - a_im * h_im, a_re * h_im + a_im * h_re], axis=-2)
+
+
+def to_planes(values: Array) -> Array:
+    """Real and imaginary part along axis -2."""
+    return jnp.stack([values.real, values.imag], axis=-2)
+
+
+def to_complex(planes: Array) -> Array:
+    return lax.complex(planes[..., 0, :], planes[..., 1, :])
+
+
+def conjugate(a: Array) -> Array:
+    return a * jnp.array([[1], [-1]], a.dtype)
+
+
+def align(flags, values):
+    """Reshapes one flag per sample so that it broadcasts against (time, *state)."""
+    return flags.reshape(flags.shape + (1,) * (values.ndim - 1))
