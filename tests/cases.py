@@ -64,7 +64,7 @@ class Case:
     variant: str = ""
 
     def __str__(self) -> str:
-        return f"{self.name}-{self.variant}" if self.variant else self.name
+        return f"{self.name}.{self.variant}" if self.variant else self.name
 
 
 class Decay(AbstractLTIMixer[Array]):

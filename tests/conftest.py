@@ -1,5 +1,8 @@
 import importlib.metadata
 import os
+import re
+
+import pytest
 
 # Tests compile much and compute little: each of the two settings about optimising halves their time.
 if importlib.metadata.version("jaxlib").startswith("0.10."):  # a later one refuses the flag
@@ -12,6 +15,28 @@ jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 _since_cleared = 0
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of a group stand one after the other, and share what they compile."""
+    order = {}
+    items.sort(key=lambda item: order.setdefault(_group(item), len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """One process runs a function's parameters, and all of a mixer's laws: it compiles them once.
+
+    The groups of pytest-xdist 3.8 do not reach its scheduler under pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            function, *parameters = re.split(r"[\[\]-]", nodeid)
+            return parameters[0] if "test_laws.py" in function else function
+
+    return Scheduling(config, log)
 
 
 def pytest_runtest_teardown(item, nextitem):
