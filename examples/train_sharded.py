@@ -2,6 +2,7 @@
 
     python examples/train_sharded.py                                # all devices there are
     python examples/train_sharded.py --devices 8 --model 2          # the CPU as 4 x 2 devices
+    python examples/train_sharded.py --mixer mamba --devices 8 --seq 4     # sequences in four parts
     python examples/train_sharded.py --devices 8 --save runs/sharded --kill 25
     python examples/train_sharded.py --devices 2 --save runs/sharded    # goes on, on another mesh
 
@@ -27,7 +28,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import discretax
 from discretax.architectures import LanguageModel
@@ -37,8 +38,9 @@ from discretax.sequence_mixers import (
     GriffinSequenceMixer,
     LRUSequenceMixer,
     MambaSequenceMixer,
+    sequence_parallel,
 )
-from discretax.sharding import gather_model, make_mesh, shard_batch, shard_model
+from discretax.sharding import gather_model, make_mesh, shard_model
 
 recurrent = partial(GriffinSequenceMixer, num_heads=2)
 attention = partial(AttentionSequenceMixer, num_heads=2, window=32)
@@ -47,6 +49,7 @@ PATTERNS = {
     "lru": (partial(LRUSequenceMixer, r_min=0.9, r_max=0.999),),
     "mamba": (MambaSequenceMixer,),
 }
+SPLIT_IN_TIME = ("lru", "mamba")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +71,10 @@ def make_batch(config: Config, step: int) -> np.ndarray:
     return np.tile(once, 3)
 
 
-def own_part(batch: np.ndarray) -> np.ndarray:
-    """The sequences that this process loads."""
-    return np.split(batch, jax.process_count())[jax.process_index()]
+def place_batch(batch: np.ndarray, mesh: Mesh) -> jax.Array:
+    """Each device takes its own part: of the sequences, and of their time."""
+    place = NamedSharding(mesh, PartitionSpec("data", "seq"))
+    return jax.make_array_from_callback(batch.shape, place, lambda part: batch[part])
 
 
 @eqx.nn.make_with_state
@@ -105,6 +109,8 @@ def train_step(inputs: tuple[jax.Array, Config, Mesh], trained):
 
     def loss_fn(model, state):
         model = gather_model(model, mesh, min_size=config.min_size)
+        if mesh.shape["seq"] > 1:
+            model = sequence_parallel(model, mesh)
         batched = jax.vmap(model.loss, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
         losses, state = batched(tokens, state)
         return losses.total.sum() / losses.count.sum(), state
@@ -149,7 +155,7 @@ def train(options: dict, config: Config, mesh: Mesh) -> dict[int, float]:
         manager = ocp.CheckpointManager(options["save"].resolve(), options=each)
         trained, done = restore(manager, trained)
     for step in range(done + 1, config.steps + 1):
-        tokens = shard_batch(own_part(make_batch(config, step)), mesh)
+        tokens = place_batch(make_batch(config, step), mesh)
         trained, loss = train_step((tokens, config, mesh), trained)
         losses[step] = float(loss)
         print(f"step {step} loss {losses[step]:.7f}", flush=True)
@@ -169,6 +175,7 @@ def parse(argv: list[str] | None):
     add = parser.add_argument
     add("--mixer", choices=tuple(PATTERNS), default="griffin")
     add("--devices", type=int, help="make so many of the CPU, in each process")
+    add("--seq", type=int, default=1, help="how many devices share a sequence")
     add("--model", type=int, default=1, help="how many devices share a projection")
     add("--save", type=Path, help="folder for checkpoints; a run that finds one there goes on")
     add("--every", type=int, default=10, help="steps between two checkpoints")
@@ -182,7 +189,14 @@ def parse(argv: list[str] | None):
     config = Config(**{f.name: options.pop(f.name) for f in dataclasses.fields(Config)})
     given = options | dataclasses.asdict(config)
     rules = [(name, value > 0, "above 0") for name, value in dataclasses.asdict(config).items()]
-    rules += [(name, options[name] > 0, "above 0") for name in ("model", "every", "processes")]
+    counts = ("seq", "model", "every", "processes")
+    rules += [(name, options[name] > 0, "above 0") for name in counts]
+    split, mixer, time = options["seq"] > 1, options["mixer"], 3 * config.period
+    able = " and ".join(SPLIT_IN_TIME)
+    rule = f"1 for {mixer}: attention cannot be split in time yet, {able} can"
+    rules.append(("seq", not split or mixer in SPLIT_IN_TIME, rule))
+    rule = f"a divisor of the {time} samples of a sequence"
+    rules.append(("seq", not split or time % options["seq"] == 0, rule))
     own = 0 <= options["process"] < options["processes"]
     rules.append(("process", own, f"below --processes, {options['processes']}"))
     for option, holds, rule in rules:
@@ -199,7 +213,7 @@ def main(argv: list[str] | None = None) -> dict[int, float]:
         jax.config.update("jax_num_cpu_devices", options["devices"])
     if options["processes"] > 1:
         jax.distributed.initialize(options["coordinator"], options["processes"], options["process"])
-    return train(options, config, make_mesh(model=options["model"]))
+    return train(options, config, make_mesh(seq=options["seq"], model=options["model"]))
 
 
 if __name__ == "__main__":

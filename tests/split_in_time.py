@@ -1,5 +1,6 @@
 """Time split over eight devices equals one device. Run by `test_sequence_parallel.py`."""
 
+import functools as ft
 import re
 
 import equinox as eqx
@@ -13,6 +14,7 @@ from helpers import Leaky, assert_close, changed, draw, parameters
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from discretax import Timeseries, ops, sharding
+from discretax.architectures import LanguageModel
 from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
 from discretax.models import LRU, S5, Mamba
@@ -258,6 +260,73 @@ def test_communication_of_a_model_does_not_grow_with_time():
         place = NamedSharding(mesh, P("data", "seq"))
         x = jax.ShapeDtypeStruct((4, time, 2), jnp.float32, sharding=place)
         return sent(jax.jit(jax.grad(loss)).lower(arrays, x).compile())
+
+    assert bytes_sent(TIME) == bytes_sent(2 * TIME) > 0
+
+
+TOKENS = 29  # unlike all other sizes
+
+
+def cross_entropy(mesh, time, chunk_size):
+    """Losses with the gradients of weight and samples, which lie with the samples."""
+    place = NamedSharding(mesh, P(None, "seq"))
+    weight, x = draw(TOKENS, FEATURES), jax.device_put(draw(2, time, FEATURES, seed=2), place)
+    targets = jax.device_put(jr.randint(jr.key(3), (2, time), 0, TOKENS), place)
+
+    def losses(weight, x):
+        run = lambda x, targets: ops.chunked_cross_entropy(
+            lambda x: x @ weight.T, x, targets, chunk_size=chunk_size
+        )
+        return jax.vmap(run)(x, targets)
+
+    def both(weight, x):
+        y, pull = jax.vjp(losses, weight, x)
+        return y, pull(jnp.cos(jnp.arange(y.size)).reshape(y.shape).astype(y.dtype))
+
+    out = (place, (NamedSharding(mesh, P()), place))
+    compiled = jax.jit(both, out_shardings=out).lower(weight, x).compile()
+    return compiled, compiled(weight, x)
+
+
+@pytest.mark.parametrize("time", [TIME, 2 * TIME, 5 * PARTS])
+def test_each_device_has_the_logits_of_its_own_samples(mesh, time):
+    alone = sharding.make_mesh(devices=jax.devices()[:1])
+    _, expected = cross_entropy(alone, time, 16)
+    compiled, found = cross_entropy(mesh, time, 16)
+    assert_close(found, expected)
+    shapes = re.findall(r"\w+\[([\d,]+)\]", compiled.as_text())
+    sizes = [[int(size) for size in shape.split(",")] for shape in shapes]
+    assert max(np.prod(shape) for shape in sizes if TOKENS in shape) == 2 * 16 // PARTS * TOKENS
+    if time % 16 == 0:
+        # The sum of the weight's gradient, and nothing else.
+        assert sent(compiled) == 4 * TOKENS * FEATURES
+    else:
+        # Some samples go to their neighbours.
+        assert "all-gather(" not in compiled.as_text()
+
+
+def test_communication_of_a_language_model_does_not_grow_with_time():
+    mesh = sharding.make_mesh(data=2, seq=4)
+    lru = ft.partial(LRUSequenceMixer, state_dim=STATE)
+    model, state = eqx.nn.make_with_state(LanguageModel)(
+        jr.key(0), vocab_size=TOKENS, hidden_dim=FEATURES, num_blocks=1, pattern=(lru,)
+    )
+    arrays, rest = eqx.partition(model, eqx.is_inexact_array)
+
+    def loss(arrays, tokens, mesh=None):
+        model = eqx.combine(arrays, rest)
+        model = model if mesh is None else sequence_parallel(model, mesh)
+        run = ft.partial(model.loss, chunk_size=8)
+        losses, _ = jax.vmap(run, in_axes=(0, None), out_axes=(0, None))(tokens, state)
+        return losses.total.sum() / losses.count.sum()
+
+    def bytes_sent(time):
+        tokens = jr.randint(jr.key(1), (4, time), 0, TOKENS)
+        gradients = jax.jit(jax.value_and_grad(ft.partial(loss, mesh=mesh)))
+        tokens = jax.device_put(tokens, NamedSharding(mesh, P("data", "seq")))
+        compiled = gradients.lower(arrays, tokens).compile()
+        assert_close(compiled(arrays, tokens), jax.jit(jax.value_and_grad(loss))(arrays, tokens))
+        return sent(compiled)
 
     assert bytes_sent(TIME) == bytes_sent(2 * TIME) > 0
 

@@ -35,6 +35,14 @@ def start(*options):
     )
 
 
+def start_both(*options):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = ("--processes=2", f"--coordinator=127.0.0.1:{port}", *options)
+    return [start(f"--process={process}", *shared) for process in range(2)]
+
+
 def losses(process, returncode=0):
     """By step, and all that was printed."""
     printed, _ = process.communicate(timeout=200)
@@ -69,19 +77,7 @@ def test_a_killed_run_goes_on_in_two_processes_on_another_mesh(alone, tmp_path):
     )
     assert int(found[2]) < int(found[1]) / 2
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    both = [
-        start(
-            "--devices=2",
-            "--processes=2",
-            f"--process={process}",
-            f"--coordinator=127.0.0.1:{port}",
-            f"--save={tmp_path}",
-        )
-        for process in range(2)
-    ]
+    both = start_both("--devices=2", f"--save={tmp_path}")
     (first, printed), (second, _) = (losses(process) for process in both)
     assert "4 data x 1 seq x 1 model" in printed
     assert first == second
@@ -90,9 +86,43 @@ def test_a_killed_run_goes_on_in_two_processes_on_another_mesh(alone, tmp_path):
     assert_same(first, alone)
 
 
+def test_sequences_split_over_devices_and_resumed_on_another_mesh(alone, tmp_path):
+    killed, printed = losses(
+        start("--devices=8", "--seq=4", "--kill=5", f"--save={tmp_path}"), returncode=1
+    )
+    assert "2 data x 4 seq x 1 model" in printed
+    assert list(killed) == [1, 2, 3, 4, 5]
+    assert_same(killed, alone)
+
+    resumed, printed = losses(start("--devices=4", "--seq=2", "--model=2", f"--save={tmp_path}"))
+    assert "1 data x 2 seq x 2 model" in printed
+    assert list(resumed) in ([3, 4, 5, 6], [5, 6])
+    assert_same(resumed, alone)
+
+
+def test_two_processes_share_a_sequence(alone):
+    both = start_both("--devices=1", "--seq=2")
+    (first, printed), (second, _) = map(losses, both)
+    assert "1 data x 2 seq x 1 model" in printed
+    assert first == second
+    assert_same(first, alone)
+
+
+def test_mamba_split_over_devices():
+    """Whose convolution needs samples of the device before."""
+    both = [
+        start(*options, "--mixer=mamba")
+        for options in (["--devices=1"], ["--devices=8", "--seq=4"])
+    ]
+    (expected, _), (found, _) = map(losses, both)
+    assert list(found) == list(expected)
+    assert_same(found, expected)
+
+
 @pytest.mark.parametrize(
     "option, rule",
     [
+        ("--seq=5", "--seq must be a divisor of the 12 samples of a sequence; got 5"),
         ("--model=0", "--model must be above 0; got 0"),
         ("--steps=-1", "--steps must be above 0; got -1"),
         ("--process=1", "--process must be below --processes, 1; got 1"),
@@ -100,4 +130,10 @@ def test_a_killed_run_goes_on_in_two_processes_on_another_mesh(alone, tmp_path):
 )
 def test_settings_out_of_range_are_refused(option, rule):
     printed = losses(start(option), returncode=2)[1]
+    assert rule in printed
+
+
+def test_attention_is_not_split_in_time():
+    printed = losses(start("--mixer=griffin", "--seq=4"), returncode=2)[1]
+    rule = "--seq must be 1 for griffin: attention cannot be split in time yet, lru and mamba can"
     assert rule in printed

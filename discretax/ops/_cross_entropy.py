@@ -6,7 +6,6 @@ from jaxtyping import Array, Float, Int
 
 from discretax._features import check_size
 from discretax._types import accumulation_dtype
-from discretax.ops._chunks import scan_chunks
 
 
 def chunked_cross_entropy(
@@ -20,6 +19,10 @@ def chunked_cross_entropy(
 
     The logits of `chunk_size` samples at a time are all that ever exists of them, forward and
     backward: for a large vocabulary those of a whole sequence take more memory than the model.
+
+    A chunk is made of samples evenly spread over time. So where time is split over devices, each
+    computes the logits of its own samples, and none of `x` are sent if the devices divide
+    `chunk_size` and that the time; otherwise some go to the neighbours.
 
     **Arguments:**
 
@@ -46,12 +49,24 @@ def chunked_cross_entropy(
     if targets.shape != x.shape[:1]:
         raise ValueError(f"`targets` must be (time,) = ({x.shape[0]},); got {targets.shape}.")
 
-    def run(state, chunk, _):
+    def losses(chunk):
         x, targets = chunk
         y = logits(x)
         y = y.astype(accumulation_dtype(y))
         index = jnp.where(targets < 0, y.shape[1], targets)[:, None]  # no wrapping around
         chosen = jnp.take_along_axis(y, index, axis=1, mode="fill", fill_value=jnp.nan)[:, 0]
-        return state, jax.nn.logsumexp(y, axis=1) - chosen
+        return jax.nn.logsumexp(y, axis=1) - chosen
 
-    return scan_chunks(run, (), (x, targets.astype(int)), None, chunk_size)[1]
+    targets, time = targets.astype(int), x.shape[0]
+    if time <= chunk_size:
+        return losses((x, targets))
+    num_chunks = -(-time // chunk_size)
+
+    def split(value):
+        # Samples `num_chunks` apart make a chunk: devices along time have a part of each.
+        padding = num_chunks * chunk_size - time
+        value = jnp.pad(value, ((0, padding),) + ((0, 0),) * (value.ndim - 1))
+        return value.reshape(chunk_size, num_chunks, *value.shape[1:]).swapaxes(0, 1)
+
+    y = jax.lax.map(jax.checkpoint(losses), (split(x), split(targets)))
+    return y.T.reshape(-1)[:time]
