@@ -124,6 +124,13 @@ def test_lowers_for_tpu(planes, varying, with_resets, reverse, dtype):
     assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
 
 
+def test_lowers_for_tpu_with_x64():
+    a, b, h0, resets = draw(2, True)
+    with jax.enable_x64(True):
+        traced = jax.jit(ft.partial(states_tpu, reverse=True)).trace(a, b, h0, resets)
+        assert "tpu_custom_call" in traced.lower(lowering_platforms=("tpu",)).as_text()
+
+
 @pytest.mark.parametrize("varying", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("lanes", [5, 128, 400, 4096])

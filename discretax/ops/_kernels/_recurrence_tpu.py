@@ -12,6 +12,7 @@ import functools as ft
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -25,6 +26,8 @@ GROUP = 32  # rows of one turn of the loop, whole registers of bfloat16: one int
 BUDGET = 4 * 2**20  # bytes of VMEM for the tiles, of each array one in use and one under way
 WIDTH = 512  # lanes at work together: enough independent operations, all in registers
 WIDEST = 4096  # lanes of a tile
+# Python's integers become int64 with x64 enabled, and these kernels know none.
+ZERO = np.int32(0)
 
 Planes = tuple[Array, ...]
 
@@ -64,20 +67,20 @@ def states_tpu(
         shared = value.shape[0] == 1
 
         def index_map(n, d, t):
-            return (0 if shared else n, *index(d, tiles - 1 - t if reverse else t))
+            return (ZERO if shared else n, *index(d, tiles - 1 - t if reverse else t))
 
         return pl.BlockSpec((1, *block), index_map, **kwargs)
 
     a, b, h0 = (value.reshape(value.shape[0], -1, planes * state) for value in (a, b, h0))
     tiled = ft.partial(spec, block=(rows, lanes), index=lambda d, t: (t, d))
-    single = ft.partial(spec, block=(1, lanes), index=lambda d, t: (0, d))
+    single = ft.partial(spec, block=(1, lanes), index=lambda d, t: (ZERO, d))
     inputs = [a, b, h0]
     in_specs = [tiled(a) if varying else single(a), tiled(b), single(h0)]
     if resets is not None:
         flags = _flags(resets, tiles, rows)
         inputs.append(flags)
         block = (1, 1, rows // GROUP)
-        index = lambda d, t: (t, 0, 0)
+        index = lambda d, t: (t, ZERO, ZERO)
         in_specs.append(spec(flags, block, index, memory_space=pltpu.SMEM))
 
     h = pl.pallas_call(
@@ -122,7 +125,8 @@ def _kernel(with_resets, a_ref, b_ref, h0_ref, *refs, time, planes, varying, rev
     at_end = step == (0 if reverse else tiles - 1)
     # The last tile may hang over the end; what is read there is undefined.
     whole, rest = divmod(time - (tiles - 1) * rows, GROUP)
-    groups = jnp.where(at_end, whole if reverse else whole + (rest > 0), rows // GROUP)
+    filled = whole if reverse else whole + (rest > 0)
+    groups = jnp.where(at_end, np.int32(filled), np.int32(rows // GROUP))
 
     @pl.when(step == 0)
     def initialise():
@@ -211,7 +215,8 @@ def _sublane(width: int) -> Array:
 
 
 def _roll(planes: Planes, shift: int, reverse: bool) -> Planes:
-    return tuple(pltpu.roll(p, SUBLANES - shift if reverse else shift, 0) for p in planes)
+    rows = np.int32(SUBLANES - shift if reverse else shift)
+    return tuple(pltpu.roll(p, rows, 0) for p in planes)
 
 
 def _where(condition: Array, x: Planes, y: Planes) -> Planes:
