@@ -215,7 +215,7 @@ def _sublane(width: int) -> Array:
 
 
 def _roll(planes: Planes, shift: int, reverse: bool) -> Planes:
-    rows = np.int32(SUBLANES - shift if reverse else shift)
+    rows: Any = np.int32(SUBLANES - shift if reverse else shift)
     return tuple(pltpu.roll(p, rows, 0) for p in planes)
 
 
