@@ -87,6 +87,7 @@ def test_imports_point_one_way(path):
                 "dataclasses",
                 "functools",
                 "importlib",
+                "itertools",
                 "json",
                 "math",
                 "os",

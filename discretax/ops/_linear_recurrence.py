@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Inexact
 
 from discretax._features import check_name
 from discretax.ops._kernels import _recurrence as kernels
-from discretax.ops._kernels._dispatch import operation, over_batch
+from discretax.ops._kernels._dispatch import differentiated_as, kernel_on, operation, over_batch
 from discretax.ops._manual_axes import split_by_compiler, vary_alike
 from discretax.ops._recurrence_xla import (
     accumulated,
@@ -119,8 +119,6 @@ def recurrence(
     a float array of shape (time, 2, state), which a reshape turns into the (time, 2*state) that
     one real matrix product yields or consumes.
     """
-    if implementation in ("mosaic_gpu", "mosaic_tpu"):
-        kernels.check(implementation, b, planes)
     if b.shape[0] == 0:
         return b
     if implementation is None and split_by_compiler():
@@ -152,30 +150,20 @@ def _recurrence_bwd(planes, reverse, implementation, residuals, g):
     a, h0, resets, h = residuals
     in_xla = implementation in ("sequential", "associative") or h.shape[0] == 1
     derivatives = _derivatives_by_recurrence if in_xla else _derivatives
-    return *derivatives(planes, reverse, implementation, a, h0, h, g, resets), None
+    options = planes, reverse, implementation
+    return *derivatives(options, a, h0, h, g, resets), None
 
 
 _recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
 
 
 def _states_on(platform, a, b, h0, resets=None, *, planes, reverse, implementation):
-    kernel = _kernel_on(platform, implementation, b, planes)
+    kernel = kernel_on(platform, implementation, ft.partial(kernels.why_no_kernel, planes, b))
     if kernel is not None:
         return [kernels.states(kernel, planes, reverse, a, b, h0, resets)]
     form = sequential if platform == "cpu" else associative
     run = lambda a, b, h0, resets=None: [form(planes, reverse, a, b, h0, resets)]
     return over_batch(run, a, b, h0, *_given(resets))
-
-
-def _kernel_on(platform, implementation, b, planes) -> str | None:
-    """The kernel by which `platform` computes the recurrence of `b`, a batch; None for XLA."""
-    own = {"cuda": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(platform)
-    if implementation in kernels.DEVICES and implementation != own:
-        runs_on = kernels.DEVICES[implementation]
-        kernels.refuse(implementation, f"it runs on {runs_on}; got the platform {platform!r}")
-    example = jax.ShapeDtypeStruct(b.shape[1:], b.dtype)
-    takes = implementation != "xla" and own and kernels.why_no_kernel(own, example, planes) is None
-    return own if takes else None
 
 
 def _axes(b):
@@ -196,9 +184,10 @@ _states = operation(
 
 
 def _derivatives_on(platform, a, h0, h, g, resets=None, *, planes, reverse, implementation):
-    if _kernel_on(platform, implementation, h, planes) == "mosaic_gpu":
+    why_not = ft.partial(kernels.why_no_kernel, planes, h)
+    if kernel_on(platform, implementation, why_not) == "mosaic_gpu":
         return kernels.derivatives(planes, reverse, a, h0, h, g, resets)
-    run = ft.partial(_derivatives_by_recurrence, planes, reverse, implementation)
+    run = ft.partial(_derivatives_by_recurrence, (planes, reverse, implementation))
     return over_batch(run, a, h0, h, g, *_given(resets))
 
 
@@ -217,29 +206,9 @@ _derivatives_operation = operation(
 )
 
 
-@ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _derivatives(planes, reverse, implementation, a, h0, h, g, resets):
-    options = {"planes": planes, "reverse": reverse, "implementation": implementation}
-    return tuple(_derivatives_operation(a, h0, h, g, *_given(resets), **options))
-
-
-def _derivatives_fwd(planes, reverse, implementation, *arrays):
-    return _derivatives(planes, reverse, implementation, *arrays), arrays
-
-
-def _derivatives_bwd(planes, reverse, implementation, arrays, cotangents):
-    *arrays, resets = arrays
-    run = lambda *arrays: _derivatives_by_recurrence(
-        planes, reverse, implementation, *arrays, resets
-    )
-    return *jax.vjp(run, *arrays)[1](cotangents), None
-
-
-_derivatives.defvjp(_derivatives_fwd, _derivatives_bwd)
-
-
-def _derivatives_by_recurrence(planes, reverse, implementation, a, h0, h, g, resets=None):
+def _derivatives_by_recurrence(options, a, h0, h, g, resets=None):
     """The cotangents of `a`, `b` and `h0`; that of `b` is the recurrence run backward."""
+    planes, reverse, implementation = options
     first = -1 if reverse else 0
     earlier, later = slice(None, -1), slice(1, None)
     if reverse:
@@ -277,3 +246,10 @@ def _derivatives_by_recurrence(planes, reverse, implementation, a, h0, h, g, res
     else:
         d_a = d_a_first + d_a_later.sum(0)
     return d_a.astype(a.dtype), d_b, d_h0.astype(h0.dtype)
+
+
+@ft.partial(differentiated_as, _derivatives_by_recurrence)
+def _derivatives(options, a, h0, h, g, resets):
+    names = ("planes", "reverse", "implementation")
+    named = dict(zip(names, options, strict=True))
+    return tuple(_derivatives_operation(a, h0, h, g, *_given(resets), **named))

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
@@ -23,6 +24,39 @@ from jaxtyping import Array
 from discretax.ops._manual_axes import in_shard_map, vary_alike
 
 PLATFORMS = ("cpu", "cuda", "tpu", None)  # None: all others
+KERNELS = {"cuda": "mosaic_gpu", "tpu": "mosaic_tpu"}
+DEVICES = {"mosaic_gpu": "NVIDIA GPUs from Hopper (sm_90) on", "mosaic_tpu": "TPUs"}
+
+
+def kernel_on(
+    platform: str | None, implementation: str | None, why_not: Callable[[str], str | None]
+) -> str | None:
+    """The kernel by which `platform` computes, None for XLA.
+
+    `why_not(kernel)` says what keeps the arguments from it, if anything does. One that is asked for
+    by name and cannot run raises a `ValueError`.
+    """
+    own = KERNELS.get(platform or "")
+    if implementation not in (None, *DEVICES) or (implementation is None and own is None):
+        return None
+    if own is None or implementation not in (None, own):
+        reason = f"it runs on {DEVICES[implementation or '']}; got the platform {platform!r}"
+    else:
+        reason = _too_old(own) or why_not(own)
+    if reason and implementation is not None:
+        raise ValueError(
+            f"`implementation={implementation!r}` cannot take these arguments: {reason}. With "
+            "`implementation=None` the kernel is taken where it can run, and XLA elsewhere."
+        )
+    return None if reason else own
+
+
+def _too_old(kernel: str) -> str | None:
+    # Where there is no GPU, what is lowered for one is for another machine.
+    if kernel != "mosaic_gpu" or jax.default_backend() != "gpu":
+        return None
+    capability = jax.devices()[0].compute_capability
+    return f"it runs on {DEVICES[kernel]}; got {capability}" if float(capability) < 9 else None
 
 
 def operation(
@@ -84,6 +118,22 @@ def operation(
     return call
 
 
+def differentiated_as(
+    definition: Callable[..., Sequence[Array]], function: Callable[..., Sequence[Array]]
+) -> Callable[..., Sequence[Array]]:
+    """`function(options, *arrays)`, whose derivatives, in reverse mode, are those of `definition`."""
+    rule = jax.custom_vjp(function, nondiff_argnums=(0,))
+
+    def forward(options, *arrays):
+        return function(options, *arrays), arrays
+
+    def backward(options, arrays, cotangents):
+        return jax.vjp(functools.partial(definition, options), *arrays)[1](cotangents)
+
+    rule.defvjp(forward, backward)
+    return rule
+
+
 def over_batch(function: Callable[..., Sequence[Array]], *arrays: Array) -> Sequence[Array]:
     """`function` of one example on every example, where a batch axis of size 1 is shared by all."""
     if all(x.shape[0] == 1 for x in arrays):
@@ -103,7 +153,8 @@ def _over_mesh(
     """`kernel(*arrays)`, which the compiler may split along the axes "b" and "n".
 
     `inputs` and `outputs` name the axes of each array, a letter for an axis. The compiler cannot look
-    into a kernel; without these names it would gather all of its arguments on every device.
+    into a kernel; without these names it would gather all of its arguments on every device. A result
+    without "n" is a sum over it.
     """
 
     def partition(mesh, operands, results):
@@ -124,8 +175,15 @@ def _over_mesh(
             spec = [split.get(axis) if size > 1 else None for axis, size in sizes]
             return NamedSharding(mesh, PartitionSpec(*spec))
 
+        def of_part(*arrays):
+            summed = split.get("n")
+            return [
+                lax.psum(value, summed) if summed and "n" not in axes else value
+                for value, axes in zip(kernel(*arrays), outputs, strict=True)
+            ]
+
         of_results, of_operands = map(sharding, results, outputs), map(sharding, operands, inputs)
-        return mesh, kernel, list(of_results), tuple(of_operands)
+        return mesh, of_part, list(of_results), tuple(of_operands)
 
     alone = itertools.count()
 

@@ -1,8 +1,8 @@
 """The kernels of the linear recurrence, in the shapes in which the recurrence comes."""
 
 import functools
+import math
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
@@ -10,37 +10,18 @@ from discretax.ops._kernels._recurrence_gpu import derivatives_gpu, states_gpu
 from discretax.ops._kernels._recurrence_tpu import states_tpu
 from discretax.ops._recurrence_xla import to_complex, to_planes
 
-DEVICES = {"mosaic_gpu": "NVIDIA GPUs from Hopper (sm_90) on", "mosaic_tpu": "TPUs"}
 
-
-def check(implementation: str, b: Array, planes: bool) -> None:
-    if reason := why_no_kernel(implementation, b, planes):
-        refuse(implementation, reason)
-
-
-def refuse(implementation: str, reason: str) -> None:
-    raise ValueError(
-        f"`implementation={implementation!r}` cannot take this recurrence: {reason}. With "
-        "`implementation=None` the kernel is taken where it can run, and XLA elsewhere."
-    )
-
-
-def why_no_kernel(implementation: str, b: Array, planes: bool) -> str | None:
-    """What keeps the recurrence of `b`, for one example, from a kernel, or None."""
+def why_no_kernel(planes: bool, b: Array, kernel: str) -> str | None:
+    """What keeps a batch of recurrences with drive `b` from a kernel, or None."""
     if b.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64):
         return f"it computes in float32, from 16 or 32 bits a number; got {b.dtype}"
-    if planes and b.ndim != 3:
-        return f"it takes planes as (time, 2, state); got {b.shape}"
+    if planes and b.ndim != 4:
+        return f"it takes planes as (time, 2, state); got {b.shape[1:]}"
     if b.size == 0:
-        return f"there is nothing in {b.shape}"
-    if implementation == "mosaic_tpu":
-        return None
-    capability = _compute_capability()
-    if capability is not None and capability < 9:
-        return f"it runs on {DEVICES[implementation]}; this one is sm_{capability * 10:.0f}"
-    channels = b.size // b.shape[0] // (2 if planes else 1)
+        return f"there is nothing in {b.shape[1:]}"
+    channels = math.prod(b.shape[2:]) // (2 if planes else 1)
     step = 16 // jnp.finfo(b.dtype).dtype.itemsize
-    if channels % step:
+    if kernel == "mosaic_gpu" and channels % step:
         return (
             "asynchronous copies want rows of a multiple of 16 bytes, which is a multiple of "
             f"{step} channels of {b.dtype}; got {channels}"
@@ -48,13 +29,8 @@ def why_no_kernel(implementation: str, b: Array, planes: bool) -> str | None:
     return None
 
 
-def _compute_capability() -> float | None:
-    """Of the GPU here; None where there is none, and what is compiled is for another machine."""
-    return float(jax.devices()[0].compute_capability) if jax.default_backend() == "gpu" else None
-
-
 def states(
-    implementation: str,
+    kernel: str,
     planes: bool,
     reverse: bool,
     a: Array,
@@ -63,12 +39,12 @@ def states(
     resets: Array | None = None,
 ) -> Array:
     """All arrays have a batch axis, of size 1 where all examples share a value."""
-    kernel = {"mosaic_gpu": states_gpu, "mosaic_tpu": states_tpu}[implementation]
+    compute = {"mosaic_gpu": states_gpu, "mosaic_tpu": states_tpu}[kernel]
     own = functools.partial(_own, planes)
     batch = max(value.shape[0] for value in (a, b, h0, resets) if value is not None)
     b = jnp.broadcast_to(b, (batch, *b.shape[1:]))
     a = own(a if a.ndim == b.ndim else a[:, None])
-    return _like(b, kernel(a, own(b), own(h0[:, None])[:, 0], resets, reverse=reverse))
+    return _like(b, compute(a, own(b), own(h0[:, None])[:, 0], resets, reverse=reverse))
 
 
 def derivatives(

@@ -180,8 +180,9 @@ def _walk(
     if streams["a"].shape[1] == 1:
         vectors = vectors | {"a": streams.pop("a").astype(jnp.float32)}
     if "reset" in streams:  # the copies want strides of 16 bytes
+        padding = plan.flags + -plan.time % 4
         flags = streams["reset"].astype(jnp.int32)
-        streams["reset"] = jnp.pad(flags, ((0, 0), (0, -flags.shape[1] % 4)))
+        streams["reset"] = jnp.pad(flags, ((0, 0), (0, padding)))
     neighbour = ["h"] if "h" in streams else []
     full = (plan.batch, plan.time, plan.planes, plan.state)
     summary = (plan.batch, plan.chunks, plan.planes, plan.state)
@@ -287,7 +288,7 @@ def _walk(
         inputs,
         outputs,
         tiles=[
-            *(tile if value.ndim == 4 else (1, plan.flags) for value in streams.values()),
+            *(tile if value.ndim == 4 else (1, 1) for value in streams.values()),
             *[(1, 1, 1, LANES)] * (len(vectors) + len(carries)),
             *[tile] * len(rows),
             *[(1, 1, 1, LANES)] * len(carries),
