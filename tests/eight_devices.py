@@ -268,6 +268,54 @@ def test_recurrences_send_nothing_over_the_data(name):
     assert_close(compiled(whole, split), jax.jit(gradients)(params, x))
 
 
+WIDE = 16  # channels, of which each of two devices takes half
+
+
+@pytest.mark.parametrize("name", ["linear_recurrence", "selective_scan"])
+def test_channels_split_over_the_model_send_sums_alone(name):
+    """Forward nothing. Backward the cotangents of what all channels or all examples share."""
+    mesh = make_mesh(model=2)
+    if name == "linear_recurrence":
+        apply = linear_recurrence
+        params, inputs = (shared(WIDE),), (draw(8, TIME, WIDE),)
+        of_params, of_inputs, sums = (P("model"),), (P("data", None, "model"),), WIDE // 2
+    else:
+        apply = lambda A, x, B: selective_scan(x, jnp.abs(x), -A, B, B)[0]
+        params, inputs = (shared(WIDE, 2),), (draw(8, TIME, WIDE), draw(8, TIME, 2))
+        of_params = (P("model"),)
+        of_inputs = P("data", None, "model"), P("data")
+        # Of the gradient of A on its half of the channels, and of two examples' B and C.
+        sums = WIDE + 2 * 2 * TIME * 2
+
+    def forward(params, inputs):
+        return jax.vmap(lambda *x: apply(*params, *x))(*inputs)
+
+    def gradients(params, inputs):
+        return jax.grad(lambda *x: (forward(*x) ** 2).sum(), argnums=(0, 1))(params, inputs)
+
+    put = lambda values, specs: jax.device_put(values, [NamedSharding(mesh, s) for s in specs])
+    arguments = tuple(put(list(params), of_params)), tuple(put(list(inputs), of_inputs))
+    assert not collectives(jax.jit(forward).lower(*arguments).compile().as_text())
+    spread = jax.tree.map(lambda leaf: leaf.sharding, arguments)
+    compiled = jax.jit(gradients, out_shardings=spread).lower(*arguments).compile()
+    sent = collectives(compiled.as_text())
+    assert {c.kind for c in sent} == {"all-reduce"} and not any(c.in_loop for c in sent)
+    assert sum(c.size for c in sent) == sums
+    assert_close(compiled(*arguments), jax.jit(gradients)(params, inputs))
+
+
+@pytest.mark.parametrize("shared_state", [False, True])
+def test_in_a_shard_map_that_checks_what_varies(shared_state):
+    """A state, or a transition, that all devices share is one for all, and so is its gradient."""
+    mesh = make_mesh()
+    a, b, h0 = shared(4), draw(8, TIME, 4), draw(4) if shared_state else None
+    run = jax.vmap(linear_recurrence, in_axes=(None, 0, None))
+    specs = (P(), P("data"), P())
+    split = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P("data"))
+    gradients = lambda run: jax.jit(jax.grad(lambda *x: (run(*x) ** 2).sum(), argnums=(0, 1)))
+    assert_close(gradients(split)(a, b, h0), gradients(run)(a, b, h0))
+
+
 def test_pretrained_weights_go_straight_to_their_places(tmp_path):
     model, _ = make_mamba(jr.key(0))
     discretax.pretrained.save(model, tmp_path)

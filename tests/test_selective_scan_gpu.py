@@ -184,3 +184,55 @@ def test_says_what_it_does_not_take(sizes, every, reason):
     assert reason in (refusal() or "")
     values["x"] = values["x"].astype(jnp.float16)
     assert "float32" in (refusal() or "")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("separate_steps", [False, True])
+def test_the_operation_takes_the_kernels(dtype, separate_steps):
+    """Mapped over a batch, and with its gradient; on a CPU not a trace of them is left."""
+    batch, time, features, state = 8, 2048, 1024, 16
+    wide = jax.ShapeDtypeStruct((batch, time, features), dtype)
+    narrow = jax.ShapeDtypeStruct((batch, time, state), dtype)
+    A = jax.ShapeDtypeStruct((features, state), "float32")
+    resets = jax.ShapeDtypeStruct((batch, time), bool)
+
+    @jax.jit
+    def gradients(A, x, dt, dt_A, B, C, resets):
+        def loss(A, x, dt, dt_A, B, C):
+            run = lambda x, dt, dt_A, B, C, resets: ops.selective_scan(
+                x, dt, A, B, C, dt_A=dt_A, resets=resets
+            )[0]
+            axes = (0, 0, 0 if separate_steps else None, 0, 0, 0)
+            dt_A = dt_A if separate_steps else None
+            y = jax.vmap(run, in_axes=axes)(x, dt, dt_A, B, C, resets)
+            return jnp.square(y.astype(jnp.float32)).sum()
+
+        return jax.grad(loss, argnums=(0, 1, 2, 4, 5))(A, x, dt, dt_A, B, C)
+
+    traced = gradients.trace(A, wide, wide, wide, narrow, narrow, resets)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("custom_call @mosaic_gpu") == 2
+    for platform in ("cpu", "tpu"):
+        assert "custom_call" not in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"discretization": "zoh"}, "`discretization` must be 'mamba'; got 'zoh'"),
+        ({"chunk_size": 10}, "`checkpoint_every` must be a multiple of 16"),
+        ({}, None),
+    ],
+)
+def test_the_kernels_by_name(options, reason):
+    x, B, A = jnp.ones((64, 8)), jnp.ones((64, 4)), -jnp.ones((8, 4))
+    run = jax.jit(
+        lambda *inputs: ops.selective_scan(*inputs, implementation="mosaic_gpu", **options)
+    ).trace(x, x, A, B, B)
+    with pytest.raises(ValueError, match=r"runs on NVIDIA GPUs from Hopper.*the platform 'cpu'"):
+        run.lower()
+    if reason is None:
+        assert "mosaic_gpu" in run.lower(lowering_platforms=("cuda",)).as_text()
+    else:
+        with pytest.raises(ValueError, match=reason):
+            run.lower(lowering_platforms=("cuda",))

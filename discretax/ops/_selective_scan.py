@@ -1,21 +1,36 @@
 """The selective scan of Mamba: a diagonal recurrence whose steps and projections the input chooses."""
 
 import functools as ft
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from discretax._features import check_name, check_size
 from discretax._timeseries import check_length, check_resets, valid_samples
 from discretax._types import accumulation_dtype
 from discretax.ops._checks import check_array
-from discretax.ops._discretization import bilinear, zoh
+from discretax.ops._kernels._dispatch import (
+    differentiated_as,
+    kernel_on,
+    operation,
+    over_batch,
+)
+from discretax.ops._kernels._selective_scan_gpu import forward
+from discretax.ops._kernels._selective_scan_gpu_backward import (
+    backward,
+    checkpoint_every,
+    supports,
+)
+from discretax.ops._manual_axes import split_by_compiler
+from discretax.ops._selective_scan_xla import (
+    Samples,
+    SelectiveDiscretization,
+    scan_backward,
+    scan_forward,
+)
 from discretax.ops._sequence_parallel import incoming_state
-
-SelectiveDiscretization = Literal["mamba", "zoh", "bilinear", "dirac"]
 
 
 def selective_scan(
@@ -31,7 +46,8 @@ def selective_scan(
     discretization: SelectiveDiscretization = "mamba",
     length: Int[Array, ""] | int | None = None,
     resets: Bool[Array, " time"] | None = None,
-    chunk_size: int = 32,
+    chunk_size: int | None = None,
+    implementation: Literal["xla", "mosaic_gpu"] | None = None,
 ) -> tuple[Float[Array, "time features"], Float[Array, "features state"]]:
     r"""Each feature is the input of a system of its own, sampled with a step that changes with time.
 
@@ -62,7 +78,11 @@ def selective_scan(
     - `length`: number of valid samples; those at or past it leave the state as it is.
     - `resets`: where True at `t`, the state before `t` is zero. It is selected, not multiplied, so
         that a NaN in the past does not pass.
-    - `chunk_size`: samples between two states that the backward pass keeps.
+    - `chunk_size`: samples between two states that the backward pass keeps. `None`: 32, or on a GPU
+        as many as leave room for two programs on a multiprocessor.
+    - `implementation`: `"mosaic_gpu"` is a kernel for NVIDIA GPUs from Hopper on, for `"mamba"`
+        alone, 4, 8, 16 or 32 states and features that fill a multiple of 16 bytes; `"xla"` runs
+        everywhere. `None` chooses when the function is lowered: the kernel where it can run.
 
     **Returns:**
 
@@ -71,9 +91,13 @@ def selective_scan(
 
     **Raises:**
 
-    `ValueError` if shapes do not fit, the discretization is unknown or an input is not real.
+    `ValueError` if shapes do not fit, the discretization or the implementation is unknown, an input
+    is not real, or an implementation asked for by name cannot run.
     """
     check_name("discretization", discretization, SelectiveDiscretization)
+    check_name("implementation", implementation, Literal["xla", "mosaic_gpu"] | None)
+    if chunk_size is None:
+        chunk_size = checkpoint_every(A.shape[-1]) if jax.default_backend() == "gpu" else 32
     check_size("chunk_size", chunk_size)
     if x.ndim != 2 or A.ndim != 2:
         raise ValueError(
@@ -102,14 +126,11 @@ def selective_scan(
             lambda value: jnp.where(valid[:, None], value, 0), (x, dt, dt_A, B, C)
         )
         resets = None if resets is None else resets & valid
-    chunk_size = min(chunk_size, time)
-    padding = -time % chunk_size  # zeros are the identity on the state here too
-    samples = jax.tree.map(
-        lambda value: jnp.pad(value, ((0, padding), (0, 0))), _Samples(x, dt, dt_A, B, C)
-    )
-    resets = None if resets is None else jnp.pad(resets, (0, padding))
     A = A.astype(dtype).T
-    over_time = ft.partial(_scan, discretization, chunk_size)
+    if implementation is None and split_by_compiler():
+        implementation = "xla"
+    samples = Samples(x, dt, dt_A, B, C)
+    over_time = ft.partial(_scan, (discretization, chunk_size, implementation))
 
     def summary():
         silence = samples._replace(x=jnp.zeros_like(samples.x))
@@ -119,155 +140,116 @@ def selective_scan(
         )
 
     y, h = over_time(samples, resets, A, incoming_state(h.T, summary, resets))
-    y = y[:time]
     if D is not None:
-        y = y + D.astype(dtype) * x.astype(dtype)
-    return y.astype(x.dtype), h.T
+        y = (y.astype(dtype) + D.astype(dtype) * x.astype(dtype)).astype(x.dtype)
+    return y, h.T
 
 
-class _Samples(NamedTuple):
-    x: Float[Array, "*time features"]
-    dt: Float[Array, "*time features"]
-    dt_A: Float[Array, "*time features"] | None
-    B: Float[Array, "*time state"]
-    C: Float[Array, "*time state"]
+# The operations take the leaves of a structure, which has no place for arrays that are left out.
+def _forward_on(platform, *arrays, structure, discretization, chunk_size, implementation):
+    samples, resets, A, h0 = structure.unflatten(arrays)
+    why_not = ft.partial(_why_no_kernel, discretization, chunk_size, samples, A)
+    if kernel_on(platform, implementation, why_not):
+        flags = None if resets is None else resets.astype(jnp.int32)
+        return forward(*_in_order(samples, A), h0, flags, checkpoint_every=chunk_size)
+    run = lambda *arrays: scan_forward(discretization, chunk_size, *structure.unflatten(arrays))
+    return over_batch(run, *arrays)
 
 
-# The states are (state, features): features next to each other in memory take half the time of
-# states next to each other on CPU. Time is walked by index, and results are put into whole arrays:
-# `lax.scan` would fill a new buffer with zeros for every chunk, which takes as long as computing
-# it, and would want time as the first axis under `jax.vmap`.
-def _scan_forward(
-    discretization: SelectiveDiscretization,
-    chunk_size: int,
-    samples: _Samples,
-    resets: Bool[Array, " time"] | None,
-    A: Float[Array, "state features"],
-    h0: Float[Array, "state features"],
-):
-    """Outputs and last state, and for the backward pass the state before each chunk."""
-    num_chunks = samples.x.shape[0] // chunk_size
+def _backward_on(platform, *arrays, structure, discretization, chunk_size, implementation):
+    samples, resets, A, starts, d_y, d_h = structure.unflatten(arrays)
+    why_not = ft.partial(_why_no_kernel, discretization, chunk_size, samples, A)
+    if kernel_on(platform, implementation, why_not):
+        flags = None if resets is None else resets.astype(jnp.int32)
+        d_x, d_dt, d_dt_A, d_A, d_B, d_C, d_h0 = backward(
+            *_in_order(samples, A), flags, starts, d_y, d_h, checkpoint_every=chunk_size
+        )
+        return jax.tree.leaves((Samples(d_x, d_dt, d_dt_A, d_B, d_C), d_A, d_h0))
+    run = lambda *arrays: jax.tree.leaves(
+        scan_backward(discretization, chunk_size, *structure.unflatten(arrays))
+    )
+    return over_batch(run, *arrays)
 
-    def run_chunk(i, carry):
-        h, y, starts = carry
 
-        def step(j, carry):
-            h, y = carry
-            sample, reset = _sample(samples, resets, i * chunk_size + j, A.dtype)
-            _, h = _advance(discretization, A, _keep(reset, h), sample)
-            return h, _put(y, i * chunk_size + j, jnp.dot(sample.C, h, precision="highest"))
+def _why_no_kernel(discretization, chunk_size, samples, A, kernel):
+    if kernel != "mosaic_gpu":
+        return "it runs on NVIDIA GPUs alone"
+    if discretization != "mamba":
+        return f"`discretization` must be 'mamba'; got {discretization!r}"
+    if A.shape[0] != 1:
+        return "all examples must have the same `A`"
+    return supports(*_in_order(samples, A), checkpoint_every=chunk_size)
 
-        starts = _put(starts, i, h)
-        h, y = lax.fori_loop(0, chunk_size, step, (h, y))
-        return h, y, starts
 
-    y = jnp.zeros(samples.x.shape, A.dtype)
-    starts = jnp.zeros((num_chunks, *A.shape), A.dtype)
-    h, y, starts = lax.fori_loop(0, num_chunks, run_chunk, (h0, y, starts))
+def _in_order(samples, A):
+    return samples.x, samples.dt, samples.dt_A, A, samples.B, samples.C
+
+
+def _axes_of(samples):
+    """Names of axes: a batch and features can be split over devices."""
+    return Samples("btn", "btn", None if samples.dt_A is None else "btn", "bts", "bts")
+
+
+def _forward_axes(*arrays, structure, **options):
+    samples, resets, _, _ = structure.unflatten(arrays)
+    flags = None if resets is None else "bt"
+    return jax.tree.leaves((_axes_of(samples), flags, "bsn", "bsn")), ["btn", "bsn", "bcsn"]
+
+
+def _forward_results(*arrays, structure, chunk_size, **options):
+    samples, _, _, h0 = structure.unflatten(arrays)
+    chunks = -(-samples.x.shape[1] // chunk_size)
+    return [samples.x, h0, h0.update(shape=(1, chunks, *h0.shape[1:]))]
+
+
+def _backward_axes(*arrays, structure, **options):
+    samples, resets, *_ = structure.unflatten(arrays)
+    samples, flags = _axes_of(samples), None if resets is None else "bt"
+    inputs = jax.tree.leaves((samples, flags, "bsn", "bcsn", "btn", "bsn"))
+    return inputs, jax.tree.leaves((samples, "bsn", "bsn"))
+
+
+def _backward_results(*arrays, structure, **options):
+    samples, _, A, _, _, d_h = structure.unflatten(arrays)
+    return jax.tree.leaves((samples, A, d_h))
+
+
+_forward = operation("selective_scan", _forward_on, _forward_axes, _forward_results)
+_backward = operation("selectivescan_backward", _backward_on, _backward_axes, _backward_results)
+
+
+def _run(call, options, *arguments):
+    arrays, structure = jax.tree.flatten(arguments)
+    discretization, chunk_size, implementation = options
+    return call(
+        *arrays,
+        structure=structure,
+        discretization=discretization,
+        chunk_size=chunk_size,
+        implementation=implementation,
+    )
+
+
+@ft.partial(differentiated_as, lambda options, *arguments: scan_backward(*options[:2], *arguments))
+def _cotangents(options, samples, resets, A, starts, d_y, d_h):
+    results = _run(_backward, options, samples, resets, A, starts, d_y, d_h)
+    return jax.tree.structure((samples, A, d_h)).unflatten(results)
+
+
+@ft.partial(differentiated_as, lambda options, *arguments: scan_forward(*options[:2], *arguments))
+def _outputs(options, *arguments):
+    return tuple(_run(_forward, options, *arguments))
+
+
+def _scan_fwd(options, samples, resets, A, h0):
+    y, h, starts = _outputs(options, samples, resets, A, h0)
     return (y, h), (samples, resets, A, starts)
 
 
-def _scan_backward(discretization, chunk_size, kept, cotangents):
-    """From the last chunk to the first: its states and decays once more, then back through them."""
-    samples, resets, A, starts = kept
-    d_y, d_h = cotangents
-    num_chunks = starts.shape[0]
-
-    def run_chunk(i, carry):
-        d_h, d_A, d_samples, states, decays = carry
-        i = num_chunks - 1 - i
-        start = i * chunk_size
-
-        def again(j, carry):
-            h, states, decays = carry
-            sample, reset = _sample(samples, resets, start + j, A.dtype)
-            A_bar, h = _advance(discretization, A, _keep(reset, h), sample)
-            return h, _put(states, j + 1, h), _put(decays, j, A_bar)
-
-        h = _at(starts, i)
-        carry = h, _put(states, 0, h), decays
-        _, states, decays = lax.fori_loop(0, chunk_size, again, carry)
-
-        def step(j, carry):
-            d_h, d_A, d_samples = carry
-            j = chunk_size - 1 - j
-            sample, reset = _sample(samples, resets, start + j, A.dtype)
-            d_y_t, A_bar = _at(d_y, start + j), _at(decays, j)
-            d_h = d_h + _outer(sample.C, d_y_t)
-            d_exponent = _slope(discretization, A_bar) * d_h * _keep(reset, _at(states, j))
-            _, pull = jax.vjp(ft.partial(_terms, discretization), A, sample)
-            d_A_t, d_sample = pull((d_exponent, d_h))
-            d_sample = d_sample._replace(C=jnp.dot(_at(states, j + 1), d_y_t, precision="highest"))
-            d_samples = jax.tree.map(
-                lambda whole, value: _put(whole, start + j, value),
-                d_samples,
-                d_sample,
-            )
-            return _keep(reset, A_bar * d_h), d_A + d_A_t, d_samples
-
-        d_h, d_A, d_samples = lax.fori_loop(0, chunk_size, step, (d_h, d_A, d_samples))
-        return d_h, d_A, d_samples, states, decays
-
-    states = jnp.zeros((chunk_size + 1, *A.shape), A.dtype)
-    decays = jnp.zeros((chunk_size, *A.shape), A.dtype)
-    d_samples = jax.tree.map(jnp.zeros_like, samples)
-    carry = d_h, jnp.zeros_like(A), d_samples, states, decays
-    d_h0, d_A, d_samples, *_ = lax.fori_loop(0, num_chunks, run_chunk, carry)
+def _scan_bwd(options, kept, cotangents):
+    d_samples, d_A, d_h0 = _cotangents(options, *kept, *cotangents)
     return d_samples, None, d_A, d_h0
 
 
-_scan = jax.custom_vjp(lambda *args: _scan_forward(*args)[0], nondiff_argnums=(0, 1))
-_scan.defvjp(_scan_forward, _scan_backward)
-
-
-def _advance(discretization, A, h, sample):
-    """The decay and the new state."""
-    exponent, drive = _terms(discretization, A, sample)
-    A_bar = (
-        bilinear(exponent, jnp.ones_like(exponent))[0]
-        if discretization == "bilinear"
-        else jnp.exp(exponent)
-    )
-    return A_bar, A_bar * h + drive
-
-
-def _slope(discretization, A_bar):
-    """The derivative of the decay with respect to its exponent."""
-    return (0.5 + 0.5 * A_bar) ** 2 if discretization == "bilinear" else A_bar
-
-
-def _terms(discretization, A, sample):
-    """What the decay is made from, the product of rates and step, and what is added to the state."""
-    x, dt, dt_A, B, _ = sample
-    over_states = ft.partial(_outer, jnp.ones(A.shape[0], A.dtype))
-    exponent = A * over_states(dt if dt_A is None else dt_A)
-    if discretization == "mamba":
-        return exponent, _outer(B, dt * x)
-    if discretization == "zoh":
-        return exponent, zoh(A, over_states(dt))[1] * _outer(B, x)
-    if discretization == "bilinear":
-        return exponent, bilinear(A, over_states(dt))[1] * _outer(B, x)
-    return exponent, _outer(B, x)
-
-
-def _outer(a: Float[Array, " state"], b: Float[Array, " features"]):
-    # As a product of matrices, so that its derivatives are such products too. Those of a product
-    # with broadcasting would be sums, at which XLA on CPU calls its threads in every step.
-    return jnp.tensordot(a, b, axes=0, precision="highest")
-
-
-def _keep(reset, h):
-    return h if reset is None else jnp.where(reset, 0, h)
-
-
-def _sample(samples, resets, t, dtype):
-    sample = jax.tree.map(lambda whole: _at(whole, t).astype(dtype), samples)
-    return sample, None if resets is None else _at(resets, t)
-
-
-def _at(whole, t):
-    return lax.dynamic_index_in_dim(whole, t, keepdims=False)
-
-
-def _put(whole, t, value):
-    return lax.dynamic_update_index_in_dim(whole, value.astype(whole.dtype), t, axis=0)
+_scan = jax.custom_vjp(lambda *arguments: _scan_fwd(*arguments)[0], nondiff_argnums=(0,))
+_scan.defvjp(_scan_fwd, _scan_bwd)

@@ -15,6 +15,8 @@ def why_no_kernel(planes: bool, b: Array, kernel: str) -> str | None:
     """What keeps a batch of recurrences with drive `b` from a kernel, or None."""
     if b.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64):
         return f"it computes in float32, from 16 or 32 bits a number; got {b.dtype}"
+    if kernel == "mosaic_tpu" and b.dtype == jnp.float16:
+        return "TPUs have no float16"
     if planes and b.ndim != 4:
         return f"it takes planes as (time, 2, state); got {b.shape[1:]}"
     if b.size == 0:
