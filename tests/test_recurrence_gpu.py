@@ -80,11 +80,12 @@ def test_shapes(time, state, chunks):
 
 def test_values_that_the_batch_shares():
     a, b, h0, resets = draw(2, True, True)
+    assert resets is not None
     h = states_gpu(
         a[:1], b, h0[:1], resets[:1], reverse=False, tile=TILE, chunks=2, interpret=interpreter
     )
     shared = [jnp.broadcast_to(value[:1], value.shape) for value in (a, h0, resets)]
-    assert_close([h], [reference(shared[0], b, *shared[1:], False)])
+    assert_close([h], [reference(shared[0], b, shared[1], shared[2], False)])
 
 
 def test_complex_numbers_and_states_of_several_axes(monkeypatch):
@@ -155,7 +156,8 @@ def test_lowering(dtype, varying):
     traced = gradients.trace(a, b, h0, resets)
     for platform, name in (("cuda", "mosaic_gpu"), ("tpu", "tpu_custom_call")):
         text = traced.lower(lowering_platforms=(platform,)).as_text()
-        assert text.count(f"custom_call @{name}") == 2
+        on_xla = platform == "tpu" and dtype == "float16"
+        assert text.count(f"custom_call @{name}") == (0 if on_xla else 2)
     assert "custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 

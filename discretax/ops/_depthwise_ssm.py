@@ -9,10 +9,12 @@ from jaxtyping import Array, Bool, Float
 
 from discretax.ops._chunks import Left, scan_chunks, state_at
 from discretax.ops._convolution import fft_convolution
+from discretax.ops._depthwise_matrices import Chunk, boundary_states, state_within
 from discretax.ops._linear_recurrence import recurrence
+from discretax.ops._manual_axes import vary_alike
 from discretax.ops._recurrence_xla import times
 from discretax.ops._sequence_parallel import incoming_state, time_parts
-from discretax.ops._transition import DensePower, DiagonalPower, Transition, flat, power_of, unflat
+from discretax.ops._transition import Transition, flat, power_of, unflat
 
 Route = Literal["scan", "chunks", "fft"] | None
 
@@ -73,8 +75,6 @@ def depthwise_ssm(
             kernel = kernel.at[0].add(D)
         free, h = carried_state(transition, B, C, x, h0, length)
         return fft_convolution(kernel, x[:, None]) + free, h
-    if x.shape[0] >= LONG and x.shape[1] > BLOCK and x.shape[1] % BLOCK == 0:
-        return _block_by_block(transition, B, C, D, x, h0, length)
     return _chunks(transition, B, C, D, x, h0, length)
 
 
@@ -122,15 +122,15 @@ def carried_state(
     transition: Transition, B: Array, C: Array, x: Array, h0: Array, length: Left | None
 ) -> tuple[Float[Array, "time channels features"], Float[Array, "features 2 state"]]:
     """What a convolution leaves out: the output that `h0` alone brings forth, and the last state."""
-    matrices = _Chunk.of(transition, B, C, None, _chunk_size(x.shape[0]))
-    inputs = _split(x, matrices)
+    inputs = _split(x)
+    matrices = Chunk.of(transition, B, C, None, inputs.shape[2])
     ahead = jnp.einsum("fmj,fjs->fms", inputs, matrices.from_input)
-    before, after = _boundary_states(matrices.power, ahead, h0)
-    free, _ = _boundary_states(matrices.power, jnp.zeros_like(ahead), h0)
+    before, after = boundary_states(matrices.power, ahead, h0)
+    free, _ = boundary_states(matrices.power, jnp.zeros_like(ahead), h0)
     y = jnp.einsum("mfs,fsk->fmk", free, matrices.to_output)
-    left = x.shape[0] if length is None else length
-    h = _state_within(transition, B, x, before, after, left, inputs.shape[2])
-    return _join(y, x.shape[0], matrices), h
+    left = _unless_all(x.shape[0] if length is None else length, x.shape[0])
+    h = state_within(transition, B, inputs, before, after, left)
+    return jnp.moveaxis(_join(y, inputs, x.shape[0]), 0, 1), h
 
 
 def depthwise_kernel(
@@ -153,116 +153,96 @@ def depthwise_kernel(
     return jnp.moveaxis(kernel.reshape(*kernel.shape[:2], -1)[..., :length], -1, 0).swapaxes(1, 2)
 
 
-class _Chunk(NamedTuple):
-    """One chunk of samples as matrices, for every feature."""
-
-    toeplitz: Float[Array, "features chunk channels*chunk"]
-    from_input: Float[Array, "features chunk flat"]
-    to_output: Float[Array, "features flat channels*chunk"]
-    power: DiagonalPower | DensePower
-
-    @classmethod
-    def of(cls, transition: Transition, B: Array, C: Array, D: Array | None, size: int) -> "_Chunk":
-        one = power_of(transition)
-        ahead, back, power = one.krylov(flat(B), one.pull(flat(C)), size)
-        kernel = jnp.einsum("cfs,jfs->fcj", flat(C), ahead)
-        if D is not None:
-            kernel = kernel.at[..., 0].add(D.T)
-        features = kernel.shape[0]
-        return cls(
-            _toeplitz(kernel).swapaxes(1, 2).reshape(features, size, -1),
-            jnp.moveaxis(ahead[::-1], 0, 1),
-            jnp.transpose(back, (2, 3, 1, 0)).reshape(features, ahead.shape[-1], -1),
-            power,
-        )
-
-
-def _toeplitz(kernel: Float[Array, "*lead size"]) -> Float[Array, "*lead size size"]:
-    """`T[i, j] = kernel[j - i]`, zero below the diagonal.
-
-    The kernel and as many zeros, over and over, in rows of one less: each row begins one later.
-    A gather would be plainer, but its derivative is a scatter, which is slow on CPU.
-    """
-    size = kernel.shape[-1]
-    lead = kernel.shape[:-1]
-    period = jnp.concatenate([kernel, jnp.zeros_like(kernel)], axis=-1)
-    rows = jnp.broadcast_to(period[..., None, :], (*lead, size, 2 * size)).reshape(*lead, -1)
-    return rows[..., : size * (2 * size - 1)].reshape(*lead, size, -1)[..., :size]
-
-
-def _block_by_block(transition, B, C, D, x, h0, length):
-    def split(values, axis):
-        blocks = values.reshape(*values.shape[:axis], -1, BLOCK, *values.shape[axis + 1 :])
-        return jnp.moveaxis(blocks, axis, 0)
-
-    transition, B, h0 = jax.tree.map(lambda values: split(values, 0), (transition, B, h0))
-
-    @jax.checkpoint
-    def run(block):
-        transition, B, C, D, x, h0 = block
-        return _chunks(transition, B, C, D, x, h0, length)
-
-    D = None if D is None else split(D, 1)
-    y, h = lax.map(run, (transition, B, split(C, 1), D, split(x, 1), h0))
-    return jnp.moveaxis(y, 0, 2).reshape(*y.shape[1:3], -1), h.reshape(-1, *h.shape[2:])
-
-
 def _chunks(transition, B, C, D, x, h0, length):
-    matrices = _Chunk.of(transition, B, C, D, _chunk_size(x.shape[0]))
+    time, features = x.shape
+    in_blocks = time >= LONG and features > BLOCK and features % BLOCK == 0
+    D = None if D is None else D.T
 
-    def run(h, x_segment, left):
-        y, h = _in_chunks(matrices, transition, B, x_segment, h, left)
-        return h, y
+    def run(h, x, left):
+        system = _System(transition, B, C.swapaxes(0, 1), D, h)
+        form = _block_by_block if in_blocks else _all_at_once
+        y, h = form(system, x, _unless_all(left, x.shape[0]))
+        return h, jnp.moveaxis(y, 0, 1)
 
     h, y = scan_chunks(run, h0, x, length, SEGMENT)
     return y, h
 
 
-def _in_chunks(matrices: _Chunk, transition, B, x, h0, left):
-    inputs = _split(x, matrices)
-    size = matrices.from_input.shape[-1]
-    both = jnp.concatenate([matrices.from_input, matrices.toeplitz], axis=-1)
-    products = jnp.einsum("fmj,fjk->fmk", inputs, both)
-    before, after = _boundary_states(matrices.power, products[..., :size], h0)
-    y = products[..., size:] + jnp.einsum("mfs,fsk->fmk", before, matrices.to_output)
-    h = _state_within(transition, B, x, before, after, left, inputs.shape[2])
-    return _join(y, x.shape[0], matrices), h
+def _unless_all(left: Left, time: int) -> Left | None:
+    whole = isinstance(left, int) and left >= time and time % _chunk_size(time) == 0
+    return None if whole else jnp.minimum(left, time)
 
 
-def _boundary_states(
-    power: DiagonalPower | DensePower, inputs: Float[Array, "features chunks flat"], h0
-):
-    """The states before each chunk, (chunks, features, flat), and the one after the last."""
-    inputs = jnp.moveaxis(inputs, 1, 0)
-    if isinstance(power, DiagonalPower):
-        after = recurrence(power.planes, unflat(inputs), h0, None, planes=True)
-        return flat(jnp.concatenate([h0[None], after[:-1]])), flat(after[-1])
+class _System(NamedTuple):
+    """A system and its state for each feature, features first."""
 
-    def move(h, v):
-        return power(h) + v, h
-
-    after, before = lax.scan(move, flat(h0), inputs)
-    return before, after
+    transition: Transition
+    B: Float[Array, "features 2 state"]
+    C: Float[Array, "features channels 2 state"]
+    D: Float[Array, "features channels"] | None
+    h0: Float[Array, "features 2 state"]
 
 
-def _state_within(transition, B, x, before, after, left, size):
-    """The state after the last valid of `left` samples: from the boundary before it, by steps."""
-    time = x.shape[0]
-    padding = -time % size
-    if isinstance(left, int) and left >= time and padding == 0:
-        return unflat(after)
-    states = jnp.concatenate([before, after[None]])
-    left = jnp.minimum(left, time)
-    chunk = left // size
-    rest = jnp.pad(x, ((0, padding + size), (0, 0)))
-    rest = lax.dynamic_slice_in_dim(rest, chunk * size, size)
+def _take(arrays, i, axis=0):
+    """Block `i` of the features of each array."""
+    take = lambda whole: lax.dynamic_slice_in_dim(whole, i * BLOCK, BLOCK, axis)
+    return jax.tree.map(take, arrays)
 
-    def step(h, inputs):
-        x_t, valid = inputs
-        return jnp.where(valid, transition(h) + B * x_t[:, None, None], h), None
 
-    valid = jnp.arange(size) < left - chunk * size
-    return lax.scan(step, unflat(states[chunk]), (rest, valid))[0]
+def _put(arrays, i, blocks, axis=0):
+    put = lambda whole, block: lax.dynamic_update_slice_in_dim(whole, block, i * BLOCK, axis)
+    return jax.tree.map(put, arrays, blocks)
+
+
+# Blocks of features are taken from whole arrays and put into them by index. `lax.map` would want
+# them as the first axis, and copy input, output and both gradients to and fro.
+def _walk_forward(system: _System, x, left):
+    def run_block(i, carry):
+        y, h = carry
+        y_block, h_block = _all_at_once(_take(system, i), _take(x, i, 1), left)
+        return _put(y, i, y_block, 2), _put(h, i, h_block)
+
+    y = jnp.zeros_like(x, shape=(system.C.shape[1], *x.shape))
+    y_h = lax.fori_loop(0, x.shape[1] // BLOCK, run_block, (y, jnp.zeros_like(system.h0)))
+    return y_h, (system, x, left)
+
+
+def _walk_backward(kept, cotangents):
+    system, x, left = kept
+    d_y, d_h = cotangents
+
+    def run_block(i, carry):
+        d_system, d_x = carry
+        forward = lambda system, x: _all_at_once(system, x, left)
+        _, pull = jax.vjp(forward, _take(system, i), _take(x, i, 1))
+        d_block, d_x_block = pull((_take(d_y, i, 2), _take(d_h, i)))
+        return _put(d_system, i, d_block), _put(d_x, i, d_x_block, 1)
+
+    zeros = jax.tree.map(jnp.zeros_like, (system, x))
+    return *lax.fori_loop(0, x.shape[1] // BLOCK, run_block, zeros), None
+
+
+_walk = jax.custom_vjp(lambda *args: _walk_forward(*args)[0])
+_walk.defvjp(_walk_forward, _walk_backward)
+
+
+def _block_by_block(system: _System, x, left):
+    arrays, structure = jax.tree.flatten((system, x, left))
+    return _walk(*jax.tree.unflatten(structure, vary_alike(*arrays)))
+
+
+def _all_at_once(system: _System, x, left):
+    """Output, (channels, time, features), and state after the last valid of `left` samples."""
+    transition, B, C, D, h0 = system
+    inputs = _split(x)
+    D = None if D is None else D.T
+    matrices = Chunk.of(transition, B, C.swapaxes(0, 1), D, inputs.shape[2])
+    ahead = jnp.einsum("fmj,fjs->fms", inputs, matrices.from_input)
+    before, after = boundary_states(matrices.power, ahead, h0)
+    y = jnp.einsum("fmj,fjk->fmk", inputs, matrices.toeplitz)
+    y = y + jnp.einsum("mfs,fsk->fmk", before, matrices.to_output)
+    h = state_within(transition, B, inputs, before, after, left)
+    return _join(y, inputs, x.shape[0]), h
 
 
 def _scan(transition: Transition, B, C, D, x, h0, length, resets):
@@ -297,16 +277,13 @@ def _step_by_step(system, drive, h0, resets, varying):
     return lax.scan(step, h0, (system if varying else None, drive, resets))[1]
 
 
-def _split(
-    x: Float[Array, "time features"], matrices: _Chunk
-) -> Float[Array, "features chunks chunk"]:
-    size = matrices.from_input.shape[1]
+def _split(x: Float[Array, "time features"]) -> Float[Array, "features chunks chunk"]:
+    size = _chunk_size(x.shape[0])
     x = jnp.pad(x, ((0, -x.shape[0] % size), (0, 0)))
     return jnp.moveaxis(x.reshape(-1, size, x.shape[1]), -1, 0)
 
 
-def _join(y: Float[Array, "features chunks channels*chunk"], time: int, matrices: _Chunk):
-    features, chunks, _ = y.shape
-    y = y.reshape(features, chunks, -1, matrices.from_input.shape[1])
-    y = jnp.transpose(y, (1, 3, 2, 0))
-    return y.reshape(-1, *y.shape[2:])[:time]
+def _join(y: Float[Array, "features chunks channels*chunk"], inputs, time: int):
+    features, chunks, size = inputs.shape
+    y = jnp.transpose(y.reshape(features, chunks, -1, size), (2, 1, 3, 0))
+    return y.reshape(y.shape[0], -1, features)[:, :time]

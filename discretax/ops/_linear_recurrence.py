@@ -123,8 +123,8 @@ def recurrence(
         return b
     if implementation is None and split_by_compiler():
         implementation = "xla"
-    a, b, h0, resets = vary_alike(a, b, h0, resets)
-    return _recurrence(planes, reverse, implementation, a, b, h0, resets)
+    arrays = vary_alike(a, b, h0, resets)
+    return _recurrence(planes, reverse, implementation, *arrays)
 
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

@@ -1,11 +1,13 @@
 """Inside `jax.shard_map`, arrays of different kinds together: each device's own, and one for all."""
 
+from typing import Any
+
 import jax
 from jax import lax
 from jaxtyping import Array
 
 
-def vary_alike(*arrays):
+def vary_alike(*arrays: Any) -> tuple[Any, ...]:
     """Each array varies over those axes of the mesh over which any does; None stays None.
 
     A loop wants its carry to do so, and a kernel all of its arguments. Cast before a derivative rule

@@ -1,7 +1,7 @@
 """The selective scan of Mamba: a diagonal recurrence whose steps and projections the input chooses."""
 
 import functools as ft
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -187,7 +187,8 @@ def _in_order(samples, A):
 
 def _axes_of(samples):
     """Names of axes: a batch and features can be split over devices."""
-    return Samples("btn", "btn", None if samples.dt_A is None else "btn", "bts", "bts")
+    names: Any = "btn", "btn", None if samples.dt_A is None else "btn", "bts", "bts"
+    return Samples(*names)
 
 
 def _forward_axes(*arrays, structure, **options):

@@ -63,7 +63,7 @@ def operation(
     name: str,
     form: Callable[..., Sequence[Array]],
     axes: Callable[..., tuple[Sequence[str], Sequence[str]]],
-    results: Callable[..., Sequence[Array]],
+    results: Callable[..., Sequence[Any]],
 ) -> Callable[..., Sequence[Array]]:
     """An operation on arrays of one example, with options by keyword.
 

@@ -46,7 +46,7 @@ def states_gpu(
     interpret: Any = None,
 ) -> Array:
     """All states, in the type of `b`. `h0` is (batch, planes, state), `resets` (batch, time)."""
-    streams = {"a": a, "b": b, "reset": resets}
+    streams = _given(a=a, b=b, reset=resets)
     plan = _plan(streams, [b.dtype], reverse, tile, chunks)
 
     def use(sample, carry):
@@ -75,7 +75,7 @@ def derivatives_gpu(
     A program carries c = conj(a_t) lambda_t to the sample before, so that nothing has to be shifted.
     """
     constant = a.shape[1] == 1
-    streams = {"a": a, "b": g, "reset": resets, "h": h}
+    streams = _given(a=a, b=g, reset=resets, h=h)
     outputs = [g.dtype] if constant else [g.dtype, a.dtype]
     plan = _plan(streams, outputs, not reverse, tile, chunks)
 
@@ -87,12 +87,18 @@ def derivatives_gpu(
         d_a = _reset(sample, silence, _times(_conjugate(sample["h"]), lam))
         return (c, _add(total, d_a)) if constant else (c, total), [lam, d_a][: len(outputs)]
 
-    start = _starts(plan, streams | {"h": None}, jnp.zeros_like(h0), interpret, adjoint=True)
+    start = _starts(
+        plan, _given(a=a, b=g, reset=resets), jnp.zeros_like(h0), interpret, adjoint=True
+    )
     edge = {"h0": h0[:, None].astype(jnp.float32)}
     zero = jnp.zeros((1, 1, *h0.shape[1:]), jnp.float32)
     rows, (c, total) = _walk(plan, streams, edge, [start, zero], use, outputs, interpret)
     d_h0 = c[:, -1 if reverse else 0]
     return (total.sum(1, keepdims=True) if constant else rows[1]), rows[0], d_h0
+
+
+def _given(**arrays: Array | None) -> dict[str, Array]:
+    return {name: value for name, value in arrays.items() if value is not None}
 
 
 class _Plan(NamedTuple):
@@ -116,9 +122,9 @@ class _Plan(NamedTuple):
 
 def _plan(streams, outputs, down, tile, chunks) -> _Plan:
     batch, time, planes, state = streams["b"].shape
-    batch = max(batch, *(value.shape[0] for value in streams.values() if value is not None))
+    batch = max(batch, *(value.shape[0] for value in streams.values()))
     if tile is None:
-        copied = [value for value in streams.values() if value is not None and value.shape[1] > 1]
+        copied = [value for value in streams.values() if value.shape[1] > 1]
         row = sum(STAGES * value.dtype.itemsize for value in copied if value.ndim == 4)
         row += sum(2 * jnp.dtype(dtype).itemsize for dtype in outputs)
         fitting = SHARED_MEMORY // (row * planes * LANES)
@@ -162,7 +168,7 @@ def _starts(plan: _Plan, streams, start: Array, interpret, *, adjoint: bool) -> 
 
 def _walk(
     plan: _Plan,
-    streams: dict[str, Array | None],
+    streams: dict[str, Array],
     vectors: dict[str, Array],
     carries: list[Array],
     use: Callable[[dict[str, Planes], tuple[Planes, ...]], tuple[tuple[Planes, ...], list[Planes]]],
@@ -176,7 +182,7 @@ def _walk(
     first carries are (batch, chunks or 1, planes, state). Returns the outputs, one for each type in
     `rows`, and the last carries of all chunks.
     """
-    streams = {name: value for name, value in streams.items() if value is not None}
+    streams = dict(streams)
     if streams["a"].shape[1] == 1:
         vectors = vectors | {"a": streams.pop("a").astype(jnp.float32)}
     if "reset" in streams:  # the copies want strides of 16 bytes
