@@ -269,3 +269,36 @@ def test_backward_in_time_is_not_split_over_devices():
     b = jnp.ones((4, 2))
     with split_time("seq", jnp.array(0), 2), pytest.raises(ValueError, match="got reverse=True"):
         linear_recurrence(0.5 * b, b, reverse=True)
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 0), (None, 0, None), (0, None, None), (None, 1, 0)])
+@pytest.mark.parametrize("outer", [(0, 0, 0), (None, 0, None), (0, None, 1)])
+def test_nested_vmap(outer, axes):
+    """What an inner or outer map shares stays one array, with one gradient."""
+    arguments = []
+    for shape, at, at_outer in zip(((4,), (TIME, 4), (4,)), axes, outer, strict=True):
+        shape = list(shape) if at is None else [*shape[:at], 2, *shape[at:]]
+        shape = shape if at_outer is None else [*shape[:at_outer], 3, *shape[at_outer:]]
+        arguments.append(jr.normal(jr.key(len(shape)), shape))
+
+    def results(implementation):
+        one = ft.partial(linear_recurrence, implementation=implementation)
+        run = jax.vmap(jax.vmap(one, in_axes=axes), in_axes=outer)
+        values, pull = jax.vjp(run, *arguments)
+        return values, pull(jnp.cos(values))
+
+    assert_close(results(None), results("sequential"), rtol=1e-6)
+
+
+def test_outside_of_jit_nothing_is_compiled_twice():
+    a, b = jnp.full(5, 0.5), jnp.ones((1, TIME, 5))
+    run = jax.vmap(linear_recurrence, in_axes=(None, 0))
+    compiled = []
+    count = lambda event, *_, **__: compiled.append(event) if "compile" in event else None
+    jax.monitoring.register_event_duration_secs_listener(count)
+    first = run(a, b)
+    assert compiled
+    compiled.clear()
+    np.testing.assert_array_equal(run(a, b), first)
+    jax.monitoring.unregister_event_duration_listener(count)
+    assert not compiled

@@ -7,11 +7,14 @@ import jax.random as jr
 import numpy as np
 import pytest
 from golden_file import Golden
+from jax.test_util import check_grads
 from test_golden import assert_close, value_and_gradients
 
 from discretax.init import diagonalised_hippo, hippo
 from discretax.models import S4
 from discretax.ops import _depthwise_ssm
+from discretax.ops._depthwise_matrices import boundary_states
+from discretax.ops._transition import DiagonalPower
 from discretax.sequence_mixers import S4DSequenceMixer, S4SequenceMixer
 
 run = eqx.filter_jit(lambda mixer, x, cache=None: mixer(x, cache))
@@ -358,6 +361,29 @@ def test_higher_rank_and_untied_steps():
         A_bar, _, _ = discretize(mixer)
         expected = np.linalg.inv(np.eye(4) - A / 2) @ (np.eye(4) + A / 2)
         np.testing.assert_allclose(A_bar[0], expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_states_between_chunks(backend, monkeypatch):
+    """As complex numbers, by whichever loop the backend prefers; and their gradient by differences."""
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    with jax.enable_x64(True):
+        power, h0, v = (
+            jr.normal(key, shape) / 2
+            for key, shape in zip(
+                jr.split(jr.key(0), 3), [(2, 2, 3), (2, 2, 3), (2, 5, 6)], strict=True
+            )
+        )
+        run = lambda power, h0, v: boundary_states(DiagonalPower(power), v, h0)
+        before, after = run(power, h0, v)
+        number = lambda planes: np.asarray(planes)[..., :3] + 1j * np.asarray(planes)[..., 3:]
+        h = number(h0.reshape(2, 6))
+        for m in range(5):
+            np.testing.assert_allclose(number(before[m]), h, atol=1e-14)
+            h = number(power.reshape(2, 6)) * h + number(v[:, m])
+        np.testing.assert_allclose(number(after), h, atol=1e-14)
+        loss = lambda *arrays: sum(jnp.sum(jnp.sin(states)) for states in run(*arrays))
+        check_grads(loss, (power, h0, v), order=1, modes=["rev"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("features", [2, 4], ids=["whole", "blocks of features"])
