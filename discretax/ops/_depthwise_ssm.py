@@ -14,7 +14,7 @@ from discretax.ops._linear_recurrence import recurrence
 from discretax.ops._manual_axes import vary_alike
 from discretax.ops._recurrence_xla import times
 from discretax.ops._sequence_parallel import incoming_state, time_parts
-from discretax.ops._transition import Transition, flat, power_of, unflat
+from discretax.ops._transition import Transition, flat, power_of
 
 Route = Literal["scan", "chunks", "fft"] | None
 
@@ -55,7 +55,7 @@ def depthwise_ssm(
     - `length`: number of valid samples; `x` is zero after them.
     - `resets`: where True at `t`, the state before `t` is zero.
     - `route`: for a system that stays the same over time, without resets; any other takes the scan.
-        None takes chunks beyond 16 samples.
+        None takes chunks beyond 32 samples.
 
     **Returns:**
 
@@ -80,7 +80,7 @@ def depthwise_ssm(
 
 # What is fastest on CPU, from 256 features of 32 complex states; both ways on both sides of each
 # number of samples: "choices" in docs/performance.md.
-STEPS = 16  # up to so many, one by one: too few to pay for the matrices
+STEPS = 32  # up to so many, one by one: too few to pay for the matrices
 CHUNK, LARGE_CHUNK = 32, 64
 LARGE_BEYOND = 4096  # up to so many, small chunks
 # From so many on, 16 features after the other, so that what they need stays in the cache, and each
