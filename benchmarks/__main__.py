@@ -14,7 +14,7 @@ import datetime
 import pathlib
 import platform
 
-from benchmarks import report
+from benchmarks import kernels, report
 from benchmarks.cases import TABLES, Case
 from benchmarks.comparing import compare
 from benchmarks.processes import Subject, UnavailableError, scratch
@@ -24,7 +24,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--table", choices=TABLES, action="append", help="default: all")
+    all_cases = {**TABLES, "kernels": kernels.cases}
+    parser.add_argument("--table", choices=all_cases, action="append", help="default: all")
     parser.add_argument("--only", default="", help="cases whose description has this in it")
     parser.add_argument("--repeats", type=int, default=15, help="runs of each subject per case")
     parser.add_argument("--seconds", type=float, default=20, help="fewer runs if they need more")
@@ -35,17 +36,24 @@ def main() -> None:
     if options.write and options.only:
         parser.error("--write takes no --only: the figures of a table come from one run.")
     tables = {
-        name: [case for case in TABLES[name]() if options.only in str(case)]
-        for name in options.table or TABLES
+        name: [case for case in all_cases[name]() if options.only in str(case)]
+        for name in options.table or all_cases
     }
     tables = {name: cases for name, cases in tables.items() if cases}
     if not tables:
         parser.error(f"--only {options.only!r} leaves no case.")
     if options.write:
         report.check_page(tables)
-    results = {name: measure(name, cases, options) for name, cases in tables.items()}
+    results, pages = {}, {}
+    for name, cases in tables.items():
+        if name == "kernels":
+            results[name] = kernels.measure(cases, options)
+            pages[name] = kernels.page(results[name])
+        else:
+            results[name] = measure(name, cases, options)
+            pages[name] = report.page(name, results[name])
     if options.write:
-        report.write(results)
+        report.write(results, pages)
 
 
 def measure(name: str, cases: list[Case], options: argparse.Namespace) -> dict:

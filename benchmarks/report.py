@@ -64,23 +64,23 @@ def _cells(name: str, outcome: dict, subject: str, result: dict, ours: dict) -> 
     match name:
         case "mixers" | "choices":
             larger = f"{memory / max(ours['temporary_bytes'], 1):.1f}x"
-            cells = [_spread(result, 1e3), slower, _megabytes(memory), larger]
+            cells = [quartiles(result, 1e3), slower, _megabytes(memory), larger]
             if name == "mixers":
                 return [*sizes, who, *cells, floors]
             return [*sizes, _way(case, subject), *cells]
         case "generation":
-            spread = _spread(result, 1e3 / case["time"])
+            spread = quartiles(result, 1e3 / case["time"])
             rate = f"{case['batch'] * case['time'] / result['median']:.1f}"
             model = case["op"].removeprefix("generate ")
             cells = [spread, rate, slower, floors, _megabytes(memory)]
             return [model, str(case["batch"]), who, *cells]
         case "steps":
-            spread = _spread(result, 1e6 / case["time"])
+            spread = quartiles(result, 1e6 / case["time"])
             return [case["op"], str(case["features"]), who, spread, slower, floors]
         case "training":
             seconds = [f"{result[key]:.1f}" for key in ("build_seconds", "compile_seconds")]
             model = case["op"].removeprefix("train ")
-            spread = _spread(result, 1e3)
+            spread = quartiles(result, 1e3)
             return [model, str(case["blocks"]), who, *seconds, spread, _megabytes(memory)]
         case "long":
             error = f"{result['error']:.0e}"
@@ -98,7 +98,7 @@ def _way(case: dict, subject: str) -> str:
     return f"{chosen} (chosen)" if subject == "ours" else other
 
 
-def _spread(result: dict, scale: float) -> str:
+def quartiles(result: dict, scale: float) -> str:
     low, median, high = (scale * result[key] for key in ("low", "median", "high"))
     digits = 2 if median < 10 else 1 if median < 100 else 0
     return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
@@ -144,14 +144,23 @@ def check_page(names: Iterable[str]) -> None:
             raise ValueError(f"{PAGE} must have one pair of markers for {name!r}; it has {count}.")
 
 
-def write(tables: dict[str, dict]) -> None:
-    """Puts tables in the place of those in `docs/performance.md`, by its markers."""
+def page(name: str, table: dict) -> str:
+    lines = [row for outcome in table["cases"] for row in rows(name, outcome)]
+    head = [heading(table["about"]), "", table_head(name)]
+    return "\n".join([*head, *lines, *notes(table), ""])
+
+
+def write(tables: dict[str, dict], pages: dict[str, str]) -> None:
+    """Puts tables in the place of those in `docs/performance.md`, by its markers.
+
+    A table that this machine cannot measure takes no place of one that another has measured.
+    """
     text, record = PAGE.read_text(), DOCS / "performance.json"
     kept = json.loads(record.read_text()) if record.exists() else {}
-    for name, table in tables.items():
-        lines = [row for outcome in table["cases"] for row in rows(name, outcome)]
-        head = [heading(table["about"]), "", table_head(name)]
-        new = "\n".join([*head, *lines, *notes(table), ""])
+    measured = lambda table: bool(table and table["cases"])
+    tables = {k: table for k, table in tables.items() if measured(table) >= measured(kept.get(k))}
+    for name in tables:
+        new = pages[name]
         text = _marked(name).sub(lambda match, new=new: match[1] + new + match[2], text)
     PAGE.write_text(text)
     record.write_text(json.dumps(kept | tables, indent=1) + "\n")
