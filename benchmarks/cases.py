@@ -95,7 +95,7 @@ def choice_cases() -> list[Case]:
         for batch in (None, 8)
         for time, threshold in ((4096, never), (8192, always))
     ]
-    thresholds = [("STEPS", 16, never), ("STEPS", 32, always)]
+    thresholds = [("STEPS", 32, never), ("STEPS", 64, always)]
     thresholds += [("LARGE_BEYOND", 4096, never), ("LARGE_BEYOND", 8192, always)]
     thresholds += [("LONG", 1024, never), ("LONG", 2048, always)]
     return diagonal + [

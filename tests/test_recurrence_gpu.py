@@ -12,6 +12,7 @@ from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 from discretax.ops import linear_recurrence
 from discretax.ops._kernels import _recurrence, _recurrence_gpu
 from discretax.ops._kernels._recurrence_gpu import derivatives_gpu, states_gpu
+from discretax.ops._kernels._walk_gpu import make_plan
 from discretax.ops._linear_recurrence import recurrence
 
 BATCH, TILE = 2, 8
@@ -171,7 +172,7 @@ def test_few_channels_are_computed_in_chunks():
         "a": jnp.zeros((1, 1, 1, 64)),
         "b": jax.ShapeDtypeStruct((1, 65536, 1, 64), "float32"),
     }
-    plan = _recurrence_gpu._plan(streams, [jnp.float32], False, None, None)
+    plan = make_plan(streams, [jnp.float32], False, None, None)
     assert plan.chunks == 256
     assert plan.chunk * plan.chunks == 65536
 

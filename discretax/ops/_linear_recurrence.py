@@ -56,8 +56,10 @@ def linear_recurrence(
         multiplied, so that a NaN in the past does not pass.
     - `reverse`: run from the last sample to the first, $h_t = a_t h_{t+1} + b_t$.
     - `implementation`: `"sequential"` walks through time with `lax.scan`: least work, least
-        rounding, fastest on CPU. `"associative"` is a parallel scan of logarithmic depth. `None`
-        chooses when the function is lowered: sequential on CPU, associative elsewhere.
+        rounding, fastest on CPU. `"associative"` is a parallel scan of logarithmic depth. `"xla"` is
+        the first on CPU and the second elsewhere. `"mosaic_gpu"` (NVIDIA GPUs from Hopper on) and
+        `"mosaic_tpu"` are kernels that go through the arrays once. `None` chooses when the function
+        is lowered: the platform's kernel where it takes the arrays, and XLA elsewhere.
 
     **Returns:**
 
@@ -66,7 +68,8 @@ def linear_recurrence(
 
     **Raises:**
 
-    `ValueError` if the shapes do not fit or `implementation` is unknown; `TypeError` if the types
+    `ValueError` if the shapes do not fit, `implementation` is unknown or, asked for by name, cannot
+    run on the platform or with these arrays; `TypeError` if the types
     of `a`, `b` and `h0` differ or are not floating.
     """
     check_name("implementation", implementation, Implementation)
