@@ -45,9 +45,13 @@ def launch(
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         scratch_types=list(scratch),
-        # A lane touches its own columns of shared memory alone: no barrier is needed between a
-        # write and the reads that follow it.
-        compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True, **compiler_params),
+        # A body says what a lane does. It touches its own columns of shared memory alone: no barrier
+        # is needed between a write and the reads that follow it.
+        compiler_params=plgpu.CompilerParams(
+            unsafe_no_auto_barriers=True,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            **compiler_params,
+        ),
         interpret=interpret,
     )(*inputs)
     if interpret is None:
