@@ -118,10 +118,11 @@ def accuracy_cases() -> list[Case]:
 
 
 def step_cases() -> list[Case]:
+    ways = [("", 10_000), (", call by call", 1000), (", call by call, discretized", 1000)]
     return [
-        Case(f"step LRU{how}", 10_000, width, width, None)
+        Case(f"step LRU{how}", tokens, width, width, None)
         for width in (64, 256)
-        for how in ("", ", discretized")
+        for how, tokens in ways
     ]
 
 
@@ -167,7 +168,7 @@ def draw(case: Case, key: jax.Array, folder: pathlib.Path) -> dict[str, np.ndarr
     arrays = {"weights": jr.normal(weights_key, shape), "x": jr.normal(keys[0], shape)}
     mixer = None
     match case.op:
-        case "LRU" | "step LRU" | "step LRU, discretized":
+        case op if op == "LRU" or op.startswith("step LRU"):
             mixer = LRUSequenceMixer(
                 case.features, mixer_key, state_dim=case.state, r_min=0.9, r_max=0.999
             )

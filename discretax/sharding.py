@@ -21,7 +21,7 @@ Rules = Sequence[tuple[str, PartitionSpec]]
 
 # Projections to a wider space are split along their outputs, those back along their inputs: between
 # them every device keeps its own part of the wide space, states included. Not those of Mamba: its B
-# and C are shared by all features, and their gradients would be summed over "model" at every sample.
+# and C are shared by all features, and have to be summed over "model".
 _WIDE = {
     r"\b((gate|up|q|k|v)_proj|linear_[xy]|w[12])\.weight$": 0,
     r"\bB(_re|_im)?$": 0,

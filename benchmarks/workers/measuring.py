@@ -119,6 +119,28 @@ def decoding_job(step: Callable[[Any, Any], tuple], cache: Any, x: jax.Array, to
     return Job(run, lambda: {"y": np.asarray(compiled(x, cache))}, facts)
 
 
+def calling_job(
+    step: Callable[[Any, Any, Any], tuple], params: Any, cache: Any, x: jax.Array, tokens: int
+) -> Job:
+    """Single steps, each of them a call from Python that is given the parameters."""
+
+    @jax.jit
+    def call(params, x, cache):
+        y, cache = step(params, x, cache)
+        return 0.01 * y, cache, y
+
+    compiled, facts = compiled_with_facts(call, params, x, cache)
+
+    def run():
+        following, state, outputs = x, cache, []
+        for _ in range(tokens):
+            following, state, y = compiled(params, following, state)
+            outputs.append(y)
+        return jax.block_until_ready(outputs)
+
+    return Job(run, lambda: {"y": np.stack(run())}, facts)
+
+
 def compiled_with_facts(f, *args) -> tuple[Any, dict[str, float]]:
     start = time.perf_counter()
     compiled = f.lower(*args).compile()

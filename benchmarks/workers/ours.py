@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 from job import Job
 from measuring import (
+    calling_job,
     compiled_with_facts,
     decoding_job,
     load,
@@ -59,14 +60,18 @@ def prepare(case: dict, arrays: dict) -> Job:
             heads = params["a_weight"].shape[0]
             mixer = RGLRUSequenceMixer(case["features"], jr.key(0), num_heads=heads)
         case name:
-            make = MIXERS[name.removeprefix("step ").removesuffix(", discretized")]
+            make = MIXERS[name.removeprefix("step ").split(",")[0]]
             mixer = make(case["features"], jr.key(0), state_dim=case["state"])
     params.pop("truncated_C", None)
     mixer = load(mixer, params)
     if case["op"].startswith("step "):
-        if case["op"].endswith(", discretized"):
+        if "discretized" in case["op"]:
             mixer = Discretized(mixer)
         cache = mixer.allocate_inference_cache()
+        if "call by call" in case["op"]:
+            params, static = eqx.partition(mixer, eqx.is_array)
+            step = lambda params, x, cache: eqx.combine(params, static).step(x, cache)
+            return calling_job(step, params, cache, jnp.asarray(arrays["x"][0]), case["time"])
         return decoding_job(mixer.step, cache, jnp.asarray(arrays["x"][0]), case["time"])
     return training_job(lambda mixer, x: mixer(x)[0], mixer, arrays, case)
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from job import Job
-from measuring import decoding_job, parameters, training_job, versions
+from measuring import calling_job, decoding_job, parameters, training_job, versions
 
 __all__ = ["prepare", "versions"]
 
@@ -12,8 +12,10 @@ def prepare(case: dict, arrays: dict) -> Job:
     params = parameters(arrays)
     if case["op"].startswith("step "):
         h = jnp.zeros(case["state"], complex)
-        step = lambda x, h: lru_step(params, x, h)
-        return decoding_job(step, h, jnp.asarray(arrays["x"][0]), case["time"])
+        x = jnp.asarray(arrays["x"][0])
+        if "call by call" in case["op"]:
+            return calling_job(lru_step, params, h, x, case["time"])
+        return decoding_job(lambda x, h: lru_step(params, x, h), h, x, case["time"])
     return training_job(FORMS[case["op"]], params, arrays, case)
 
 
