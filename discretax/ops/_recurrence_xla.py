@@ -1,5 +1,7 @@
 """The linear recurrence in XLA's own terms: step by step, and as a parallel scan."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -11,14 +13,19 @@ def accumulated(value: Array) -> jnp.dtype:
 
 
 def sequential(planes, reverse, a, b, h0, resets):
-    multiply = times if planes else jnp.multiply
     varying = a.ndim == b.ndim
     dtype, wide = b.dtype, accumulated(b)
+
+    def multiplication(a):
+        a = a.astype(wide)
+        return times_in_loop(a) if planes else lambda h: a * h
+
+    constant = None if varying else multiplication(a)
 
     def step(h, inputs):
         a_t, b_t, reset_t = inputs
         b_t = b_t.astype(wide)
-        h_t = multiply((a_t if varying else a).astype(wide), h) + b_t
+        h_t = (constant or multiplication(a_t))(h) + b_t
         if reset_t is not None:
             h_t = jnp.where(reset_t, b_t, h_t)
         return h_t, h_t.astype(dtype)
@@ -50,10 +57,19 @@ def associative(planes, reverse, a, b, h0, resets):
 
 def times(a: Array, h: Array) -> Array:
     """Complex product of two arrays of planes."""
-    # Both planes at once: XLA does not vectorise in a loop on CPU what takes them apart and stacks them.
+    a_re, a_im, h_re, h_im = a[..., 0, :], a[..., 1, :], h[..., 0, :], h[..., 1, :]
+    return jnp.stack([a_re * h_re - a_im * h_im, a_re * h_im + a_im * h_re], axis=-2)
+
+
+def times_in_loop(a: Array) -> Callable[[Array], Array]:
+    """The complex product with `a`, of both planes at once.
+
+    On CPU, XLA vectorises this within a loop, and not `times`, which takes the planes apart. Over
+    whole arrays it would make arrays of what is added.
+    """
     re, im = a[..., :1, :], a[..., 1:, :]
     same, crossed = jnp.concatenate([re, re], axis=-2), jnp.concatenate([-im, im], axis=-2)
-    return same * h + crossed * lax.rev(h, (h.ndim - 2,))
+    return lambda h: same * h + crossed * lax.rev(h, (h.ndim - 2,))
 
 
 def to_planes(values: Array) -> Array:

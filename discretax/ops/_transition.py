@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from discretax.ops._recurrence_xla import conjugate, times
+from discretax.ops._recurrence_xla import conjugate, times, times_in_loop
 
 
 class Transition(NamedTuple):
@@ -43,15 +43,15 @@ class DiagonalPower(NamedTuple):
         product with all powers is far slower than that of a loop.
         """
         one = jnp.zeros_like(self.planes).at[:, 0].set(1)
+        forth, back = times_in_loop(self.planes), times_in_loop(conjugate(self.planes))
 
         def advance(carry, _):
             power, right, left = carry
-            moved = times(self.planes, power), times(self.planes, right), self.pull(left)
-            return moved, (right, left)
+            return (forth(power), forth(right), back(left)), (right, left)
 
-        carry = (one, unflat(right), left)
-        (last, _, _), (ahead, back) = lax.scan(advance, carry, length=count)
-        return flat(ahead), back, DiagonalPower(last)
+        carry = (one, unflat(right), unflat(left))
+        (last, _, _), (rights, lefts) = lax.scan(advance, carry, length=count)
+        return flat(rights), flat(lefts), DiagonalPower(last)
 
     def pull(
         self, left: Float[Array, "*lead features flat"]
