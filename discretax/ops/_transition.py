@@ -1,7 +1,9 @@
 """Transitions of systems with one input, and their powers."""
 
+import functools as ft
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -45,6 +47,7 @@ class DiagonalPower(NamedTuple):
         one = jnp.zeros_like(self.planes).at[:, 0].set(1)
         forth, back = times_in_loop(self.planes), times_in_loop(conjugate(self.planes))
 
+        @ft.partial(jax.checkpoint, prevent_cse=False)  # keeps what it starts from, alone
         def advance(carry, _):
             power, right, left = carry
             return (forth(power), forth(right), back(left)), (right, left)
