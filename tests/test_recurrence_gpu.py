@@ -1,6 +1,7 @@
 """The linear recurrence's GPU kernels: interpreted, against XLA's form; their lowering for CUDA."""
 
 import functools as ft
+import types
 
 import jax
 import jax.numpy as jnp
@@ -194,6 +195,31 @@ def test_what_a_kernel_does_not_take(b, reason):
         by_name.trace(a, b).lower(lowering_platforms=("cuda",))
     text = jax.jit(linear_recurrence).trace(a, b).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" not in text
+
+
+def test_planes_with_more_axes_are_computed_by_xla():
+    b = jnp.zeros((4, 3, 2, 8))
+    run = jax.jit(
+        lambda b, implementation=None: recurrence(
+            b, b, b[0], None, planes=True, implementation=implementation
+        ),
+        static_argnames="implementation",
+    )
+    with pytest.raises(ValueError, match=r"planes as \(time, 2, state\); got \(4, 3, 2, 8\)"):
+        run.trace(b, implementation="mosaic_gpu").lower(lowering_platforms=("cuda",))
+    text = run.trace(b).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" not in text
+
+
+def test_a_gpu_before_hopper_computes_by_xla(monkeypatch):
+    b = jnp.zeros((6, 8))  # a shape of its own: JAX keeps what it has lowered
+    run = jax.jit(linear_recurrence, static_argnames="implementation").trace
+    traced, by_name = run(b, b), run(b, b, implementation="mosaic_gpu")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability="8.0")])
+    with pytest.raises(ValueError, match=r"GPUs from Hopper.*got 8\.0"):
+        by_name.lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu" not in traced.lower(lowering_platforms=("cuda",)).as_text()
 
 
 def test_float64_is_computed_by_xla():

@@ -1,5 +1,7 @@
 """The GPU kernels of the selective scan, interpreted on CPU, against the operation in float64."""
 
+import functools as ft
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ def draw(batch, time, features, state, *, resets=False, separate_steps=True, dty
         "B": normal(1, time, state),
         "C": normal(batch, time, state),
         "h0": normal(1, state, features).astype(jnp.float32),
-        "resets": (jnp.arange(time)[None] == RESET).astype(jnp.int32) if resets else None,
+        "resets": jnp.arange(time)[None] == RESET if resets else None,
     }
 
 
@@ -70,7 +72,6 @@ def reference(values, d_y, d_h_last):
         batch = len(d_y)
         shared = lambda value: np.broadcast_to(value, (batch, *value.shape[1:]))
         resets, *arguments = jax.tree.map(shared, [values[name] for name in ("resets", *NAMES)])
-        resets = None if resets is None else resets != 0
         arguments, cotangents = jax.tree.map(
             lambda value: jnp.asarray(value, jnp.float64), (arguments, (d_y, d_h_last))
         )
@@ -236,3 +237,17 @@ def test_the_kernels_by_name(options, reason):
     else:
         with pytest.raises(ValueError, match=reason):
             run.lower(lowering_platforms=("cuda",))
+
+
+def test_models_side_by_side_are_computed_by_xla():
+    """A kernel has one `A` for the whole batch."""
+    x, B, A = jnp.ones((3, 64, 8)), jnp.ones((3, 64, 4)), -jnp.ones((3, 8, 4))
+
+    @ft.partial(jax.jit, static_argnums=0)
+    def run(implementation, *inputs):
+        return jax.vmap(ft.partial(ops.selective_scan, implementation=implementation))(*inputs)
+
+    with pytest.raises(ValueError, match="all examples must have the same `A`"):
+        run.trace("mosaic_gpu", x, x, A, B, B).lower(lowering_platforms=("cuda",))
+    text = run.trace(None, x, x, A, B, B).lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" not in text

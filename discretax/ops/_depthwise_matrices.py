@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -56,18 +55,8 @@ def boundary_states(
     if isinstance(power, DensePower):
         after, before = lax.scan(lambda h, v: (power(h) + v, h), flat(h0), inputs)
         return before, after
-    if jax.default_backend() != "cpu":
-        after = recurrence(power.planes, unflat(inputs), h0, None, planes=True)
-        return flat(jnp.concatenate([h0[None], after[:-1]])), flat(after[-1])
-    # Stacked planes in the carry would keep XLA on CPU from vector instructions: five times the time.
-    re, im = power.planes[:, 0], power.planes[:, 1]
-
-    def move(h, v):
-        moved = re * h[0] - im * h[1] + v[:, 0], re * h[1] + im * h[0] + v[:, 1]
-        return moved, h
-
-    after, before = lax.scan(move, (h0[:, 0], h0[:, 1]), unflat(inputs))
-    return jnp.concatenate(before, -1), jnp.concatenate(after, -1)
+    after = recurrence(power.planes, unflat(inputs), h0, None, planes=True)
+    return flat(jnp.concatenate([h0[None], after[:-1]])), flat(after[-1])
 
 
 def state_within(transition, B, inputs, before, after, left):

@@ -32,6 +32,8 @@ from discretax.ops._selective_scan_xla import (
 )
 from discretax.ops._sequence_parallel import incoming_state
 
+SelectiveImplementation = Literal["xla", "mosaic_gpu"] | None
+
 
 def selective_scan(
     x: Float[Array, "time features"],
@@ -47,7 +49,7 @@ def selective_scan(
     length: Int[Array, ""] | int | None = None,
     resets: Bool[Array, " time"] | None = None,
     chunk_size: int | None = None,
-    implementation: Literal["xla", "mosaic_gpu"] | None = None,
+    implementation: SelectiveImplementation = None,
 ) -> tuple[Float[Array, "time features"], Float[Array, "features state"]]:
     r"""Each feature is the input of a system of its own, sampled with a step that changes with time.
 
@@ -95,7 +97,7 @@ def selective_scan(
     is not real, or an implementation asked for by name cannot run.
     """
     check_name("discretization", discretization, SelectiveDiscretization)
-    check_name("implementation", implementation, Literal["xla", "mosaic_gpu"] | None)
+    check_name("implementation", implementation, SelectiveImplementation)
     if chunk_size is None:
         chunk_size = checkpoint_every(A.shape[-1]) if jax.default_backend() == "gpu" else 32
     check_size("chunk_size", chunk_size)
@@ -150,8 +152,7 @@ def _forward_on(platform, *arrays, structure, discretization, chunk_size, implem
     samples, resets, A, h0 = structure.unflatten(arrays)
     why_not = ft.partial(_why_no_kernel, discretization, chunk_size, samples, A)
     if kernel_on(platform, implementation, why_not):
-        flags = None if resets is None else resets.astype(jnp.int32)
-        return forward(*_in_order(samples, A), h0, flags, checkpoint_every=chunk_size)
+        return forward(*_in_order(samples, A), h0, resets, checkpoint_every=chunk_size)
     run = lambda *arrays: scan_forward(discretization, chunk_size, *structure.unflatten(arrays))
     return over_batch(run, *arrays)
 
@@ -160,9 +161,8 @@ def _backward_on(platform, *arrays, structure, discretization, chunk_size, imple
     samples, resets, A, starts, d_y, d_h = structure.unflatten(arrays)
     why_not = ft.partial(_why_no_kernel, discretization, chunk_size, samples, A)
     if kernel_on(platform, implementation, why_not):
-        flags = None if resets is None else resets.astype(jnp.int32)
         d_x, d_dt, d_dt_A, d_A, d_B, d_C, d_h0 = backward(
-            *_in_order(samples, A), flags, starts, d_y, d_h, checkpoint_every=chunk_size
+            *_in_order(samples, A), resets, starts, d_y, d_h, checkpoint_every=chunk_size
         )
         return jax.tree.leaves((Samples(d_x, d_dt, d_dt_A, d_B, d_C), d_A, d_h0))
     run = lambda *arrays: jax.tree.leaves(

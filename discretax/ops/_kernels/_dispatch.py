@@ -37,18 +37,20 @@ def kernel_on(
     by name and cannot run raises a `ValueError`.
     """
     own = KERNELS.get(platform or "")
-    if implementation not in (None, *DEVICES) or (implementation is None and own is None):
+    if implementation in DEVICES and implementation != own:
+        reason = f"it runs on {DEVICES[implementation]}; got the platform {platform!r}"
+    elif own is None or implementation not in (None, own):
         return None
-    if own is None or implementation not in (None, own):
-        reason = f"it runs on {DEVICES[implementation or '']}; got the platform {platform!r}"
     else:
         reason = _too_old(own) or why_not(own)
-    if reason and implementation is not None:
-        raise ValueError(
-            f"`implementation={implementation!r}` cannot take these arguments: {reason}. With "
-            "`implementation=None` the kernel is taken where it can run, and XLA elsewhere."
-        )
-    return None if reason else own
+    if reason is None:
+        return own
+    if implementation is None:
+        return None
+    raise ValueError(
+        f"`implementation={implementation!r}` cannot take these arguments: {reason}. With "
+        "`implementation=None` the kernel is taken where it can run, and XLA elsewhere."
+    )
 
 
 def _too_old(kernel: str) -> str | None:

@@ -21,6 +21,7 @@ def launch(
     tiles: Sequence[tuple[int, ...]],
     grid: dict[str, int],
     scratch: Sequence[Any],
+    fill: float = jnp.nan,
     interpret: Any = None,
     **compiler_params: Any,
 ) -> list[Array]:
@@ -28,13 +29,14 @@ def launch(
 
     `tiles` are the shapes in which the body copies the inputs and the outputs. Of a copy that goes
     past the end of an array, the hardware fills with zeros what it reads and drops what it writes.
-    The interpreter does neither: for it the arrays are extended to whole tiles.
+    The interpreter does neither: for it the arrays are extended to whole tiles, with `fill`. NaN shows
+    a body that takes what lies there; one that relies on the zeros says so.
     """
     inputs = vary_alike(*inputs)
     outputs = [varying_with(inputs[0], value.shape, value.dtype) for value in outputs]
     whole = outputs
     if interpret is not None:
-        inputs = [_extend(value, tile) for value, tile in zip(inputs, tiles, strict=False)]
+        inputs = [_extend(value, tile, fill) for value, tile in zip(inputs, tiles, strict=False)]
         whole = [
             varying_with(inputs[0], _whole_tiles(value.shape, tile), value.dtype)
             for value, tile in zip(outputs, tiles[len(inputs) :], strict=True)
@@ -66,9 +68,8 @@ def _whole_tiles(shape: tuple[int, ...], tile: tuple[int, ...]) -> tuple[int, ..
     return tuple(-(-size // step) * step for size, step in zip(shape, tile, strict=True))
 
 
-def _extend(value: Array, tile: tuple[int, ...]) -> Array:
+def _extend(value: Array, tile: tuple[int, ...], fill: float) -> Array:
     target = _whole_tiles(value.shape, tile)
     padding = [(0, new - old) for old, new in zip(value.shape, target, strict=True)]
-    # NaN, so that a result that depends on what lies there shows it.
-    fill = jnp.nan if jnp.issubdtype(value.dtype, jnp.floating) else 0
+    fill = fill if jnp.issubdtype(value.dtype, jnp.floating) else 0
     return jnp.pad(value, padding, constant_values=fill)

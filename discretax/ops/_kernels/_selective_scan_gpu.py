@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from discretax.ops._kernels._launch import LANES, launch
 
@@ -37,7 +37,7 @@ def forward(
     B: Float[Array, "#batch time state"],
     C: Float[Array, "#batch time state"],
     h0: Float[Array, "#batch state features"],
-    resets: Int[Array, "#batch time"] | None,
+    resets: Bool[Array, "#batch time"] | None,
     *,
     checkpoint_every: int,
     interpret: Any = None,
@@ -101,7 +101,7 @@ def forward(
     in_tiles = [*stream_tiles(streams, rows), block, block]
     y, last, starts = launch(
         body,
-        zero_extended([*streams.values(), A * LOG2_E, h0], in_tiles, interpret),
+        [*streams.values(), A * LOG2_E, h0],
         [
             jax.ShapeDtypeStruct((batch, time, features), x.dtype),
             jax.ShapeDtypeStruct((batch, state, features), jnp.float32),
@@ -116,6 +116,7 @@ def forward(
             plgpu.Barrier(num_arrivals=len(streams), num_barriers=STAGES),
             plgpu.Barrier(),
         ],
+        fill=0,
         interpret=interpret,
         approx_math=True,
     )
@@ -127,7 +128,7 @@ def narrow(B: Array, C: Array, resets: Array | None) -> Float[Array, "#batch tim
     values = [B, C]
     if resets is not None:
         width = max(4, B.shape[-1] // 2)  # tiles begin at multiples of 128 bytes
-        values.append(jnp.broadcast_to(resets[..., None] != 0, (*resets.shape, width)))
+        values.append(jnp.broadcast_to(resets[..., None], (*resets.shape, width)))
     batch = max(value.shape[0] for value in values)
     return jnp.concatenate(
         [
@@ -282,13 +283,3 @@ def split(refs, *sizes):
         pieces.append(refs[start : start + size])
         start += size
     return *pieces, refs[start:]
-
-
-def zero_extended(values, tiles, interpret):
-    """Whole tiles for the interpreter, which does not read zeros past the end."""
-    if interpret is None:
-        return values
-    return [
-        jnp.pad(value, [(0, -size % step) for size, step in zip(value.shape, tile, strict=True)])
-        for value, tile in zip(values, tiles, strict=True)
-    ]

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from discretax.ops._kernels._launch import LANES, launch
 from discretax.ops._kernels._selective_scan_gpu import (
@@ -41,7 +41,6 @@ from discretax.ops._kernels._selective_scan_gpu import (
     split,
     stream_tiles,
     total,
-    zero_extended,
 )
 
 LN_2 = math.log(2)
@@ -51,8 +50,11 @@ PITCH = LANES + 8  # between rows of terms: the lanes of a warp read 8 rows from
 
 
 def checkpoint_every(state: int) -> int:
-    """Samples between two checkpoints: as many as leave room for two blocks at a time."""
-    return min(32, 256 // state)
+    """Samples between two checkpoints: as many as leave room for two blocks at a time.
+
+    With a number of states that is not for these kernels, 32, as elsewhere.
+    """
+    return min(32, 256 // state) if state in STATES else 32
 
 
 def supports(
@@ -93,7 +95,7 @@ def backward(
     A: Float[Array, "1 state features"],
     B: Float[Array, "#batch time state"],
     C: Float[Array, "#batch time state"],
-    resets: Int[Array, "#batch time"] | None,
+    resets: Bool[Array, "#batch time"] | None,
     checkpoints: Float[Array, "batch chunks state features"],
     d_y: Float[Array, "batch time features"],
     d_h_last: Float[Array, "batch state features"],
@@ -224,7 +226,7 @@ def backward(
     last = jax.ShapeDtypeStruct((batch, state, features), jnp.float32)
     *wide, d_B, d_C, d_h0, d_A = launch(
         body,
-        zero_extended([*streams.values(), A * LOG2_E, checkpoints, d_h_last], in_tiles, interpret),
+        [*streams.values(), A * LOG2_E, checkpoints, d_h_last],
         [
             *(jax.ShapeDtypeStruct((batch, time, features), value.dtype) for value in results),
             *[sums] * 2,
@@ -246,6 +248,7 @@ def backward(
             plgpu.Barrier(num_arrivals=len(streams), num_barriers=STAGES),
             plgpu.Barrier(),
         ],
+        fill=0,
         interpret=interpret,
         approx_math=True,
     )
