@@ -226,7 +226,7 @@ OPS = {
     ),
     "diagonal_ssm": (
         lambda p, x: diagonal_ssm(*p, x, jnp.zeros((2, 3)))[0],
-        (shared(2, 3) / 2, shared(4, 2, 3), shared(2, 3, 4)),
+        (shared(2, 3) / 2, shared(2, 3, 4), shared(4, 2, 3)),
         draw(8, TIME, 4),
     ),
     "attention": (

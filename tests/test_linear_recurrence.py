@@ -169,8 +169,8 @@ def system(varying, seed=0):
     keys = jr.split(jr.key(seed), 5)
     return (
         0.5 * jr.normal(keys[0], (TIME, 2, STATES) if varying else (2, STATES)),
-        jr.normal(keys[1], (FEATURES, 2, STATES)),
-        jr.normal(keys[2], (2, STATES, OUT)),
+        jr.normal(keys[1], (2, STATES, FEATURES)),
+        jr.normal(keys[2], (OUT, 2, STATES)),
         jr.normal(keys[3], (TIME, FEATURES)),
         jr.normal(keys[4], (2, STATES)),
     )
@@ -180,8 +180,8 @@ def complex_loop(A, B, C, x, h0, length, resets):
     """h_t = A h_{t-1} + B x_t, y_t = Re(C h_t) in complex arithmetic."""
     A = jnp.broadcast_to(A, (TIME, 2, STATES))
     A = jax.lax.complex(A[:, 0], A[:, 1])
-    B = jax.lax.complex(B[:, 0], B[:, 1]).T
-    C = jax.lax.complex(C[0], -C[1]).T
+    B = jax.lax.complex(*B)
+    C = jax.lax.complex(C[:, 0], -C[:, 1])
     h = final = jax.lax.complex(h0[0], h0[1])
     resets = () if resets is None else np.flatnonzero(resets)
     ys = []
@@ -234,9 +234,9 @@ def test_input_factor_that_changes_with_time(chunk_size):
     y, final = diagonal_ssm(A, B, C, x, h0, gamma=gamma, chunk_size=chunk_size)
     h, ys = h0, []
     for t in range(TIME):
-        g, B_t = jax.lax.complex(*gamma[t]), jax.lax.complex(B[:, 0], B[:, 1])
-        B_t = g * B_t
-        y_t, h = diagonal_ssm(A, jnp.stack([B_t.real, B_t.imag], axis=1), C, x[t : t + 1], h)
+        g, B_t = jax.lax.complex(*gamma[t]), jax.lax.complex(*B)
+        B_t = g[:, None] * B_t
+        y_t, h = diagonal_ssm(A, jnp.stack([B_t.real, B_t.imag]), C, x[t : t + 1], h)
         ys.append(y_t)
     assert_close((y, final), (jnp.concatenate(ys), h), 1e-5)
 
@@ -252,7 +252,7 @@ def test_diagonal_ssm_on_nothing():
 def test_long_sequences_run_in_chunks_with_equal_numbers():
     keys = jr.split(jr.key(0), 3)
     A = 0.7 * jr.uniform(keys[0], (2, 64), minval=-1.0)
-    B, C = jr.normal(keys[1], (1, 2, 64)), jr.normal(keys[2], (2, 64, 1))
+    B, C = jr.normal(keys[1], (2, 64, 1)), jr.normal(keys[2], (1, 2, 64))
     x, h0 = jnp.ones((5000, 1)), jnp.zeros((2, 64))
     chosen = jax.jit(diagonal_ssm)
     whole = jax.jit(ft.partial(diagonal_ssm, chunk_size=5000))

@@ -36,13 +36,13 @@ def megabytes(f, *shapes, params=None):
 
 
 MIXERS = {
-    "LRU whole": (lambda: LRUSequenceMixer(64, jr.key(0), state_dim=64), (4096, 64), 8.9),
-    "LRU chunks": (lambda: LRUSequenceMixer(64, jr.key(0), state_dim=64), (16384, 64), 6.0),
-    "S5 chunks": (lambda: S5SequenceMixer(256, jr.key(0), state_dim=256), (16384, 256), 22.3),
-    "S4D": (lambda: S4DSequenceMixer(256, jr.key(0), state_dim=64), (1024, 256), 31),
-    "S4D blocks": (lambda: S4DSequenceMixer(256, jr.key(0), state_dim=64), (16384, 256), 29),
-    "S4 blocks": (lambda: S4SequenceMixer(64, jr.key(0), state_dim=32), (4096, 64), 6.3),
-    "RG-LRU": (lambda: RGLRUSequenceMixer(256, jr.key(0), num_heads=4), (4096, 256), 5.3),
+    "LRU whole": (lambda: LRUSequenceMixer(64, jr.key(0), state_dim=64), (4096, 64), 7.8),
+    "LRU chunks": (lambda: LRUSequenceMixer(64, jr.key(0), state_dim=64), (16384, 64), 5.5),
+    "S5 chunks": (lambda: S5SequenceMixer(256, jr.key(0), state_dim=256), (16384, 256), 21.5),
+    "S4D": (lambda: S4DSequenceMixer(256, jr.key(0), state_dim=64), (1024, 256), 26.5),
+    "S4D blocks": (lambda: S4DSequenceMixer(256, jr.key(0), state_dim=64), (16384, 256), 28.1),
+    "S4 blocks": (lambda: S4SequenceMixer(64, jr.key(0), state_dim=32), (4096, 64), 4.3),
+    "RG-LRU": (lambda: RGLRUSequenceMixer(256, jr.key(0), num_heads=4), (4096, 256), 12.3),
     "S7": (lambda: S7SequenceMixer(64, jr.key(0), state_dim=32), (4096, 64), 8.9),
 }
 
@@ -54,9 +54,9 @@ def test_mixers(name):
 
 
 def test_linear_recurrence():
-    """The states alone are kept, and they are the output."""
+    """The states alone are kept, and they are the output; each is written over its drive."""
     shape = (4096, 256)
-    assert megabytes(lambda _, a, b: linear_recurrence(a, b), shape, shape) < 8.9
+    assert megabytes(lambda _, a, b: linear_recurrence(a, b), shape, shape) < 4.5
 
 
 @pytest.mark.parametrize("batch", [(), (1,)])

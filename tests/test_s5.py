@@ -152,7 +152,7 @@ def test_event_ssm_with_a_stride():
 
         def single(mixer, C, D, x, tau):
             system = mixer.discretize(tau)
-            C_planes = 2 * jnp.stack([C[..., 0].T, -C[..., 1].T])
+            C_planes = 2 * jnp.stack([C[..., 0], -C[..., 1]], axis=1)
             cache = mixer.allocate_inference_cache()
             y, _ = diagonal_ssm(system.A_planes, system.B_planes, C_planes, x, cache)
             weights = (tau[:54] + 1e-6).reshape(18, 3, 1)

@@ -10,8 +10,8 @@ from discretax.ops._recurrence_xla import times
 
 def diagonal_ssm(
     A: Float[Array, "2 state"] | Float[Array, "time 2 state"],
-    B: Float[Array, "features 2 state"],
-    C: Float[Array, "2 state out"],
+    B: Float[Array, "2 state features"],
+    C: Float[Array, "out 2 state"],
     x: Float[Array, "time features"],
     h0: Float[Array, "2 state"],
     *,
@@ -33,8 +33,8 @@ def diagonal_ssm(
     **Arguments:**
 
     - `A`: planes of the transition, constant or one per sample.
-    - `B`: planes of the input projection, `B[:, 0]` $= \mathrm{Re}\,B^T$, `B[:, 1]` $= \mathrm{Im}\,B^T$.
-    - `C`: planes of the readout, `C[0]` $= \mathrm{Re}\,C^T$, `C[1]` $= -\mathrm{Im}\,C^T$. The minus
+    - `B`: planes of the input projection, `B[0]` $= \mathrm{Re}\,B$, `B[1]` $= \mathrm{Im}\,B$.
+    - `C`: planes of the readout, `C[:, 0]` $= \mathrm{Re}\,C$, `C[:, 1]` $= -\mathrm{Im}\,C$. The minus
         sign makes $\mathrm{Re}(C h)$ a plain product with the planes of $h$.
     - `x`: the input.
     - `h0`: planes of the state before the first sample.
@@ -57,12 +57,12 @@ def diagonal_ssm(
 
     def terms(inputs):
         A_chunk, gamma_chunk, x_chunk = inputs
-        drive = (x_chunk @ B.reshape(-1, 2 * state_dim)).reshape(-1, 2, state_dim)
+        drive = (x_chunk @ B.reshape(2 * state_dim, -1).T).reshape(-1, 2, state_dim)
         drive = drive if gamma_chunk is None else times(gamma_chunk, drive)
         return A_chunk if varying else A, drive, x_chunk
 
     def readout(h, x_chunk):
-        y = h.reshape(-1, 2 * state_dim) @ C.reshape(2 * state_dim, -1)
+        y = h.reshape(-1, 2 * state_dim) @ C.reshape(-1, 2 * state_dim).T
         return y if D is None else y + D * x_chunk
 
     h_final, y = chunked_recurrence(

@@ -13,6 +13,9 @@ def accumulated(value: Array) -> jnp.dtype:
 
 
 def sequential(planes, reverse, a, b, h0, resets):
+    """Writes each state over its drive: nothing else of that size, and under `vmap` no transposes."""
+    if not b.shape[0]:
+        return b
     varying = a.ndim == b.ndim
     dtype, wide = b.dtype, accumulated(b)
 
@@ -21,17 +24,19 @@ def sequential(planes, reverse, a, b, h0, resets):
         return times_in_loop(a) if planes else lambda h: a * h
 
     constant = None if varying else multiplication(a)
+    within = {"allow_negative_indices": False}
 
-    def step(h, inputs):
-        a_t, b_t, reset_t = inputs
-        b_t = b_t.astype(wide)
-        h_t = (constant or multiplication(a_t))(h) + b_t
-        if reset_t is not None:
-            h_t = jnp.where(reset_t, b_t, h_t)
-        return h_t, h_t.astype(dtype)
+    def step(i, carry):
+        h, states = carry
+        t = b.shape[0] - 1 - i if reverse else i
+        sample = lambda value: lax.dynamic_index_in_dim(value, t, keepdims=False, **within)
+        drive = sample(states).astype(wide)
+        h = (constant or multiplication(sample(a)))(h) + drive
+        if resets is not None:
+            h = jnp.where(sample(resets), drive, h)
+        return h, lax.dynamic_update_index_in_dim(states, h.astype(dtype), t, 0, **within)
 
-    inputs = (a if varying else None, b, resets)
-    return lax.scan(step, h0.astype(wide), inputs, reverse=reverse)[1]
+    return lax.fori_loop(0, b.shape[0], step, (h0.astype(wide), b))[1]
 
 
 def associative(planes, reverse, a, b, h0, resets):

@@ -22,8 +22,8 @@ class DiagonalSystem(eqx.Module):
     """
 
     A_planes: Float[Array, "2 state"] | Float[Array, "time 2 state"]
-    B_planes: Float[Array, "features 2 state"]
-    C_planes: Float[Array, "2 state features"]
+    B_planes: Float[Array, "2 state features"]
+    C_planes: Float[Array, "features 2 state"]
     D: Float[Array, " features"]
     gamma_planes: Float[Array, "time 2 state"] | None
 
@@ -46,8 +46,8 @@ class DiagonalSystem(eqx.Module):
             (g_re, g_im), (B_re, B_im) = (part[:, None] for part in gamma), B
             B = (g_re * B_re - g_im * B_im, g_re * B_im + g_im * B_re)
         self.A_planes = jnp.stack(A_bar, axis=-2).astype(dtype)
-        self.B_planes = jnp.stack([B[0].T, B[1].T], axis=1).astype(dtype)
-        self.C_planes = jnp.stack([C[0].T, -C[1].T]).astype(dtype)
+        self.B_planes = jnp.stack(B).astype(dtype)
+        self.C_planes = jnp.stack([C[0], -C[1]], axis=1).astype(dtype)
         self.D = D.astype(dtype)
 
     @property
@@ -56,14 +56,14 @@ class DiagonalSystem(eqx.Module):
 
     @property
     def B_bar(self) -> Complex[Array, "*time state features"]:
-        B = to_complex(self.B_planes).T
+        B = lax.complex(*self.B_planes)
         if self.gamma_planes is None:
             return B
         return to_complex(self.gamma_planes)[..., None] * B
 
     @property
     def C(self) -> Complex[Array, "features state"]:
-        return lax.complex(self.C_planes[0].T, -self.C_planes[1].T)
+        return to_complex(self.C_planes).conj()
 
     def __iter__(self) -> Iterator[Array]:
         return iter((self.A_bar, self.B_bar, self.C))
@@ -95,9 +95,9 @@ class DiagonalSystem(eqx.Module):
     ) -> tuple[Sample, Float[Array, "2 state"]]:
         system, u, h = self._accumulating(x, cache)
         state_dim = h.shape[-1]
-        drive = u @ system.B_planes.reshape(-1, 2 * state_dim)
+        drive = system.B_planes.reshape(2 * state_dim, -1) @ u
         h = times(system.A_planes, h) + drive.reshape(2, state_dim)
-        y = h.reshape(-1) @ system.C_planes.reshape(2 * state_dim, -1) + system.D * u
+        y = system.C_planes.reshape(-1, 2 * state_dim) @ h.reshape(-1) + system.D * u
         return y.astype(x.dtype), h.astype(cache.dtype)
 
     def powers(self, length: int) -> Complex[Array, "time state"]:
