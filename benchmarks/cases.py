@@ -98,10 +98,16 @@ def choice_cases() -> list[Case]:
     thresholds = [("STEPS", 32, never), ("STEPS", 64, always)]
     thresholds += [("LARGE_BEYOND", 4096, never), ("LARGE_BEYOND", 8192, always)]
     thresholds += [("LONG", 1024, never), ("LONG", 2048, always)]
-    return diagonal + [
+    depthwise = [
         Case("S4D", time, 256, 64, None, other=(name, threshold))
         for name, time, threshold in thresholds
     ]
+    gated = [
+        Case("RG-LRU", 4096, width, 1, None, other=("CHUNK", numbers))
+        for width in (256, 1024)
+        for numbers in (2**16, 2**20)
+    ]
+    return diagonal + depthwise + gated
 
 
 def long_cases() -> list[Case]:

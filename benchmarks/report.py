@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 from matplotlib.figure import Figure
 
+from discretax.sequence_mixers.rglru import CHUNK
+
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"
 NAMES = {
@@ -92,9 +94,12 @@ def _cells(name: str, outcome: dict, subject: str, result: dict, ours: dict) -> 
 
 def _way(case: dict, subject: str) -> str:
     threshold, size = case["other"]
-    first, second = WAYS[threshold]
-    # With a threshold of zero, the other way is the one beyond it.
-    chosen, other = (first, second) if size == 0 else (second, first)
+    if threshold == "CHUNK":  # how many numbers a chunk of states has
+        chosen, other = (f"chunks of {numbers // case['features']}" for numbers in (CHUNK, size))
+    else:
+        first, second = WAYS[threshold]
+        # With a threshold of zero, the other way is the one beyond it.
+        chosen, other = (first, second) if size == 0 else (second, first)
     return f"{chosen} (chosen)" if subject == "ours" else other
 
 

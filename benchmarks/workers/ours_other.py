@@ -6,6 +6,7 @@ from job import Job
 from measuring import versions
 
 from discretax.ops import _depthwise_ssm, _diagonal_ssm
+from discretax.sequence_mixers import rglru
 
 __all__ = ["prepare", "versions"]
 
@@ -14,6 +15,7 @@ MODULES = {
     "STEPS": _depthwise_ssm,
     "LARGE_BEYOND": _depthwise_ssm,
     "LONG": _depthwise_ssm,
+    "CHUNK": rglru,
 }
 CHOSEN = {name: getattr(module, name) for name, module in MODULES.items()}
 
