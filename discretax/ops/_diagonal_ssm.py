@@ -6,6 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 from discretax.ops._chunked_recurrence import chunked_recurrence
 from discretax.ops._linear_recurrence import Implementation
 from discretax.ops._recurrence_xla import times
+from discretax.ops._scaled import scaled
 
 
 def diagonal_ssm(
@@ -64,7 +65,7 @@ def diagonal_ssm(
 
     def readout(h, x_chunk):
         y = h.reshape(-1, 2 * state_dim) @ C.reshape(-1, 2 * state_dim).T
-        return y if D is None else y + D * x_chunk
+        return y if D is None else y + scaled(x_chunk, D, 0)
 
     h_final, y = chunked_recurrence(
         terms,

@@ -9,6 +9,7 @@ from discretax._timeseries import check_length, check_resets, zero_padding
 from discretax._types import accumulation_dtype
 from discretax.ops._checks import check_array
 from discretax.ops._chunks import scan_chunks
+from discretax.ops._scaled import scaled
 from discretax.ops._sequence_parallel import incoming_state
 
 
@@ -157,7 +158,7 @@ def _chunk(
 
     elapsed, between = _decays(dt * A[..., None], seen)
     scores = jnp.where(seen, C @ B.mT, 0)
-    y = _for_each_head(scores, between) @ drive
+    y = scaled(between, scores, 1) @ drive
     y_past = elapsed[..., None] * jnp.einsum("gtn,ghpn->ghtp", C, h)
     h_past = elapsed[:, :, -1, None, None] * h
     if resets is not None:
@@ -167,19 +168,6 @@ def _chunk(
         B = jnp.where(seen[-1][:, None], B, 0)
     h = h_past + jnp.einsum("ghtp,gtn->ghpn", between[:, :, -1, :, None] * drive, B)
     return h, jnp.transpose(y + y_past, (2, 0, 1, 3))
-
-
-@jax.custom_jvp
-def _for_each_head(scores, between):
-    return scores[:, None] * between
-
-
-@_for_each_head.defjvp
-def _for_each_head_jvp(primals, tangents):
-    (scores, between), (d_scores, d_between) = primals, tangents
-    # In this form, what is transposed sums over heads in a product, on CPU ten times as fast.
-    from_scores = jnp.einsum("gij,ghij->ghij", d_scores, between)
-    return scores[:, None] * between, from_scores + scores[:, None] * d_between
 
 
 def _decays(
