@@ -28,9 +28,9 @@ def diagonal_ssm(
     Complex numbers are held as two real planes (re, im), so that (time, 2, state) and
     (time, 2*state) are the same memory and each projection is one real matrix product; complex
     products would do twice the work at a quarter of the rate on CPU. `B` and `C` have outputs
-    before inputs: so laid out, their gradients over a batch are products that copy nothing. In
-    training the backward pass keeps `x` and the states; from a certain length on, only the states at the chunks'
-    boundaries, the others being computed again.
+    before inputs: so laid out, their gradients over a batch are products without slow copies. In
+    training the backward pass keeps `x` and the states; from a certain length on, only the states
+    at the chunks' boundaries, the others being computed again.
 
     **Arguments:**
 

@@ -14,8 +14,6 @@ def accumulated(value: Array) -> jnp.dtype:
 
 def sequential(planes, reverse, a, b, h0, resets):
     """Writes each state over its drive: nothing else of that size, and under `vmap` no transposes."""
-    if not b.shape[0]:
-        return b
     varying = a.ndim == b.ndim
     dtype, wide = b.dtype, accumulated(b)
 

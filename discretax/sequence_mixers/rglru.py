@@ -15,8 +15,9 @@ from discretax.ops._chunked_recurrence import chunked_recurrence
 from discretax.ops._sequence_parallel import has_past
 from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
 
-# Two CPU cores, forward and backward, 256 and 1024 features: chunks of a megabyte of states, which is
-# this many numbers, are faster than smaller and larger ones. A parallel scan wants the whole sequence.
+# Two CPU cores, forward and backward: chunks of a megabyte of states, which is this many numbers, are
+# the fastest of those compared in "choices" in docs/performance.md with 256 features, and within a
+# twentieth of it with 1024. A parallel scan wants the whole sequence.
 CHUNK = 2**18
 
 
