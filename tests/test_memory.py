@@ -38,7 +38,12 @@ def megabytes(f, *shapes, params=None):
 MIXERS = {
     "LRU whole": (lambda: LRUSequenceMixer(64, jr.key(0), state_dim=64), (4096, 64), 7.8),
     "LRU chunks": (lambda: LRUSequenceMixer(64, jr.key(0), state_dim=64), (16384, 64), 5.5),
-    "S5 chunks": (lambda: S5SequenceMixer(256, jr.key(0), state_dim=256), (16384, 256), 21.5),
+    "LRU chunks, batch": (
+        lambda: LRUSequenceMixer(64, jr.key(0), state_dim=64),
+        (8, 16384, 64),
+        42.5,
+    ),
+    "S5 chunks": (lambda: S5SequenceMixer(256, jr.key(0), state_dim=256), (16384, 256), 20.7),
     "S4D": (lambda: S4DSequenceMixer(256, jr.key(0), state_dim=64), (1024, 256), 26.5),
     "S4D blocks": (lambda: S4DSequenceMixer(256, jr.key(0), state_dim=64), (16384, 256), 28.1),
     "S4 blocks": (lambda: S4SequenceMixer(64, jr.key(0), state_dim=32), (4096, 64), 4.3),
@@ -50,7 +55,9 @@ MIXERS = {
 @pytest.mark.parametrize("name", MIXERS)
 def test_mixers(name):
     make, shape, bound = MIXERS[name]
-    assert megabytes(lambda mixer, x: mixer(x)[0], shape, params=make()) < bound
+    one = lambda mixer, x: mixer(x)[0]
+    run = one if len(shape) == 2 else jax.vmap(one, (None, 0))
+    assert megabytes(run, shape, params=make()) < bound
 
 
 def test_linear_recurrence():

@@ -57,19 +57,22 @@ def diagonal_ssm(
         chunk_size = _choose_chunk_size(x.shape[0], state_dim)
     varying = A.ndim == 3
 
-    def terms(inputs):
+    def terms(weights, inputs):
+        A, B, _, _ = weights
         A_chunk, gamma_chunk, x_chunk = inputs
         drive = (x_chunk @ B.reshape(2 * state_dim, -1).T).reshape(-1, 2, state_dim)
         drive = drive if gamma_chunk is None else times(gamma_chunk, drive)
         return A_chunk if varying else A, drive, x_chunk
 
-    def readout(h, x_chunk):
+    def readout(weights, h, x_chunk):
+        _, _, C, D = weights
         y = h.reshape(-1, 2 * state_dim) @ C.reshape(-1, 2 * state_dim).T
         return y if D is None else y + scaled(x_chunk, D, 0)
 
     h_final, y = chunked_recurrence(
         terms,
         readout,
+        (None if varying else A, B, C, D),
         h0,
         (A if varying else None, gamma, x),
         resets=resets,

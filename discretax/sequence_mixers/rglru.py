@@ -133,8 +133,9 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
 
         h = cache.state.astype(gates.Lambda.dtype)
         h, y = chunked_recurrence(
-            lambda inputs: (*gates._recurrence(inputs[0].astype(h.dtype), inputs[1]), None),
-            lambda states, _: states,
+            _terms,
+            lambda gates, states, _: states,
+            gates,
             h,
             (x, first),
             resets=first,
@@ -155,6 +156,11 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
         log_a = -8 * recurrence_gate * jax.nn.softplus(self.Lambda)
         share = jnp.where(first[:, None], 1, _sqrt(-jnp.expm1(2 * log_a)))
         return jnp.exp(log_a), share * input_gate * x
+
+
+def _terms(gates, inputs):
+    x, first = inputs
+    return *gates._recurrence(x.astype(gates.Lambda.dtype), first), None
 
 
 @jax.custom_jvp

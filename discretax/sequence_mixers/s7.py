@@ -114,8 +114,9 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
 
         h = cache.astype(mixer.alpha.dtype)
         h, v = chunked_recurrence(
-            lambda u: mixer._recurrence(u.astype(h.dtype)),
+            lambda mixer, u: mixer._recurrence(u.astype(h.dtype)),
             _read_out,
+            mixer,
             h,
             u,
             resets=resets,
@@ -138,6 +139,6 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
         return A_bar, jnp.einsum("thn,th->tn", B, u) + b, (C, D * u)
 
 
-def _read_out(h, readout):
+def _read_out(mixer, h, readout):
     C, skip = readout
     return jnp.einsum("thn,tn->th", C, h) + skip
