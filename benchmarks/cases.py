@@ -95,6 +95,10 @@ def choice_cases() -> list[Case]:
         for batch in (None, 8)
         for time, threshold in ((4096, never), (8192, always))
     ]
+    diagonal += [
+        Case("LRU", 4096, 64, 256, 8, other=("HEAVY", never)),
+        Case("LRU", 4096, 64, 1024, 8, other=("HEAVY", always)),
+    ]
     thresholds = [("STEPS", 32, never), ("STEPS", 64, always)]
     thresholds += [("LARGE_BEYOND", 4096, never), ("LARGE_BEYOND", 8192, always)]
     thresholds += [("LONG", 1024, never), ("LONG", 2048, always)]

@@ -26,6 +26,7 @@ NAMES = {
 # Up to each threshold this library goes the first way, beyond it the second.
 WAYS = {
     "WHOLE": ("the whole sequence", "chunks of 1024"),
+    "HEAVY": ("chunks in place", "chunks copied"),
     "STEPS": ("sample by sample", "chunks as matrices"),
     "LARGE_BEYOND": ("chunks of 32", "chunks of 64"),
     "LONG": ("all features at once", "16 features after the other"),

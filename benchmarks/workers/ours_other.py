@@ -5,13 +5,14 @@ import ours
 from job import Job
 from measuring import versions
 
-from discretax.ops import _depthwise_ssm, _diagonal_ssm
+from discretax.ops import _chunks, _depthwise_ssm, _diagonal_ssm
 from discretax.sequence_mixers import rglru
 
 __all__ = ["prepare", "versions"]
 
 MODULES = {
     "WHOLE": _diagonal_ssm,
+    "HEAVY": _chunks,
     "STEPS": _depthwise_ssm,
     "LARGE_BEYOND": _depthwise_ssm,
     "LONG": _depthwise_ssm,
