@@ -80,14 +80,14 @@ def test_batches(axes):
 
 
 def test_gradients_of_each_sequence():
-    x = draw(3, 10, FEATURES, seed=4)
-    loss = lambda weights, x: in_chunks(weights, jnp.zeros(STATE), x, None, chunk_size=CHUNK)[
-        1
-    ].sum()
-    each = jax.vmap(jax.grad(loss), (None, 0))(make_weights(), x)
-    assert_close(
-        each, jax.tree.map(lambda *g: jnp.stack(g), *[jax.grad(loss)(make_weights(), s) for s in x])
-    )
+    x, weights = draw(3, 10, FEATURES, seed=4), make_weights()
+
+    def loss(weights, x):
+        return in_chunks(weights, jnp.zeros(STATE), x, None, chunk_size=CHUNK)[1].sum()
+
+    one_by_one = [jax.grad(loss)(weights, sequence) for sequence in x]
+    stacked = jax.tree.map(lambda *gradients: jnp.stack(gradients), *one_by_one)
+    assert_close(jax.vmap(jax.grad(loss), (None, 0))(weights, x), stacked, 1e-13)
 
 
 def test_second_derivative():

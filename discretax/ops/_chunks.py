@@ -30,12 +30,12 @@ def scan_chunks(
     time, left = _extent(inputs, length)
     if time <= chunk_size:
         return run(state, inputs, left)
-    count, inputs = _whole_chunks(inputs, chunk_size)
+    count, inputs, left = _divided(inputs, left, chunk_size)
 
     @jax.checkpoint
     def step(state, inputs):
         i, chunk = inputs
-        return run(state, chunk, _left_in(count, chunk_size, left, i))
+        return run(state, chunk, _left_in(left, chunk_size, i))
 
     split = lambda value: value.reshape(count, chunk_size, *value.shape[1:])
     state, y = lax.scan(step, state, (jnp.arange(count), jax.tree.map(split, inputs)))
@@ -63,18 +63,11 @@ def scan_chunks_in_place(
     heavy = _numbers(weights) * time > HEAVY * _numbers(inputs) * chunk_size
     if time <= chunk_size or heavy:
         return scan_chunks(ft.partial(run, weights), state, inputs, length, chunk_size)
-    count, inputs = _whole_chunks(inputs, chunk_size)
-    constant = left if isinstance(left, int) else None
-
-    def advance(weights, state, chunk, left, i):
-        left = _left_in(count, chunk_size, left if constant is None else constant, i)
-        return run(weights, state, chunk, left)
-
-    arguments = weights, state, inputs, left if constant is None else None
-    arrays, structure = jax.tree.flatten(arguments)
+    _, inputs, left = _divided(inputs, left, chunk_size)
+    arrays, structure = jax.tree.flatten((weights, state, inputs, left))
     weights, state, inputs, left = jax.tree.unflatten(structure, vary_alike(*arrays))
     floating, flags = eqx.partition(inputs, eqx.is_inexact_array)
-    outputs: Any = _in_place(advance, chunk_size, (weights, state, floating), (flags, left))
+    outputs: Any = _in_place(run, chunk_size, (weights, state, floating), (flags, left))
     state, y = outputs
     return state, jax.tree.map(lambda y: y[:time], y)
 
@@ -95,41 +88,56 @@ def _extent(inputs: PyTree[Array], length: Left | None) -> tuple[int, Left]:
     return time, left if isinstance(left, int) else jnp.asarray(left).astype(int)
 
 
-def _whole_chunks(inputs: PyTree[Array], size: int) -> tuple[int, PyTree[Array]]:
-    """The number of chunks, and the inputs padded to as many whole ones."""
+def whole_chunks(arrays: PyTree[Array], size: int) -> PyTree[Array]:
+    """With zeros behind the last sample, up to a multiple of `size`."""
+
+    def extend(value):
+        padding = ((0, -value.shape[0] % size),) + ((0, 0),) * (value.ndim - 1)
+        return jnp.pad(value, padding)
+
+    return jax.tree.map(extend, arrays)
+
+
+def _divided(
+    inputs: PyTree[Array], left: Left, size: int
+) -> tuple[int, PyTree[Array], Array | None]:
+    """The number of chunks, inputs for all, and the valid samples: None if every one is."""
+    inputs = whole_chunks(inputs, size)
     time = jax.tree.leaves(inputs)[0].shape[0]
-    pad = lambda value: jnp.pad(value, ((0, -time % size),) + ((0, 0),) * (value.ndim - 1))
-    return -(-time // size), jax.tree.map(pad, inputs)
+    all_valid = isinstance(left, int) and left >= time
+    return time // size, inputs, None if all_valid else jnp.asarray(left)
 
 
-def _left_in(count: int, size: int, left: Left, i: Array) -> Left:
-    """Valid samples left before chunk `i`; a plain number if all chunks are whole."""
-    all_whole = isinstance(left, int) and left >= count * size
-    return size if all_whole else jnp.maximum(left - i * size, 0)
+def _left_in(left: Array | None, size: int, i: Array) -> Left:
+    """Valid samples left before chunk `i`; a plain number if every one is valid."""
+    return size if left is None else jnp.maximum(left - i * size, 0)
 
 
 @ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_place(advance, size, differentiable, other):
-    return _forward(advance, size, differentiable, other)[0]
+def _in_place(run, size, differentiable, other):
+    return _forward(run, size, differentiable, other)[0]
 
 
-def _forward(advance, size, differentiable, other):
+def _forward(run, size, differentiable, other):
     (weights, state, inputs), (flags, left) = differentiable, other
     inputs = eqx.combine(inputs, flags)
     count = jax.tree.leaves(inputs)[0].shape[0] // size
 
+    def advance(state, i):
+        return run(weights, state, _chunk(inputs, size, i), _left_in(left, size, i))
+
     def step(carry, i):
         before, y = carry
-        state, y_chunk = advance(weights, before, _chunk(inputs, size, i), left, i)
+        state, y_chunk = advance(before, i)
         return (state, _write(y, y_chunk, size, i)), before
 
-    shapes = jax.eval_shape(lambda: advance(weights, state, _chunk(inputs, size, 0), left, 0)[1])
+    shapes = jax.eval_shape(lambda: advance(state, 0)[1])
     y = jax.tree.map(lambda y: jnp.zeros((count * size, *y.shape[1:]), y.dtype), shapes)
     outputs, states = lax.scan(step, _varying_with(state, (state, y)), jnp.arange(count))
     return outputs, (states, differentiable, other)
 
 
-def _backward(advance, size, kept, cotangents):
+def _backward(run, size, kept, cotangents):
     states, (weights, _, inputs), (flags, left) = kept
     d_state, d_y = cotangents
 
@@ -138,7 +146,8 @@ def _backward(advance, size, kept, cotangents):
         i, state = i_and_state
 
         def outputs(weights, state, chunk):
-            return advance(weights, state, eqx.combine(chunk, _chunk(flags, size, i)), left, i)
+            chunk = eqx.combine(chunk, _chunk(flags, size, i))
+            return run(weights, state, chunk, _left_in(left, size, i))
 
         _, pullback = jax.vjp(outputs, weights, state, _chunk(inputs, size, i))
         more, d_state, d_chunk = pullback((d_state, _chunk(d_y, size, i)))

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from discretax._features import check_size
 from discretax._types import accumulation_dtype
+from discretax.ops._chunks import whole_chunks
 
 
 def chunked_cross_entropy(
@@ -64,8 +65,7 @@ def chunked_cross_entropy(
 
     def split(value):
         # Samples `num_chunks` apart make a chunk: devices along time have a part of each.
-        padding = num_chunks * chunk_size - time
-        value = jnp.pad(value, ((0, padding),) + ((0, 0),) * (value.ndim - 1))
+        value = whole_chunks(value, chunk_size)
         return value.reshape(chunk_size, num_chunks, *value.shape[1:]).swapaxes(0, 1)
 
     y = jax.lax.map(jax.checkpoint(losses), (split(x), split(targets)))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
-from discretax.ops._chunks import Left, scan_chunks, state_at
+from discretax.ops._chunks import Left, scan_chunks, state_at, whole_chunks
 from discretax.ops._convolution import fft_convolution
 from discretax.ops._depthwise_matrices import Chunk, boundary_states, state_within
 from discretax.ops._linear_recurrence import recurrence
@@ -279,7 +279,7 @@ def _step_by_step(system, drive, h0, resets, varying):
 
 def _split(x: Float[Array, "time features"]) -> Float[Array, "features chunks chunk"]:
     size = _chunk_size(x.shape[0])
-    x = jnp.pad(x, ((0, -x.shape[0] % size), (0, 0)))
+    x = whole_chunks(x, size)
     return jnp.moveaxis(x.reshape(-1, size, x.shape[1]), -1, 0)
 
 

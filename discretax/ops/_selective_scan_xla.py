@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from discretax.ops._chunks import whole_chunks
 from discretax.ops._discretization import bilinear, zoh
 
 SelectiveDiscretization = Literal["mamba", "zoh", "bilinear", "dirac"]
@@ -36,7 +37,8 @@ def scan_forward(
     """Outputs and last state, and for the backward pass the state before each chunk."""
     (time, _), dtype = samples.x.shape, samples.x.dtype
     chunk_size = min(chunk_size, time)
-    samples, resets = _whole_chunks((samples, resets), chunk_size)
+    # Zeros after the last sample are the identity on the state.
+    samples, resets = whole_chunks((samples, resets), chunk_size)
     num_chunks = samples.x.shape[0] // chunk_size
 
     def run_chunk(i, carry):
@@ -62,7 +64,7 @@ def scan_backward(discretization, chunk_size, samples, resets, A, starts, d_y, d
     """From the last chunk to the first: its states and decays once more, then back through them."""
     time = samples.x.shape[0]
     chunk_size = min(chunk_size, time)
-    samples, resets, d_y = _whole_chunks((samples, resets, d_y.astype(A.dtype)), chunk_size)
+    samples, resets, d_y = whole_chunks((samples, resets, d_y.astype(A.dtype)), chunk_size)
     num_chunks = starts.shape[0]
 
     def run_chunk(i, carry):
@@ -106,16 +108,6 @@ def scan_backward(discretization, chunk_size, samples, resets, A, starts, d_y, d
     carry = d_h, jnp.zeros_like(A), d_samples, states, decays
     d_h0, d_A, d_samples, *_ = lax.fori_loop(0, num_chunks, run_chunk, carry)
     return jax.tree.map(lambda value: value[:time], d_samples), d_A, d_h0
-
-
-def _whole_chunks(arrays, chunk_size):
-    """Zeros after the last sample are the identity on the state."""
-
-    def extend(value):
-        padding = ((0, -value.shape[0] % chunk_size),) + ((0, 0),) * (value.ndim - 1)
-        return jnp.pad(value, padding)
-
-    return jax.tree.map(extend, arrays)
 
 
 def _advance(discretization, A, h, sample):

@@ -16,8 +16,8 @@ from discretax.ops._sequence_parallel import has_past
 from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
 
 # Two CPU cores, forward and backward: chunks of a megabyte of states, which is this many numbers, are
-# the fastest of those compared in "choices" in docs/performance.md with 256 features, and within a
-# twentieth of it with 1024. A parallel scan wants the whole sequence.
+# the fastest of those compared in "choices" in docs/performance.md. A parallel scan wants the whole
+# sequence.
 CHUNK = 2**18
 
 
