@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from matplotlib.figure import Figure
 
-from discretax.sequence_mixers.rglru import CHUNK
+from discretax.sequence_mixers.ltv.rglru import CHUNK
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"

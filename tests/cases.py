@@ -35,8 +35,8 @@ from discretax.sequence_mixers import (
     S7SequenceMixer,
     SequenceParallel,
 )
-from discretax.sequence_mixers._diagonal_system import DiagonalSystem
 from discretax.sequence_mixers.base import zero_cache
+from discretax.sequence_mixers.lti._diagonal_system import DiagonalSystem
 
 FEATURES, TIME = 4, 13
 ONE_DEVICE = sharding.make_mesh(devices=jax.devices()[:1])

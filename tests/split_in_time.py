@@ -18,7 +18,7 @@ from discretax.architectures import LanguageModel
 from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
 from discretax.models import LRU, S5, Mamba
-from discretax.ops._sequence_parallel import split_time
+from discretax.ops._running.split_time import split_time
 from discretax.sequence_mixers import (
     AttentionSequenceMixer,
     BidirectionalS5,

@@ -8,7 +8,7 @@ import pytest
 from helpers import assert_close, draw
 
 from discretax.ops import linear_recurrence
-from discretax.ops._chunks import HEAVY, scan_chunks_in_place, state_at
+from discretax.ops._running.chunks import HEAVY, scan_chunks_in_place, state_at
 
 FEATURES, STATE, CHUNK = 6, 3, 4
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from discretax.ops import diagonal_ssm, linear_recurrence
-from discretax.ops._sequence_parallel import split_time
+from discretax.ops._running.split_time import split_time
 
 TIME, STATE = 7, (2, 3)
 

@@ -11,10 +11,10 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
 
 from discretax.ops import linear_recurrence
-from discretax.ops._kernels import _recurrence, _recurrence_gpu
-from discretax.ops._kernels._recurrence_gpu import derivatives_gpu, states_gpu
-from discretax.ops._kernels._walk_gpu import make_plan
-from discretax.ops._linear_recurrence import recurrence
+from discretax.ops._recurrence import gpu, kernels
+from discretax.ops._recurrence.gpu import derivatives_gpu, states_gpu
+from discretax.ops._recurrence.linear_recurrence import recurrence
+from discretax.ops._running.walk_gpu import make_plan
 
 BATCH, TILE = 2, 8
 interpreter = InterpretGPUParams()
@@ -93,8 +93,8 @@ def test_values_that_the_batch_shares():
 
 def test_complex_numbers_and_states_of_several_axes(monkeypatch):
     for name in ("states_gpu", "derivatives_gpu"):
-        kernel = getattr(_recurrence_gpu, name)
-        monkeypatch.setattr(_recurrence, name, ft.partial(kernel, tile=TILE, interpret=interpreter))
+        kernel = getattr(gpu, name)
+        monkeypatch.setattr(kernels, name, ft.partial(kernel, tile=TILE, interpret=interpreter))
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=(*shape, 2)).view("complex128")[..., 0])
     a, b, h0, g = normal(3, 2) / 2, normal(1, 11, 3, 2), normal(1, 3, 2), normal(1, 11, 3, 2)
@@ -104,8 +104,8 @@ def test_complex_numbers_and_states_of_several_axes(monkeypatch):
         h, pull = jax.vjp(one, a, b[0], h0[0])
         expected = h, *pull(g[0])
     a, b, h0, g = (value.astype("complex64") for value in (a[None], b, h0, g))
-    h = jax.jit(lambda *x: _recurrence.states("mosaic_gpu", False, False, *x))(a, b, h0)
-    derivatives = jax.jit(lambda *x: _recurrence.derivatives(False, False, *x))(a, h0, h, g)
+    h = jax.jit(lambda *x: kernels.states("mosaic_gpu", False, False, *x))(a, b, h0)
+    derivatives = jax.jit(lambda *x: kernels.derivatives(False, False, *x))(a, h0, h, g)
     for ours, theirs in zip((h, *derivatives), expected, strict=True):
         np.testing.assert_allclose(ours[0], theirs, rtol=0, atol=2e-6 * np.abs(theirs).max())
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from discretax.ops._kernels import _recurrence_tpu
-from discretax.ops._kernels._recurrence_tpu import BUDGET, GROUP, states_tpu, tile_rows
+from discretax.ops._recurrence import tpu
+from discretax.ops._recurrence.tpu import BUDGET, GROUP, states_tpu, tile_rows
 
 BATCH, TIME, STATE = 2, 37, 3  # three tiles of one group, the last with five rows
 
@@ -22,7 +22,7 @@ dtypes = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def interpreted(a, b, h0, resets, *, reverse, tile=16, group=16):
     run = ft.partial(states_tpu, reverse=reverse, tile=tile, interpret=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_recurrence_tpu, "GROUP", group)  # a small one compiles fast
+        patch.setattr(tpu, "GROUP", group)  # a small one compiles fast
         return jax.jit(run)(a, b, h0, resets)
 
 
@@ -79,8 +79,8 @@ def test_shapes(time, state, tile, reverse):
 @planes
 def test_more_states_than_a_tile_holds(planes, monkeypatch):
     """Columns of 4 lanes, tiles of 6, states of 8: with planes 2, 3 and 4 of them."""
-    monkeypatch.setattr(_recurrence_tpu, "WIDTH", 4)
-    monkeypatch.setattr(_recurrence_tpu, "WIDEST", 6)
+    monkeypatch.setattr(tpu, "WIDTH", 4)
+    monkeypatch.setattr(tpu, "WIDEST", 6)
     a, b, h0, _ = draw(planes, False, time=3, state=8 // planes)
     assert_close(interpreted(a, b, h0, None, reverse=False), loop(a, b, h0, None, False))
 

@@ -13,7 +13,7 @@ from discretax import inference_state, streaming_mode
 from discretax.blocks import ResidualBlock
 from discretax.models import RGLRU, Griffin
 from discretax.sequence_mixers import GriffinSequenceMixer, RGLRUSequenceMixer
-from discretax.sequence_mixers.rglru import RGLRUCache
+from discretax.sequence_mixers.ltv.rglru import RGLRUCache
 
 documents = pytest.mark.parametrize("kind", ["pos", "reset"])
 

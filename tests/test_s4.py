@@ -13,8 +13,8 @@ from test_golden import assert_close, value_and_gradients
 from discretax.init import diagonalised_hippo, hippo
 from discretax.models import S4
 from discretax.ops import _depthwise_ssm
-from discretax.ops._depthwise_matrices import boundary_states
-from discretax.ops._transition import DiagonalPower
+from discretax.ops._depthwise_ssm.matrices import boundary_states
+from discretax.ops._depthwise_ssm.transition import DiagonalPower
 from discretax.sequence_mixers import S4DSequenceMixer, S4SequenceMixer
 
 run = eqx.filter_jit(lambda mixer, x, cache=None: mixer(x, cache))

@@ -11,8 +11,8 @@ from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # not exported
 
 from discretax import ops
-from discretax.ops._kernels._selective_scan_gpu import forward
-from discretax.ops._kernels._selective_scan_gpu_backward import (
+from discretax.ops._selective_scan.gpu import forward
+from discretax.ops._selective_scan.gpu_backward import (
     STATES,
     backward,
     checkpoint_every,

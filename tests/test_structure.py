@@ -3,6 +3,7 @@
 import ast
 import importlib
 import inspect
+import operator
 import pathlib
 
 import equinox as eqx
@@ -46,8 +47,29 @@ MAY_SEE = {
     "optim": (*_COMMON, "sequence_mixers"),
     "sharding": ("_features",),
 }
+# Within `ops`, a room sees the files of one idea and the operations that it is made of.
+_TOOLS = ("_checks", "_rms", "_scaled", "_discretization")
+OPERATION_MAY_SEE = {
+    **dict.fromkeys(_TOOLS, ()),
+    "_attention": (),
+    "_running": (),
+    "_cross_entropy": ("_running",),
+    "_convolution": (*_TOOLS, "_running"),
+    "_recurrence": (*_TOOLS, "_running"),
+    "_selective_scan": (*_TOOLS, "_running"),
+    "_depthwise_ssm": (*_TOOLS, "_running", "_recurrence", "_convolution"),
+    "_matrix_state": (*_TOOLS, "_running"),
+}
+KERNELS = {"kernels", "gpu", "gpu_backward", "tpu"}  # seen by their own operation alone
+# A mixer sees its family's systems, and what wraps any mixer; never another mixer.
+MIXER_MAY_SEE = {
+    "lti": ("base", "wrappers"),
+    "ltv": ("base", "wrappers"),
+    "wrappers": ("base",),
+    "base": (),
+    "attention": ("base",),
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
-WRAPPERS = {"bidirectional.py", "discretized.py", "gated.py", "parallel.py"}
 
 
 def imports(path: pathlib.Path) -> list[str]:
@@ -98,10 +120,32 @@ def test_imports_point_one_way(path):
             }, f"{path} depends on {name}"
 
 
-def mixer_files() -> set[str]:
-    room = "discretax.sequence_mixers."
-    modules = {mixer.__module__.removeprefix(room) for mixer in exported_mixers()}
-    return {f"{module}.py" for module in modules} - WRAPPERS
+def places(room: str) -> list[pathlib.Path]:
+    return [path for path in sorted((PACKAGE / room).rglob("*.py")) if path.name != "__init__.py"]
+
+
+def seen_within(room: str, path: pathlib.Path) -> list[list[str]]:
+    """What `path` imports of its own room, each as the parts of its place in it."""
+    inside = f"discretax.{room}"
+    found = [name for name in imports(path) if f"{name}.".startswith(f"{inside}.")]
+    assert inside not in found, f"{path}: imported from where it stands, not from {inside}"
+    return [name.removeprefix(f"{inside}.").split(".") for name in found]
+
+
+@pytest.mark.parametrize("path", places("ops"), ids=lambda path: path.stem)
+def test_operations_see_what_they_are_made_of(path):
+    own = path.relative_to(PACKAGE / "ops").parts[0].removesuffix(".py")
+    for other, *file in seen_within("ops", path):
+        assert other == own or other in OPERATION_MAY_SEE[own], f"{own} sees {other}"
+        assert other == own or not KERNELS & set(file), f"{own} sees a kernel of {other}"
+
+
+@pytest.mark.parametrize("path", places("sequence_mixers"), ids=lambda path: path.stem)
+def test_mixers_never_import_each_other(path):
+    own = path.relative_to(PACKAGE / "sequence_mixers").parts[0].removesuffix(".py")
+    for family, *file in seen_within("sequence_mixers", path):
+        system = family == own and file and file[0].startswith("_")
+        assert system or family in MIXER_MAY_SEE[own], f"{path.name} sees {family} {file}"
 
 
 def exported_mixers() -> list[type]:
@@ -112,15 +156,6 @@ def exported_mixers() -> list[type]:
         and issubclass(value, AbstractSequenceMixer)
         and not inspect.isabstract(value)
     ]
-
-
-@pytest.mark.parametrize("name", sorted(mixer_files()))
-def test_mixers_never_import_each_other(name):
-    others = {
-        f"discretax.sequence_mixers.{other.removesuffix('.py')}" for other in mixer_files() - {name}
-    }
-    seen = set(imports(PACKAGE / "sequence_mixers" / name))
-    assert not seen & (others | {"discretax.sequence_mixers"})
 
 
 def public_names() -> list[str]:
@@ -135,19 +170,27 @@ def public_names() -> list[str]:
     return names
 
 
-@pytest.mark.parametrize("name", public_names())
-def test_every_public_name_is_documented(name):
-    entries = {
+def reference_entries() -> set[str]:
+    return {
         line.split()[1]
         for page in (ROOT / "docs" / "api").glob("*.md")
         for line in page.read_text().splitlines()
         if line.startswith("::: ")
     }
-    assert name in entries
-    value = discretax
-    for part in name.split(".")[1:]:
-        value = getattr(value, part)
+
+
+@pytest.mark.parametrize("name", public_names())
+def test_every_public_name_is_documented(name):
+    assert name in reference_entries()
+    value = operator.attrgetter(name.removeprefix("discretax."))(discretax)
     assert (value.__doc__ or "").strip(), f"{name} has no docstring"
+
+
+@pytest.mark.parametrize("name", sorted(reference_entries()))
+def test_every_documented_name_is_public(name):
+    """The reference is the list of public names: none is lost when code moves."""
+    operator.attrgetter(name.removeprefix("discretax."))(discretax)
+    assert not any(part.startswith("_") for part in name.split("."))
 
 
 @pytest.mark.parametrize("mixer", exported_mixers(), ids=lambda mixer: mixer.__name__)

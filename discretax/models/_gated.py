@@ -5,7 +5,7 @@ import jax
 from jaxtyping import Array
 
 from discretax.sequence_mixers import AbstractSequenceMixer, GatedSequenceMixer
-from discretax.sequence_mixers.gated import exact_gelu
+from discretax.sequence_mixers.wrappers.gated import exact_gelu
 
 
 def gated(

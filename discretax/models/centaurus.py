@@ -8,7 +8,7 @@ from discretax.blocks._parts import Norm
 from discretax.channel_mixers import GLU
 from discretax.models._backbone import AbstractBackbone, standard_blocks
 from discretax.ops import Route
-from discretax.sequence_mixers.centaurus import Discretization, Mode
+from discretax.sequence_mixers.lti.centaurus import Discretization, Mode
 
 
 class Centaurus(AbstractBackbone):

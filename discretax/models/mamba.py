@@ -8,9 +8,9 @@ from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
 from discretax.channel_mixers import IdentityChannelMixer
 from discretax.models._backbone import AbstractBackbone, standard_blocks
-from discretax.ops._selective_scan import SelectiveDiscretization
+from discretax.ops._selective_scan.selective_scan import SelectiveDiscretization
 from discretax.sequence_mixers import MambaSequenceMixer
-from discretax.sequence_mixers.mamba import StepInit
+from discretax.sequence_mixers.ltv.mamba import StepInit
 
 
 class Mamba(AbstractBackbone):

@@ -10,7 +10,7 @@ from discretax.models._backbone import AbstractBackbone, standard_blocks
 from discretax.models._gated import gated
 from discretax.ops import Route
 from discretax.sequence_mixers import S4SequenceMixer
-from discretax.sequence_mixers._s4_parameters import StepTransform, Transform
+from discretax.sequence_mixers.lti._s4_parameters import StepTransform, Transform
 
 
 class S4(AbstractBackbone):

@@ -9,8 +9,8 @@ from discretax.models._backbone import AbstractBackbone, standard_blocks
 from discretax.models._gated import gated
 from discretax.ops import Route
 from discretax.sequence_mixers import S4DSequenceMixer
-from discretax.sequence_mixers._s4_parameters import StepTransform, Transform
-from discretax.sequence_mixers.s4d import Discretization, Init
+from discretax.sequence_mixers.lti._s4_parameters import StepTransform, Transform
+from discretax.sequence_mixers.lti.s4d import Discretization, Init
 
 
 class S4D(AbstractBackbone):

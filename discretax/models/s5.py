@@ -10,7 +10,7 @@ from discretax.blocks._parts import Norm
 from discretax.channel_mixers import GLU, HalfGLU, IdentityChannelMixer
 from discretax.models._backbone import AbstractBackbone, standard_blocks
 from discretax.sequence_mixers import BidirectionalS5, S5SequenceMixer
-from discretax.sequence_mixers.s5 import Discretization, OutputInit
+from discretax.sequence_mixers.lti.s5 import Discretization, OutputInit
 
 Activation = Literal["full_glu", "half_glu1", "half_glu2", "gelu"]
 

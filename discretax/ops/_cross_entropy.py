@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from discretax._features import check_size
 from discretax._types import accumulation_dtype
-from discretax.ops._chunks import whole_chunks
+from discretax.ops._running.chunks import whole_chunks
 
 
 def chunked_cross_entropy(

@@ -7,31 +7,31 @@ from discretax.sequence_mixers.base import (
     AbstractLTVMixer as AbstractLTVMixer,
     AbstractSequenceMixer as AbstractSequenceMixer,
 )
-from discretax.sequence_mixers.bidirectional import Bidirectional as Bidirectional
-from discretax.sequence_mixers.centaurus import (
+from discretax.sequence_mixers.lti.centaurus import (
     Centaurus as Centaurus,
     CentaurusDWS as CentaurusDWS,
     CentaurusFull as CentaurusFull,
     CentaurusNeck as CentaurusNeck,
     CentaurusPWNeck as CentaurusPWNeck,
 )
-from discretax.sequence_mixers.discretized import Discretized as Discretized
-from discretax.sequence_mixers.gated import GatedSequenceMixer as GatedSequenceMixer
-from discretax.sequence_mixers.lru import LRUSequenceMixer as LRUSequenceMixer
-from discretax.sequence_mixers.mamba import MambaSequenceMixer as MambaSequenceMixer
-from discretax.sequence_mixers.mamba2 import Mamba2SequenceMixer as Mamba2SequenceMixer
-from discretax.sequence_mixers.parallel import (
-    SequenceParallel as SequenceParallel,
-    sequence_parallel as sequence_parallel,
-)
-from discretax.sequence_mixers.rglru import (
-    GriffinSequenceMixer as GriffinSequenceMixer,
-    RGLRUSequenceMixer as RGLRUSequenceMixer,
-)
-from discretax.sequence_mixers.s4 import S4SequenceMixer as S4SequenceMixer
-from discretax.sequence_mixers.s4d import S4DSequenceMixer as S4DSequenceMixer
-from discretax.sequence_mixers.s5 import (
+from discretax.sequence_mixers.lti.lru import LRUSequenceMixer as LRUSequenceMixer
+from discretax.sequence_mixers.lti.s4 import S4SequenceMixer as S4SequenceMixer
+from discretax.sequence_mixers.lti.s4d import S4DSequenceMixer as S4DSequenceMixer
+from discretax.sequence_mixers.lti.s5 import (
     BidirectionalS5 as BidirectionalS5,
     S5SequenceMixer as S5SequenceMixer,
 )
-from discretax.sequence_mixers.s7 import S7SequenceMixer as S7SequenceMixer
+from discretax.sequence_mixers.ltv.mamba import MambaSequenceMixer as MambaSequenceMixer
+from discretax.sequence_mixers.ltv.mamba2 import Mamba2SequenceMixer as Mamba2SequenceMixer
+from discretax.sequence_mixers.ltv.rglru import (
+    GriffinSequenceMixer as GriffinSequenceMixer,
+    RGLRUSequenceMixer as RGLRUSequenceMixer,
+)
+from discretax.sequence_mixers.ltv.s7 import S7SequenceMixer as S7SequenceMixer
+from discretax.sequence_mixers.wrappers.bidirectional import Bidirectional as Bidirectional
+from discretax.sequence_mixers.wrappers.discretized import Discretized as Discretized
+from discretax.sequence_mixers.wrappers.gated import GatedSequenceMixer as GatedSequenceMixer
+from discretax.sequence_mixers.wrappers.parallel import (
+    SequenceParallel as SequenceParallel,
+    sequence_parallel as sequence_parallel,
+)

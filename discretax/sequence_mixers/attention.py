@@ -11,7 +11,7 @@ from discretax._features import check_positive, check_size, linear
 from discretax._timeseries import known
 from discretax._types import Length, Resets, Sample, Timesteps, Values
 from discretax.ops._attention import masked_attention
-from discretax.ops._chunks import scan_chunks
+from discretax.ops._running.chunks import scan_chunks
 from discretax.sequence_mixers.base import (
     AbstractSequenceMixer,
     check_call,

@@ -1,0 +1,98 @@
+"""A diagonal state space model from real input to real output, its projections around the scan."""
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from discretax.ops._recurrence.chunked import chunked_recurrence
+from discretax.ops._recurrence.linear_recurrence import Implementation
+from discretax.ops._recurrence.xla import times
+from discretax.ops._scaled import scaled
+
+
+def diagonal_ssm(
+    A: Float[Array, "2 state"] | Float[Array, "time 2 state"],
+    B: Float[Array, "2 state features"],
+    C: Float[Array, "out 2 state"],
+    x: Float[Array, "time features"],
+    h0: Float[Array, "2 state"],
+    *,
+    D: Float[Array, " out"] | None = None,
+    gamma: Float[Array, "time 2 state"] | None = None,
+    length: Int[Array, ""] | int | None = None,
+    resets: Bool[Array, " time"] | None = None,
+    chunk_size: int | None = None,
+    implementation: Implementation = None,
+) -> tuple[Float[Array, "time out"], Float[Array, "2 state"]]:
+    r"""$h_t = A_t h_{t-1} + B x_t$, $y_t = \mathrm{Re}(C h_t) + D \odot x_t$, complex but for `x` and `D`.
+
+    Complex numbers are held as two real planes (re, im), so that (time, 2, state) and
+    (time, 2*state) are the same memory and each projection is one real matrix product; complex
+    products would do twice the work at a quarter of the rate on CPU. `B` and `C` have outputs
+    before inputs: so laid out, their gradients over a batch are products without slow copies. In
+    training the backward pass keeps `x` and the states; from a certain length on, only the states
+    at the chunks' boundaries, the others being computed again.
+
+    **Arguments:**
+
+    - `A`: planes of the transition, constant or one per sample.
+    - `B`: planes of the input projection, `B[0]` $= \mathrm{Re}\,B$, `B[1]` $= \mathrm{Im}\,B$.
+    - `C`: planes of the readout, `C[:, 0]` $= \mathrm{Re}\,C$, `C[:, 1]` $= -\mathrm{Im}\,C$. The minus
+        sign makes $\mathrm{Re}(C h)$ a plain product with the planes of $h$.
+    - `x`: the input.
+    - `h0`: planes of the state before the first sample.
+    - `D`: the elementwise skip, from as many features to as many outputs; none if left out.
+    - `gamma`: planes of an input factor that changes with time, $h_t = A_t h_{t-1} +
+        \gamma_t \odot (B x_t)$.
+    - `length`: number of valid samples; the rest changes nothing that is returned as state.
+    - `resets`: where True at `t`, the state before `t` is zero.
+    - `chunk_size`: samples per chunk; `None` chooses from the shapes.
+    - `implementation`: as in [`discretax.ops.linear_recurrence`][].
+
+    **Returns:**
+
+    The output, and the planes of the state after the last valid sample.
+    """
+    state_dim = A.shape[-1]
+    if chunk_size is None:
+        chunk_size = _choose_chunk_size(x.shape[0], state_dim)
+    varying = A.ndim == 3
+
+    def terms(weights, inputs):
+        A, B, _, _ = weights
+        A_chunk, gamma_chunk, x_chunk = inputs
+        drive = (x_chunk @ B.reshape(2 * state_dim, -1).T).reshape(-1, 2, state_dim)
+        drive = drive if gamma_chunk is None else times(gamma_chunk, drive)
+        return A_chunk if varying else A, drive, x_chunk
+
+    def readout(weights, h, x_chunk):
+        _, _, C, D = weights
+        y = h.reshape(-1, 2 * state_dim) @ C.reshape(-1, 2 * state_dim).T
+        return y if D is None else y + scaled(x_chunk, D, 0)
+
+    h_final, y = chunked_recurrence(
+        terms,
+        readout,
+        (None if varying else A, B, C, D),
+        h0,
+        (A if varying else None, gamma, x),
+        resets=resets,
+        length=length,
+        chunk_size=chunk_size,
+        planes=True,
+        implementation=implementation,
+    )
+    return y, h_final
+
+
+# On CPU one sequence at once is faster than its chunks, which a batch is not: with 4096 samples of 64
+# states, alone 0.7 of their time, eight 1.45 times. So up to 2 MB of states, which is `WHOLE` complex
+# numbers, time * state, are taken whole; beyond, chunks need a fraction of the memory. Both ways on
+# both sides: "choices" in docs/performance.md. A parallel scan, which is what other devices run,
+# wants the whole sequence.
+WHOLE = 2**18
+CHUNK = 1024
+
+
+def _choose_chunk_size(time: int, state_dim: int) -> int:
+    whole = jax.default_backend() != "cpu" or time * state_dim <= WHOLE
+    return time if whole else CHUNK

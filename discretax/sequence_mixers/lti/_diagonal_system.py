@@ -1,0 +1,139 @@
+from collections.abc import Iterator
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Complex, Float
+
+from discretax._types import Length, Resets, Sample, Values, accumulation_dtype
+from discretax.ops._recurrence.diagonal_ssm import diagonal_ssm
+from discretax.ops._recurrence.linear_recurrence import recurrence
+from discretax.ops._recurrence.xla import times, to_complex
+
+Planes = tuple[Array, Array]
+
+
+class DiagonalSystem(eqx.Module):
+    r"""$h_t = \bar A \odot h_{t-1} + \bar B x_t$, $y_t = \mathrm{Re}(C h_t) + D \odot x_t$, in discrete time.
+
+    Unpacks as the complex `A_bar, B_bar, C`. They are kept as real planes in the layout that
+    [`discretax.ops.diagonal_ssm`][] computes with, ready for use.
+    """
+
+    A_planes: Float[Array, "2 state"] | Float[Array, "time 2 state"]
+    B_planes: Float[Array, "2 state features"]
+    C_planes: Float[Array, "features 2 state"]
+    D: Float[Array, " features"]
+    gamma_planes: Float[Array, "time 2 state"] | None
+
+    def __init__(
+        self,
+        A_bar: Planes,
+        B: Planes,
+        C: Planes,
+        D: Float[Array, " features"],
+        gamma: Planes | None = None,
+    ):
+        r"""**Arguments:** `A_bar`, `B` (state, features) and `C` (features, state), each as real and
+        imaginary part; `D`, the elementwise skip; `gamma`, the input factor, by which
+        $\bar B = \gamma \odot B$. Where it changes with time, like `A_bar`, it is kept apart."""
+        dtype = accumulation_dtype(D)
+        self.gamma_planes = None
+        if gamma is not None and gamma[0].ndim == 2:
+            self.gamma_planes = jnp.stack(gamma, axis=-2).astype(dtype)
+        elif gamma is not None:
+            (g_re, g_im), (B_re, B_im) = (part[:, None] for part in gamma), B
+            B = (g_re * B_re - g_im * B_im, g_re * B_im + g_im * B_re)
+        self.A_planes = jnp.stack(A_bar, axis=-2).astype(dtype)
+        self.B_planes = jnp.stack(B).astype(dtype)
+        self.C_planes = jnp.stack([C[0], -C[1]], axis=1).astype(dtype)
+        self.D = D.astype(dtype)
+
+    @property
+    def A_bar(self) -> Complex[Array, "*time state"]:
+        return to_complex(self.A_planes)
+
+    @property
+    def B_bar(self) -> Complex[Array, "*time state features"]:
+        B = lax.complex(*self.B_planes)
+        if self.gamma_planes is None:
+            return B
+        return to_complex(self.gamma_planes)[..., None] * B
+
+    @property
+    def C(self) -> Complex[Array, "features state"]:
+        return to_complex(self.C_planes).conj()
+
+    def __iter__(self) -> Iterator[Array]:
+        return iter((self.A_bar, self.B_bar, self.C))
+
+    def __call__(
+        self,
+        x: Values,
+        cache: Float[Array, "2 state"],
+        *,
+        length: Length | None = None,
+        resets: Resets | None = None,
+    ) -> tuple[Values, Float[Array, "2 state"]]:
+        system, u, h0 = self._accumulating(x, cache)
+        y, h = diagonal_ssm(
+            system.A_planes,
+            system.B_planes,
+            system.C_planes,
+            u,
+            h0,
+            D=system.D,
+            gamma=system.gamma_planes,
+            length=length,
+            resets=resets,
+        )
+        return y.astype(x.dtype), h.astype(cache.dtype)
+
+    def step(
+        self, x: Sample, cache: Float[Array, "2 state"]
+    ) -> tuple[Sample, Float[Array, "2 state"]]:
+        system, u, h = self._accumulating(x, cache)
+        state_dim = h.shape[-1]
+        drive = system.B_planes.reshape(2 * state_dim, -1) @ u
+        h = times(system.A_planes, h) + drive.reshape(2, state_dim)
+        y = system.C_planes.reshape(-1, 2 * state_dim) @ h.reshape(-1) + system.D * u
+        return y.astype(x.dtype), h.astype(cache.dtype)
+
+    def powers(self, length: int) -> Complex[Array, "time state"]:
+        r"""$\bar A^l$ for $l = 0, \dots$: the states' response to a unit impulse.
+
+        Run as the recurrence that it is. $e^{l \log \bar A}$ would lose the phase of long lags to
+        rounding.
+        """
+        impulse = jnp.zeros((length, *self.A_planes.shape), self.A_planes.dtype).at[0, 0].set(1)
+        h = recurrence(self.A_planes, impulse, jnp.zeros_like(self.A_planes), None, planes=True)
+        return to_complex(h)
+
+    def eigenvalues(self) -> Complex[Array, " state"]:
+        r"""Of the transition: $\bar A$ itself."""
+        return self.A_bar
+
+    def transfer(self, z: Complex[Array, "*shape"]) -> Complex[Array, "*shape out features"]:
+        r"""$H(z) = \sum_l K_l z^{-l}$ of the impulse response $K$, in closed form."""
+        A_bar, B_bar, C = self
+        return transfer(A_bar, B_bar, C, z) + jnp.diag(self.D).astype(C.dtype)
+
+    def _accumulating(self, x, cache):
+        dtype = accumulation_dtype(x, self.D)
+        return jax.tree.map(lambda array: array.astype(dtype), (self, x, cache))
+
+
+def transfer(
+    A_bar: Complex[Array, " state"],
+    B_bar: Complex[Array, "state features"],
+    C: Complex[Array, "out state"],
+    z: Complex[Array, "*shape"],
+) -> Complex[Array, "*shape out features"]:
+    r"""$\sum_l \mathrm{Re}(C \bar A^l \bar B) z^{-l}$: half of a complex series plus its conjugate.
+
+    $(G(z) + \overline{G(\overline z)}) / 2$ with $G(z) = C (1 - \bar A / z)^{-1} \bar B$.
+    """
+    z = z.astype(A_bar.dtype)[..., None, None]
+    series = lambda z: (C / (1 - A_bar / z)) @ B_bar
+    return (series(z) + series(z.conj()).conj()) / 2
