@@ -152,7 +152,7 @@ class LanguageModel(eqx.nn.StatefulLayer):
         self.dtype = dtype
 
     def __call__(
-        self, x: Array | Timeseries, state: eqx.nn.State, *, key: PRNGKeyArray | None = None
+        self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "time tokens"], eqx.nn.State]:
         """**Arguments:** `x`: `(time,)` tokens, or a [`discretax.Timeseries`][] of such, with `resets`
         where documents begin; `state`; `key`, for dropout.
@@ -166,8 +166,8 @@ class LanguageModel(eqx.nn.StatefulLayer):
         self,
         x: Array | Timeseries,
         state: eqx.nn.State,
-        *,
         key: PRNGKeyArray | None = None,
+        *,
         chunk_size: int = 128,
     ) -> tuple[NextTokenLoss, eqx.nn.State]:
         """The cross-entropy of each token after the first, given those before it.

@@ -1,7 +1,7 @@
 import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from discretax._stateful import check_state
 from discretax._timeseries import valid_samples
@@ -48,16 +48,19 @@ class BatchNorm(eqx.nn.StatefulLayer):
         self,
         x: Float[Array, "time features"],
         state: eqx.nn.State,
+        key: PRNGKeyArray | None = None,
         *,
         length: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "time features"], eqx.nn.State]:
-        """**Arguments:** `x`; `state`; `length`, number of valid samples, all if left out.
+        """**Arguments:** `x`; `state`; `key`, unused; `length`, number of valid samples, all if left
+        out.
 
         **Returns:** the normalised `x`, and the state, with new running averages in training.
 
         **Raises:** `ValueError` in training without a `jax.vmap` axis named `"batch"`, and for a
         batched state outside `jax.vmap`.
         """
+        del key
         check_state(state, self)
         u = x.astype(accumulation_dtype(x, self.weight))
         running_mean, running_var, weight = state.get(self.statistics)

@@ -28,7 +28,7 @@ class AbstractBlock(AbstractStreamingLayer):
 
     @abc.abstractmethod
     def __call__(
-        self, x: Samples, state: eqx.nn.State, *, key: PRNGKeyArray | None = None
+        self, x: Samples, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Samples, eqx.nn.State]:
         """**Arguments:** `x`: `(time, features)` or a [`discretax.Timeseries`][] of such; `state`;
         `key`, for dropout.

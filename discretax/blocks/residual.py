@@ -94,7 +94,7 @@ class ResidualBlock(AbstractBlock):
         self.prenorm = prenorm
 
     def __call__(
-        self, x: Samples, state: eqx.nn.State, *, key: PRNGKeyArray | None = None
+        self, x: Samples, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Samples, eqx.nn.State]:
         check_state(state, self)
         self.check_inference()

@@ -15,11 +15,7 @@ class AbstractEncoder(eqx.nn.StatefulLayer):
 
     @abc.abstractmethod
     def __call__(
-        self,
-        x: Array | Timeseries,
-        state: eqx.nn.State,
-        *,
-        key: PRNGKeyArray | None = None,
+        self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Any, eqx.nn.State]:
         """**Arguments:** `x`: an array or a [`discretax.Timeseries`][]; `state`; `key`, unused.
 

@@ -23,11 +23,7 @@ class EmbeddingEncoder(AbstractEncoder):
         self.embedding = eqx.nn.Embedding(num_classes, out_features, key=key)
 
     def __call__(
-        self,
-        x: Array | Timeseries,
-        state: eqx.nn.State,
-        *,
-        key: PRNGKeyArray | None = None,
+        self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Any, eqx.nn.State]:
         """**Arguments:** `x`: `(time,)` whole numbers in [0, num_classes), or a
         [`discretax.Timeseries`][] of such; `state`; `key`, unused.

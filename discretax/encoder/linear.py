@@ -24,11 +24,7 @@ class LinearEncoder(AbstractEncoder):
         self.linear = eqx.nn.Linear(in_features, out_features, use_bias, key=key)
 
     def __call__(
-        self,
-        x: Array | Timeseries,
-        state: eqx.nn.State,
-        *,
-        key: PRNGKeyArray | None = None,
+        self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Any, eqx.nn.State]:
         del key
         check_state(state, self)

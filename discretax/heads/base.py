@@ -18,11 +18,7 @@ class AbstractHead(eqx.nn.StatefulLayer):
 
     @abc.abstractmethod
     def __call__(
-        self,
-        x: Array | Timeseries,
-        state: eqx.nn.State,
-        *,
-        key: PRNGKeyArray | None = None,
+        self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "... out"], eqx.nn.State]:
         """**Arguments:** `x`: `(time, in_features)` or a [`discretax.Timeseries`][] of such;
         `state`; `key`, unused.

@@ -42,11 +42,7 @@ class ClassificationHead(AbstractHead):
         )
 
     def __call__(
-        self,
-        x: Array | Timeseries,
-        state: eqx.nn.State,
-        *,
-        key: PRNGKeyArray | None = None,
+        self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "... classes"], eqx.nn.State]:
         del key
         y, state = self.pooled_linear(x, state, self)

@@ -44,11 +44,7 @@ class LanguageModelHead(AbstractHead):
         self.soft_cap = soft_cap
 
     def __call__(
-        self,
-        x: Array | Timeseries,
-        state: eqx.nn.State,
-        *,
-        key: PRNGKeyArray | None = None,
+        self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "time tokens"], eqx.nn.State]:
         """**Arguments:** `x`: `(time, in_features)` or a [`discretax.Timeseries`][] of such;
         `state`; `key`, unused.

@@ -2,7 +2,7 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from discretax._stateful import AbstractStreamingLayer, check_state
 from discretax._timeseries import Timeseries, length_of, valid_samples, values_of
@@ -47,12 +47,14 @@ class Pooling(AbstractStreamingLayer):
         return summary.astype(accumulation_dtype(summary)), jnp.zeros(batch, jnp.int32)
 
     def __call__(
-        self, x: Array | Timeseries, state: eqx.nn.State
+        self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, " features"], eqx.nn.State]:
-        """**Arguments:** `x`: `(time, features)` or a [`discretax.Timeseries`][]; `state`.
+        """**Arguments:** `x`: `(time, features)` or a [`discretax.Timeseries`][]; `state`; `key`,
+        unused.
 
         **Returns:** `(features,)`, and the state.
         """
+        del key
         check_state(state, self)
         values = values_of(x)
         u = values.astype(accumulation_dtype(values))

@@ -37,11 +37,7 @@ class RegressionHead(AbstractHead):
         )
 
     def __call__(
-        self,
-        x: Array | Timeseries,
-        state: eqx.nn.State,
-        *,
-        key: PRNGKeyArray | None = None,
+        self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Float[Array, "... out"], eqx.nn.State]:
         del key
         return self.pooled_linear(x, state, self)

@@ -23,7 +23,7 @@ class AbstractBackbone(eqx.nn.StatefulLayer):
     blocks: eqx.AbstractVar[tuple[AbstractBlock, ...]]
 
     def __call__(
-        self, x: Samples, state: eqx.nn.State, *, key: PRNGKeyArray | None = None
+        self, x: Samples, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Samples, eqx.nn.State]:
         """**Arguments:** `x`: `(time, hidden_dim)` or a [`discretax.Timeseries`][] of such; `state`;
         `key`, for dropout in training.

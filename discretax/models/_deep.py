@@ -60,7 +60,7 @@ class DeepBackbone(eqx.nn.StatefulLayer):
         return self.backbone.blocks
 
     def __call__(
-        self, x: Samples, state: eqx.nn.State, *, key: PRNGKeyArray | None = None
+        self, x: Samples, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Samples, eqx.nn.State]:
         """As the backbone's own."""
         check_state(state, self)
