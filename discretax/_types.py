@@ -1,12 +1,18 @@
-"""The axis legend as types, and the type in which recurrences accumulate.
+"""The axis legend as types, and the type in which recurrences and parameters are computed with.
 
 `time` L, `features` H (width of the residual stream), `state` N, `heads`, `batch` (never written
 inside the library: everything is unbatched and users `jax.vmap`). `timesteps` are elapsed times
 since the previous sample, in sample intervals.
 """
 
+from typing import TypeVar
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+Tree = TypeVar("Tree", bound=PyTree)
 
 Values = Float[Array, "time features"]
 Sample = Float[Array, " features"]
@@ -18,3 +24,15 @@ Resets = Bool[Array, " time"]
 def accumulation_dtype(*arrays: Array) -> jnp.dtype:
     """float64 if any of the arrays is float64, float32 otherwise (bfloat16 included)."""
     return jnp.dtype(jnp.float64 if any(a.dtype == jnp.float64 for a in arrays) else jnp.float32)
+
+
+def widened(tree: Tree, *others: Array) -> Tree:
+    """`tree` with its floating arrays in the type that they and `others` accumulate in.
+
+    What acts inside a recurrence is computed from this, whatever type the parameters are kept in:
+    with eight bits, the exponential of a slow decay is one, and the state never forgets.
+    """
+    is_array = lambda leaf: isinstance(leaf, jax.Array | np.ndarray)
+    is_floating = lambda leaf: is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+    dtype = accumulation_dtype(*others, *filter(is_floating, jax.tree.leaves(tree)))
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if is_floating(leaf) else leaf, tree)

@@ -15,6 +15,7 @@ import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
 from discretax import ops, sharding
+from discretax._types import widened
 from discretax.sequence_mixers import (
     AbstractLTIMixer,
     AbstractSequenceMixer,
@@ -92,16 +93,17 @@ class Decay(AbstractLTIMixer[Array]):
         return zero_cache(batch_size, (2, self.log_rate.shape[0]), dtype)
 
     def discretize(self, integration_timesteps=None):
-        timesteps = jnp.ones((), self.D.dtype)
+        mixer = widened(self)
+        timesteps = jnp.ones((), mixer.D.dtype)
         if integration_timesteps is not None:
-            timesteps = jnp.asarray(integration_timesteps, self.D.dtype)[..., None]
-        A = jax.lax.complex(-jnp.exp(self.log_rate), self.frequency)
+            timesteps = jnp.asarray(integration_timesteps, mixer.D.dtype)[..., None]
+        A = jax.lax.complex(-jnp.exp(mixer.log_rate), mixer.frequency)
         A_bar, _ = ops.dirac(A, timesteps.astype(A.dtype))
         return DiagonalSystem(
             A_bar=(A_bar.real, A_bar.imag),
-            B=(self.B[..., 0], self.B[..., 1]),
-            C=(self.C[..., 0], self.C[..., 1]),
-            D=self.D,
+            B=(mixer.B[..., 0], mixer.B[..., 1]),
+            C=(mixer.C[..., 0], mixer.C[..., 1]),
+            D=mixer.D,
         )
 
     def compute_kernel(self, length):

@@ -40,6 +40,17 @@ def test_ring_keeps_the_distance_to_the_unit_circle_in_float32():
     np.testing.assert_allclose(np.exp(2 * np.asarray(gamma_log, np.float64)), gap, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_parameters_keep_their_eigenvalues(dtype):
+    """In their own type the exponentials would round to one, and the states never decay."""
+    mixer = LRUSequenceMixer(4, jr.key(0), state_dim=64, r_min=0.99, r_max=0.9999)
+    narrow = jax.tree.map(lambda p: p.astype(dtype), mixer)
+    nu, theta = (np.asarray(p, np.float64) for p in (narrow.nu_log, narrow.theta_log))
+    A_bar, _, _ = narrow.discretize()
+    np.testing.assert_allclose(A_bar, np.exp(-np.exp(nu) + 1j * np.exp(theta)), rtol=1e-6)
+    assert np.abs(A_bar).max() < 1
+
+
 def test_white_noise_gives_states_of_equal_variance():
     mixer = LRUSequenceMixer(8, jr.key(0), state_dim=32, r_min=0.5, r_max=0.97)
     A, B, _ = mixer.discretize()

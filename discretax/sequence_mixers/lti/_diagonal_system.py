@@ -38,17 +38,16 @@ class DiagonalSystem(eqx.Module):
         r"""**Arguments:** `A_bar`, `B` (state, features) and `C` (features, state), each as real and
         imaginary part; `D`, the elementwise skip; `gamma`, the input factor, by which
         $\bar B = \gamma \odot B$. Where it changes with time, like `A_bar`, it is kept apart."""
-        dtype = accumulation_dtype(D)
         self.gamma_planes = None
         if gamma is not None and gamma[0].ndim == 2:
-            self.gamma_planes = jnp.stack(gamma, axis=-2).astype(dtype)
+            self.gamma_planes = jnp.stack(gamma, axis=-2)
         elif gamma is not None:
             (g_re, g_im), (B_re, B_im) = (part[:, None] for part in gamma), B
             B = (g_re * B_re - g_im * B_im, g_re * B_im + g_im * B_re)
-        self.A_planes = jnp.stack(A_bar, axis=-2).astype(dtype)
-        self.B_planes = jnp.stack(B).astype(dtype)
-        self.C_planes = jnp.stack([C[0], -C[1]], axis=1).astype(dtype)
-        self.D = D.astype(dtype)
+        self.A_planes = jnp.stack(A_bar, axis=-2)
+        self.B_planes = jnp.stack(B)
+        self.C_planes = jnp.stack([C[0], -C[1]], axis=1)
+        self.D = D
 
     @property
     def A_bar(self) -> Complex[Array, "*time state"]:

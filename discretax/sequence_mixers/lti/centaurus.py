@@ -10,7 +10,7 @@ from jax import lax
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
 from discretax._features import check_name, check_positive, check_size
-from discretax._types import Length, Resets, Sample, Timesteps, Values, accumulation_dtype
+from discretax._types import Length, Resets, Sample, Timesteps, Values, accumulation_dtype, widened
 from discretax.init import log_spaced_step
 from discretax.ops import (
     Route,
@@ -169,8 +169,9 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
     def discretize(
         self, integration_timesteps: Timesteps | None = None
     ) -> "DiagonalSystem | CentaurusSystem":
-        A = lax.complex(-jnp.exp(self.log_A_real), self.A_imag)
-        dt = self.step_rescale * jnp.exp(self.log_delta)[:, None]
+        mixer = widened(self)
+        A = lax.complex(-jnp.exp(mixer.log_A_real), mixer.A_imag)
+        dt = self.step_rescale * jnp.exp(mixer.log_delta)[:, None]
         if integration_timesteps is not None:
             dt = dt * jnp.asarray(integration_timesteps, dt.dtype)[..., None, None]
         dt = dt.astype(A.dtype)
@@ -180,16 +181,16 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
         else:
             discretize = {"zoh": zoh, "bilinear": bilinear, "dirac": dirac}[self.discretization]
             A_bar, gamma = discretize(A, dt)
-        if self.E is not None:
+        if mixer.E is not None:
             return CentaurusSystem(
-                A_bar, gamma, self.E, self.B, self.C, self.in_features, self.mode, self.route
+                A_bar, gamma, mixer.E, mixer.B, mixer.C, self.in_features, self.mode, self.route
             )
         A_bar, gamma = (v.reshape(*v.shape[:-2], -1) for v in (A_bar, gamma))
         return DiagonalSystem(
             A_bar=(A_bar.real, A_bar.imag),
-            B=(self.B, jnp.zeros_like(self.B)),
-            C=(self.C, jnp.zeros_like(self.C)),
-            D=jnp.zeros(self.in_features, self.C.dtype),
+            B=(mixer.B, jnp.zeros_like(mixer.B)),
+            C=(mixer.C, jnp.zeros_like(mixer.C)),
+            D=jnp.zeros(self.in_features, mixer.C.dtype),
             gamma=(gamma.real, gamma.imag),
         )
 

@@ -7,7 +7,7 @@ import jax.random as jr
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
 from discretax._features import check_size
-from discretax._types import Timesteps
+from discretax._types import Timesteps, widened
 from discretax.init import ring
 from discretax.sequence_mixers.base import AbstractLTIMixer, refuse_timesteps, zero_cache
 from discretax.sequence_mixers.lti._diagonal_system import DiagonalSystem
@@ -101,13 +101,14 @@ class LRUSequenceMixer(AbstractLTIMixer[Float[Array, "2 state"]]):
         refuse_timesteps(
             self, integration_timesteps, "its eigenvalues are those of one sample, not of a time"
         )
-        radius, phase = jnp.exp(-jnp.exp(self.nu_log)), jnp.exp(self.theta_log)
-        gamma = jnp.exp(self.gamma_log)
+        mixer = widened(self)
+        radius, phase = jnp.exp(-jnp.exp(mixer.nu_log)), jnp.exp(mixer.theta_log)
+        gamma = jnp.exp(mixer.gamma_log)
         return DiagonalSystem(
             A_bar=(radius * jnp.cos(phase), radius * jnp.sin(phase)),
-            B=(gamma[:, None] * self.B_re, gamma[:, None] * self.B_im),
-            C=(self.C_re, self.C_im),
-            D=self.D,
+            B=(gamma[:, None] * mixer.B_re, gamma[:, None] * mixer.B_im),
+            C=(mixer.C_re, mixer.C_im),
+            D=mixer.D,
         )
 
     def compute_kernel(self, length: int) -> Complex[Array, "time state"]:

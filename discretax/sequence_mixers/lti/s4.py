@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 import discretax.sequence_mixers.lti._s4_parameters as s4
 from discretax._features import check_name, check_size
-from discretax._types import Timesteps
+from discretax._types import Timesteps, widened
 from discretax.init import Measure
 from discretax.ops import Route
 from discretax.sequence_mixers.lti._depthwise_system import DepthwiseSystem
@@ -140,8 +140,9 @@ class S4SequenceMixer(s4.AbstractS4Mixer):
         self.route = route
 
     def discretize(self, integration_timesteps: Timesteps | None = None) -> DepthwiseSystem:
-        dt, Lambda, B, C = self._continuous_system(integration_timesteps)
-        P = jax.vmap(lambda p: s4.shared(p, self.in_features), out_axes=-1)(s4.joined(self.P))
+        mixer = widened(self)
+        dt, Lambda, B, C = mixer._continuous_system(integration_timesteps)
+        P = jax.vmap(lambda p: s4.shared(p, self.in_features), out_axes=-1)(s4.joined(mixer.P))
         R = 1 / (1 - dt * Lambda / 2)
         # With a step for each state, Delta multiplies the rows of A: it belongs to P, not to P^*.
         P_dt, RP_adjoint = dt[..., None] * P, R[..., None] * P.conj()
@@ -159,7 +160,7 @@ class S4SequenceMixer(s4.AbstractS4Mixer):
             1 + dt * Lambda * R,
             B_bar,
             C,
-            self.D,
+            mixer.D,
             low_rank=(U, W),
             l_max=self.l_max,
             route=self.route,

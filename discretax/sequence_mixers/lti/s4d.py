@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 import discretax.sequence_mixers.lti._s4_parameters as s4
 from discretax._features import check_name
-from discretax._types import Timesteps
+from discretax._types import Timesteps, widened
 from discretax.ops import Route, bilinear, dirac, zoh
 from discretax.sequence_mixers.lti._depthwise_system import DepthwiseSystem
 
@@ -142,6 +142,7 @@ class S4DSequenceMixer(s4.AbstractS4Mixer):
         self.route = route
 
     def discretize(self, integration_timesteps: Timesteps | None = None) -> DepthwiseSystem:
-        dt, A, B, C = self._continuous_system(integration_timesteps)
+        mixer = widened(self)
+        dt, A, B, C = mixer._continuous_system(integration_timesteps)
         A_bar, gamma = _DISCRETIZE[self.discretization](A, dt)
-        return DepthwiseSystem(A_bar, gamma * B, C, self.D, l_max=self.l_max, route=self.route)
+        return DepthwiseSystem(A_bar, gamma * B, C, mixer.D, l_max=self.l_max, route=self.route)

@@ -9,7 +9,7 @@ from jax.nn.initializers import lecun_normal
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
 from discretax._features import check_name, check_positive, check_size
-from discretax._types import Length, Resets, Timesteps, Values
+from discretax._types import Length, Resets, Timesteps, Values, widened
 from discretax.init import diagonalised_legs, log_uniform_step
 from discretax.ops import asynchronous, bilinear, dirac, zoh
 from discretax.sequence_mixers.base import (
@@ -168,16 +168,17 @@ class S5SequenceMixer(AbstractContinuousMixer[Float[Array, "2 state"]]):
             refuse_timesteps(
                 self, integration_timesteps, 'with "no_discretization" its eigenvalues are discrete'
             )
-        tau = jnp.ones((), self.D.dtype)
+        mixer = widened(self)
+        tau = jnp.ones((), mixer.D.dtype)
         if integration_timesteps is not None:
-            tau = jnp.asarray(integration_timesteps, self.D.dtype)[..., None]
-        A_bar, gamma = self._transition(tau)
+            tau = jnp.asarray(integration_timesteps, mixer.D.dtype)[..., None]
+        A_bar, gamma = mixer._transition(tau)
         conjugates = 2 if self.conj_sym else 1
         return DiagonalSystem(
             A_bar=(A_bar.real, A_bar.imag),
-            B=(self.B[..., 0], self.B[..., 1]),
-            C=(conjugates * self.C[..., 0], conjugates * self.C[..., 1]),
-            D=self.D,
+            B=(mixer.B[..., 0], mixer.B[..., 1]),
+            C=(conjugates * mixer.C[..., 0], conjugates * mixer.C[..., 1]),
+            D=mixer.D,
             gamma=(gamma.real, gamma.imag),
         )
 

@@ -8,7 +8,7 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from discretax._features import check_size, linear
-from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
+from discretax._types import Length, Resets, Timesteps, Values, widened
 from discretax.init import inverse_softplus
 from discretax.ops import depthwise_convolution
 from discretax.ops._recurrence.chunked import chunked_recurrence
@@ -129,8 +129,7 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
         started = cache.started | has_past()
         first = (jnp.arange(time) == 0) & ~started
         first = first if resets is None else first | resets
-        gates = jax.tree.map(lambda p: p.astype(accumulation_dtype(x, p)), self)
-
+        gates = widened(self, x)
         h = cache.state.astype(gates.Lambda.dtype)
         h, y = chunked_recurrence(
             _terms,

@@ -7,7 +7,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._features import check_size, linear
-from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
+from discretax._types import Length, Resets, Timesteps, Values, widened
 from discretax.ops._recurrence.chunked import chunked_recurrence
 from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
 
@@ -109,7 +109,7 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
         resets: Resets | None,
     ) -> tuple[Values, Float[Array, " state"]]:
         refuse_timesteps(self, integration_timesteps, "its transition is a function of the input")
-        mixer = jax.tree.map(lambda p: p.astype(accumulation_dtype(x, p)), self)
+        mixer = widened(self, x)
         u = linear(self.in_proj, x)
 
         h = cache.astype(mixer.alpha.dtype)

@@ -11,7 +11,8 @@ class Discretized(AbstractLTIMixer[Any]):
     """An LTI mixer whose discrete system is computed once, for fast stepping.
 
     Usually made for a whole model at once, by [`discretax.discretized`][]. It is for inference:
-    training it would move the system and leave the parameters behind.
+    training it would move the system and leave the parameters behind. Where parameters are to be in
+    bfloat16 or float16, cast them first: of a slow decay, such a type's rounding would leave none.
     """
 
     mixer: AbstractLTIMixer
