@@ -4,6 +4,8 @@ import abc
 from typing import Any
 
 import equinox as eqx
+import jax
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 
@@ -54,4 +56,14 @@ def check_state(state: Any, layer: eqx.Module) -> None:
             f"`y, state = model(x, state)`; got {received} for `state`. Make it with "
             "`model, state = eqx.nn.make_with_state(Model)(...)`, or with "
             "`state = eqx.nn.State(model)`."
+        )
+
+
+def check_cache(layer: eqx.Module, cache: PyTree, expected: PyTree) -> None:
+    shapes, expected_shapes = (jax.tree.map(jnp.shape, tree) for tree in (cache, expected))
+    if shapes != expected_shapes:
+        raise ValueError(
+            f"`{type(layer).__name__}` takes a cache of shapes {expected_shapes}; got {shapes}. "
+            "Make one with `allocate_inference_cache()`; one with a batch axis goes through "
+            "`jax.vmap`."
         )

@@ -1,3 +1,5 @@
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -142,6 +144,59 @@ def test_mean_of_a_long_stream_with_narrow_caches():
         return jax.lax.scan(step, state, length=1000)[1]
 
     np.testing.assert_allclose(go(state), 1.5, rtol=1e-6)  # a sum in bfloat16 stops at 512
+
+
+@ft.cache
+def two_streams():
+    """Their state, and a function that sends each of them chunks that are alike."""
+    pooling, state = eqx.nn.make_with_state(Pooling)(1, "mean")
+    live = discretax.streaming_mode(eqx.nn.inference_mode(pooling))
+
+    @ft.partial(jax.jit, static_argnums=2)
+    def send(state, value, size, lengths, times):
+        chunks = Timeseries(jnp.full((2, size, 1), value), length=jnp.stack(lengths))
+        step = lambda _, carry: jax.vmap(live)(chunks, carry[1])
+        mean, state = jax.lax.fori_loop(0, times, step, (jnp.zeros((2, 1)), state))
+        return mean[:, 0], state
+
+    return send, discretax.inference_state(pooling, state, batch_size=2)
+
+
+@pytest.mark.parametrize("size", [1, 64])
+def test_mean_of_a_stream_longer_than_a_float32_counts(size):
+    send, state = two_streams()
+    _, state = send(state, 1.0, 2**18, (2**18, 0), 64)  # in float32, 2**24 + 1 is 2**24
+    mean, state = send(state, 1.0, size, (size, 1), 2**12)
+    np.testing.assert_array_equal(mean, 1)
+    mean, _ = send(state, -0.1, size, (size, 1), 2**12)
+    ones, others = np.array([2**24 + 2**12 * size, 2**12]), np.array([2**12 * size, 2**12])
+    np.testing.assert_allclose(mean, (ones - 0.1 * others) / (ones + others), rtol=1e-6)
+
+
+def test_mean_of_a_stream_longer_than_an_int32_counts():
+    send, state = two_streams()
+    _, state = send(state, 1.0, 2**18, (2**18, 2**18), 2**13)
+    mean, _ = send(state, 0.0, 2**18, (2**18, 2**17), 2**13)
+    np.testing.assert_allclose(mean, (1 / 2, 2 / 3), rtol=2e-7)
+
+
+@every_pooling
+def test_a_batched_cache_without_vmap(pooling):
+    layer, state = eqx.nn.make_with_state(Pooling)(FEATURES, pooling)
+    live = discretax.streaming_mode(eqx.nn.inference_mode(layer))
+    with pytest.raises(ValueError, match=r"`Pooling` takes a cache .* got \(8, .*`jax\.vmap`"):
+        live(negative(), discretax.inference_state(layer, state, batch_size=8))
+
+
+def test_infinite_samples_have_an_infinite_mean():
+    layer, state = eqx.nn.make_with_state(Pooling)(1, "mean")
+    live = discretax.streaming_mode(eqx.nn.inference_mode(layer))
+    state = discretax.inference_state(layer, state)
+    for value in (1.0, jnp.inf, 2.0):
+        mean, state = live(jnp.full((3, 1), value), state)
+    np.testing.assert_array_equal(mean, jnp.inf)
+    fresh = Timeseries(jnp.ones((3, 1)), resets=jnp.array([True, False, False]))
+    np.testing.assert_array_equal(live(fresh, state)[0], 1)
 
 
 @every_pooling

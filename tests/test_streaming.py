@@ -295,7 +295,7 @@ def test_trained_statistics_are_kept_and_caches_are_empty():
     repeated = jax.tree.map(lambda leaf: np.stack([leaf] * BATCH), statistics(model, state))
     assert_equal(statistics(model, stream_state), repeated)
     empty = caches(model, stream_state)
-    assert len(jax.tree.leaves(empty)) == 4  # two recurrences; sum and count of the head
+    assert len(jax.tree.leaves(empty)) == 3  # two recurrences, and the sums of the head
     assert all(not np.any(leaf) and len(leaf) == BATCH for leaf in jax.tree.leaves(empty))
 
 

@@ -2,11 +2,11 @@ from typing import Any, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from discretax._stateful import AbstractStreamingLayer, check_state
+from discretax._stateful import AbstractStreamingLayer, check_cache, check_state
 from discretax._timeseries import Timeseries, length_of, valid_samples, values_of
-from discretax._types import accumulation_dtype
+from discretax._types import Values, accumulation_dtype
 
 Kind = Literal["mean", "last", "max"]
 
@@ -14,8 +14,12 @@ Kind = Literal["mean", "last", "max"]
 class Pooling(AbstractStreamingLayer):
     """One vector from a sequence: the mean, the last or the largest of its valid samples.
 
-    After a reset it begins anew. While streaming it pools all that has come so far: its cache is
-    the sum, last or largest sample, with the number of samples. Without samples it gives zeros.
+    After a reset it begins anew. While streaming it pools all that has come so far. Without samples
+    it gives zeros.
+
+    The mean's cache holds the sum of the samples with their number behind it, both in two parts: a
+    single float32 stops counting at 2**24. That of the others holds the sample, and a number that is
+    zero until there is one.
     """
 
     cache_index: eqx.nn.StateIndex
@@ -39,12 +43,13 @@ class Pooling(AbstractStreamingLayer):
 
     def allocate_inference_cache(
         self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
-    ) -> tuple[Float[Array, " features"], Int[Array, ""]]:
+    ) -> Float[Array, "*parts summary"]:
         del max_seqlen
         batch = () if batch_size is None else (batch_size,)
-        summary = jnp.zeros((*batch, self.in_features), dtype)
+        parts = (2,) if self.kind == "mean" else ()
+        cache = jnp.zeros((*batch, *parts, self.in_features + 1), dtype)
         # A sum in bfloat16 would stop growing after some hundred samples.
-        return summary.astype(accumulation_dtype(summary)), jnp.zeros(batch, jnp.int32)
+        return cache.astype(accumulation_dtype(cache))
 
     def __call__(
         self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
@@ -58,35 +63,62 @@ class Pooling(AbstractStreamingLayer):
         check_state(state, self)
         values = values_of(x)
         u = values.astype(accumulation_dtype(values))
-        cache = self.allocate_inference_cache(dtype=u.dtype)
+        summary, begins_anew = self._summary(u, x)
         if self.streaming:
             cache = self.read_cache(state)
-        summary, total = cache[0].astype(u.dtype), cache[1]
-        if u.shape[0] > 0:
-            summary, total = self._add(u, x, summary, total)
-        if self.streaming:
-            state = state.set(self.cache_index, (summary.astype(cache[0].dtype), total))
+            check_cache(self, cache, self.allocate_inference_cache())
+            after = self._after(jnp.where(begins_anew, 0, cache), summary.astype(cache.dtype))
+            state = state.set(self.cache_index, after)
+            summary = (after[0] if self.kind == "mean" else after).astype(u.dtype)
+        pooled, count = summary[:-1], summary[-1]
         if self.kind == "mean":
-            summary = summary / jnp.maximum(total, 1).astype(u.dtype)
-        return summary.astype(values.dtype), state
+            pooled = pooled / jnp.maximum(count, 1)
+        return pooled.astype(values.dtype), state
 
-    def _add(self, u, x, summary, total):
-        index = jnp.arange(u.shape[0])
+    def _summary(
+        self, u: Values, x: Array | Timeseries
+    ) -> tuple[Float[Array, " summary"], Bool[Array, ""] | bool]:
+        """Of the samples since the last reset, and whether there was one."""
+        time = u.shape[0]
+        if time == 0:
+            return jnp.zeros(self.in_features + 1, u.dtype), False
+        index = jnp.arange(time)
         length = length_of(x)
-        end = u.shape[0] if length is None else length
-        counted = valid_samples(u.shape[0], end)
+        end = time if length is None else length
+        counted = valid_samples(time, end)
+        begins_anew = False
         if isinstance(x, Timeseries) and x.resets is not None:
             start = jnp.max(jnp.where(x.resets & counted, index, -1))
             counted &= index >= start
-            summary = jnp.where(start >= 0, 0, summary)
-            total = jnp.where(start >= 0, 0, total)
-        count = counted.sum(dtype=total.dtype)
+            begins_anew = start >= 0
+        count = counted.sum()
         if self.kind == "mean":
-            summary = summary + jnp.where(counted[:, None], u, 0).sum(0)
+            pooled = jnp.where(counted[:, None], u, 0).sum(0)
         elif self.kind == "last":
-            summary = jnp.where(count > 0, u[jnp.maximum(end, 1) - 1], summary)
+            pooled = jnp.where(count > 0, u[jnp.maximum(end, 1) - 1], 0)
         else:
-            largest = jnp.where(counted[:, None], u, -jnp.inf).max(0)
-            so_far = jnp.where(total > 0, summary, -jnp.inf)
-            summary = jnp.where(total + count > 0, jnp.maximum(largest, so_far), 0)
-        return summary, total + count
+            pooled = jnp.where(counted[:, None], u, -jnp.inf).max(0)
+            pooled = jnp.where(count > 0, pooled, 0)
+        return jnp.append(pooled, count.astype(u.dtype)), begins_anew
+
+    def _after(self, cache: Array, summary: Float[Array, " summary"]) -> Array:
+        """The cache, after the samples of `summary`."""
+        if self.kind == "mean":
+            return _sum_in_two_parts(cache, summary)
+        any_new = summary[-1] > 0
+        if self.kind == "max":
+            summary = jnp.where(cache[-1] > 0, jnp.maximum(cache, summary), summary)
+        return jnp.where(any_new, summary, cache)
+
+
+def _sum_in_two_parts(
+    total: Float[Array, "2 summary"], x: Float[Array, " summary"]
+) -> Float[Array, "2 summary"]:
+    """The second part keeps what rounding takes from the first: Knuth's two-sum."""
+    high, low = total
+    rounded = high + x
+    x_taken = rounded - high
+    lost = (high - (rounded - x_taken)) + (x - x_taken)
+    low = jnp.where(jnp.isfinite(rounded), low + lost, 0)  # a sum of infinity stays infinite
+    high = rounded + low
+    return jnp.stack([high, low - (high - rounded)])

@@ -4,11 +4,11 @@ import abc
 from typing import Any, Generic, NoReturn, TypeVar
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from discretax._features import check_samples
+from discretax._stateful import check_cache
 from discretax._timeseries import check_length, check_resets, check_timesteps, zero_padding
 from discretax._types import Length, Resets, Sample, Timesteps, Values
 
@@ -217,16 +217,6 @@ def check_step(
             f"({mixer.in_features},); got {x.dtype}{x.shape}. Use `jax.vmap` to batch."
         )
     check_cache(mixer, cache, expected_cache)
-
-
-def check_cache(mixer: AbstractSequenceMixer, cache: PyTree, expected: PyTree) -> None:
-    shapes, expected_shapes = (jax.tree.map(jnp.shape, tree) for tree in (cache, expected))
-    if shapes != expected_shapes:
-        raise ValueError(
-            f"`{type(mixer).__name__}` takes a cache of shapes {expected_shapes}; got {shapes}. "
-            "Make one with `allocate_inference_cache()`; one with a batch axis goes through "
-            "`jax.vmap`."
-        )
 
 
 def refuse_timesteps(mixer: AbstractSequenceMixer, timesteps: Any | None, reason: str) -> None:
