@@ -42,10 +42,11 @@ class Timeseries(eqx.Module):
 
         - `values`: the samples, `(time, features)`, or `(time,)` whole numbers for
             [`discretax.encoder.EmbeddingEncoder`][].
-        - `timesteps`: `(time,)`, elapsed time since the previous sample, in sample intervals.
+        - `timesteps`: `(time,)`, elapsed time since the previous sample, in sample intervals. The
+            first sample of a sequence has none before it: give it one.
         - `length`: how many samples are valid; those at or past it are padding, and are
-            replaced by zeros on the way in so that whatever stands there, a NaN included, is
-            without effect.
+            replaced by zeros on the way in, their timesteps by ones, so that whatever stands
+            there, a NaN included, is without effect.
         - `resets`: `(time,)` booleans, True where a new, independent sequence begins.
 
         Each may carry the same leading batch axes, to be removed with `jax.vmap`.
@@ -53,7 +54,8 @@ class Timeseries(eqx.Module):
         **Raises:**
 
         `ValueError` for shapes that do not match and, where the numbers are known (outside
-        `jax.jit`), for a length outside [0, time] and for negative timesteps.
+        `jax.jit`), for a length outside [0, time] and for timesteps that are negative or not
+        finite, unless they are padding.
         """
         self.values = jnp.asarray(values)
         self.timesteps = None if timesteps is None else jnp.asarray(timesteps)
@@ -80,8 +82,8 @@ class Timeseries(eqx.Module):
                 f"`length` and `resets`; got {self._shapes()}."
             )
         batch, time = self.values.shape[:batch_ndim], self.values.shape[batch_ndim]
-        check_timesteps(self.timesteps, time, batch)
         check_length(self.length, time, batch)
+        check_timesteps(self.timesteps, time, self.length, batch)
         check_resets(self.resets, time, batch)
 
     def _shapes(self) -> str:
@@ -110,10 +112,20 @@ def length_of(x: Array | Timeseries) -> Int[Array, ""] | None:
 
 def zero_padding(values: Array, length: Length | None) -> Array:
     """Selects zero at and past `length`; a NaN in the padding does not get through."""
+    return _with_padding(values, length, 0)
+
+
+def one_padding(timesteps: Timesteps | None, length: Length | None) -> Timesteps | None:
+    """Selects one at and past `length`: a gap with which no system is anything special."""
+    return None if timesteps is None else _with_padding(timesteps, length, 1)
+
+
+def _with_padding(values: Array, length: Length | None, padding: int) -> Array:
     if length is None:
         return values
     valid = valid_samples(values.shape[0], length)
-    return jnp.where(valid.reshape(-1, *(1,) * (values.ndim - 1)), values, jnp.zeros_like(values))
+    valid = valid.reshape(-1, *(1,) * (values.ndim - 1))
+    return jnp.where(valid, values, jnp.full_like(values, padding))
 
 
 def valid_samples(time: int, length: Length) -> Bool[Array, " time"]:
@@ -144,7 +156,13 @@ def check_resets(resets: Resets | None, time: int, batch: tuple[int, ...] = ()) 
         )
 
 
-def check_timesteps(timesteps: Timesteps | None, time: int, batch: tuple[int, ...] = ()) -> None:
+def check_timesteps(
+    timesteps: Timesteps | None,
+    time: int,
+    length: Length | None = None,
+    batch: tuple[int, ...] = (),
+) -> None:
+    """`length` is known to fit. What stands past it is not looked at."""
     if timesteps is None:
         return
     if timesteps.shape != (*batch, time) or not jnp.issubdtype(timesteps.dtype, jnp.floating):
@@ -152,11 +170,15 @@ def check_timesteps(timesteps: Timesteps | None, time: int, batch: tuple[int, ..
             f"timesteps must be floating, one per sample: shape {(*batch, time)}; got "
             f"{timesteps.dtype}{timesteps.shape}."
         )
-    gaps = known(timesteps)
-    if gaps is not None and (gaps < 0).any():
+    gaps, lengths = known(timesteps), known(time if length is None else length)
+    if gaps is None or lengths is None:
+        return
+    unfit = (np.arange(time) < lengths[..., None]) & ~(np.isfinite(gaps) & (gaps >= 0))
+    if unfit.any():
         raise ValueError(
-            "timesteps are elapsed times since the previous sample and must not be negative; got "
-            f"{gaps.min()}. Take the differences of sorted timestamps."
+            "timesteps are elapsed times since the previous sample: they must be finite and must "
+            f"not be negative; got {gaps[unfit][0]}. Take the differences of sorted timestamps; "
+            "the first sample has none before it, and takes a timestep of one."
         )
 
 

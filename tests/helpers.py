@@ -146,9 +146,9 @@ class Leaky(AbstractSequenceMixer[dict[str, Array]]):
     ):
         zero = self.allocate_inference_cache()
         cache = zero if cache is None else cache
-        x = check_call(self, x, cache, zero, integration_timesteps, length, resets)
+        x, gaps = check_call(self, x, cache, zero, integration_timesteps, length, resets)
         time = x.shape[0]
-        gaps = jnp.ones(time, x.dtype) if integration_timesteps is None else integration_timesteps
+        gaps = jnp.ones(time, x.dtype) if gaps is None else gaps
         fresh = jnp.zeros(time, bool) if resets is None else resets
         valid = jnp.arange(time) < (time if length is None else length)
 

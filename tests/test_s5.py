@@ -14,7 +14,7 @@ from test_golden import S5_FIELDS, assert_close, value_and_gradients
 from discretax.init import diagonalised_legs, hippo_legs, log_uniform_step
 from discretax.models import S5
 from discretax.ops import diagonal_ssm
-from discretax.sequence_mixers import BidirectionalS5, S5SequenceMixer
+from discretax.sequence_mixers import Bidirectional, BidirectionalS5, S5SequenceMixer
 
 OTHERS = re.compile("hippo|layer|lti|stride")  # of another form; each has a test of its own
 NAMES = sorted(path.stem for path in FOLDER.glob("*s5*.npz") if not OTHERS.search(path.stem))
@@ -202,6 +202,23 @@ def test_initial_system_is_blocks_of_hippo_with_real_projections():
         B = blocks @ np.asarray(jax.lax.complex(mixer.B[..., 0], mixer.B[..., 1]))
         np.testing.assert_allclose(B.imag, 0, atol=1e-12)
         assert np.abs(B.real).std() > 0.05
+
+
+def bidirectional(in_features, key, **options):
+    return Bidirectional(*(S5SequenceMixer(in_features, k, **options) for k in jr.split(key)))
+
+
+@pytest.mark.parametrize("make", [BidirectionalS5, bidirectional])
+@pytest.mark.parametrize("length", [None, 9])
+def test_a_gap_belongs_to_the_sequence_behind_it(make, length):
+    """Backwards, a sequence begins at the sample before a reset, and with a gap of one."""
+    mixer = make(3, jr.key(0), state_dim=4)
+    x = jr.normal(jr.key(1), (11, 3))
+    gaps = jr.uniform(jr.key(2), (11,)).at[5].set(50.0)
+    y, _ = mixer(x, integration_timesteps=gaps, resets=jnp.arange(11) == 5, length=length)
+    for part in (slice(5), slice(5, length)):
+        alone, _ = mixer(x[part], integration_timesteps=gaps[part])
+        assert_close(y[part], alone, "float32")
 
 
 def test_conjugate_symmetry_halves_the_states_and_keeps_the_output():

@@ -25,7 +25,7 @@ from discretax.channel_mixers import IdentityChannelMixer
 from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
 from discretax.models import LRU, Backbone
-from discretax.sequence_mixers import LRUSequenceMixer
+from discretax.sequence_mixers import LRUSequenceMixer, S5SequenceMixer
 
 WIDTH, BATCH = 4, 3
 LENGTHS = jnp.array([5, TIME, 0])
@@ -154,6 +154,30 @@ def test_padding_is_without_effect(norm):
     assert not np.any(jnp.where(valid, 0, x_grad.values))  # False for a NaN, too
 
 
+@pytest.mark.parametrize("gap", [np.nan, np.inf, -1e4])
+def test_gaps_in_the_padding_are_without_effect(gap):
+    """As timestamps padded with zeros have them, once they are differences."""
+    mixer = S5SequenceMixer(FEATURES, jr.key(0), state_dim=4)
+    x, valid = draw(TIME, FEATURES), np.arange(TIME) < 6
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def loss(arguments, length):
+        mixer, gaps = arguments
+        series = Timeseries(x, gaps, length)
+        y, last = mixer(series.values, integration_timesteps=series.timesteps, length=series.length)
+        return jnp.sum(jnp.where(valid[:, None], y, 0) ** 2) + jnp.sum(last**2)
+
+    expected = loss((mixer, ONES), 6)
+    gaps = jnp.where(valid, ONES, gap)
+    assert_equal(loss((mixer, gaps), 6), expected)
+    assert_equal(loss((mixer, gaps), jnp.asarray(6)), expected)
+    y, _ = mixer(x, integration_timesteps=gaps, length=6)
+    assert_close(y[:6], mixer(x[:6], integration_timesteps=ONES[:6])[0])
+    batch = Timeseries(jnp.stack([x, x]), jnp.stack([ONES, gaps]), jnp.array([TIME, 6]))
+    assert_equal(batch.timesteps[1], gaps)
+
+
 def test_gradients_of_a_padded_batch_are_those_of_the_single_sequences():
     model, state = make()
     x = draw(BATCH, TIME, FEATURES)
@@ -212,6 +236,16 @@ ONES = jnp.ones(TIME)
         (VALUES, {"timesteps": jnp.ones(5)}, r"one per sample: shape \(11,\); got float32\(5,\)"),
         (VALUES, {"timesteps": jnp.ones(TIME, int)}, "timesteps must be floating.*got int32"),
         (VALUES, {"timesteps": ONES.at[3].set(-0.5)}, "must not be negative; got -0.5.*sorted"),
+        (VALUES, {"timesteps": ONES.at[0].set(jnp.nan)}, "be finite.* got nan.*first .* of one"),
+        (VALUES, {"timesteps": ONES.at[3].set(jnp.inf), "length": 4}, "be finite.* got inf"),
+        (
+            BATCHED,
+            {
+                "timesteps": jnp.ones((BATCH, TIME)).at[1, 4].set(-2),
+                "length": jnp.array([4, 5, 4]),
+            },
+            "must not be negative; got -2",
+        ),
         (VALUES, {"resets": jnp.zeros(5, bool)}, r"`resets`.*shape \(11,\); got bool\(5,\)"),
         (VALUES, {"resets": jnp.zeros(TIME)}, "`resets` must be booleans.*got float32"),
         (VALUES, {"length": TIME + 1}, "between 0 and the number of samples, 11; got 12"),

@@ -9,7 +9,13 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from discretax._features import check_samples
 from discretax._stateful import check_cache
-from discretax._timeseries import check_length, check_resets, check_timesteps, zero_padding
+from discretax._timeseries import (
+    check_length,
+    check_resets,
+    check_timesteps,
+    one_padding,
+    zero_padding,
+)
 from discretax._types import Length, Resets, Sample, Timesteps, Values
 
 Cache = TypeVar("Cache")
@@ -119,15 +125,15 @@ class AbstractLTIMixer(AbstractSequenceMixer[Cache]):
         del key
         zero = self.allocate_inference_cache()
         cache = zero if cache is None else cache
-        x = check_call(self, x, cache, zero, integration_timesteps, length, resets)
-        system = self.discretize(integration_timesteps)
-        return system(x, cache, length=length, resets=resets)
+        x, timesteps = check_call(self, x, cache, zero, integration_timesteps, length, resets)
+        return self.discretize(timesteps)(x, cache, length=length, resets=resets)
 
     def step(
         self, x: Sample, cache: Cache, *, integration_timestep: Any | None = None
     ) -> tuple[Sample, Cache]:
         check_step(self, x, cache, self.allocate_inference_cache())
-        return self.discretize(integration_timestep).step(x, cache)
+        timesteps = one_timestep(integration_timestep)
+        return self.discretize(None if timesteps is None else timesteps[0]).step(x, cache)
 
 
 class AbstractContinuousMixer(AbstractLTIMixer[Cache]):
@@ -170,8 +176,8 @@ class AbstractLTVMixer(AbstractSequenceMixer[Cache]):
         del key
         zero = self.allocate_inference_cache()
         cache = zero if cache is None else cache
-        x = check_call(self, x, cache, zero, integration_timesteps, length, resets)
-        return self.mix(x, cache, integration_timesteps, length, resets)
+        x, timesteps = check_call(self, x, cache, zero, integration_timesteps, length, resets)
+        return self.mix(x, cache, timesteps, length, resets)
 
     def step(
         self, x: Sample, cache: Cache, *, integration_timestep: Any | None = None
@@ -198,14 +204,15 @@ def check_call(
     integration_timesteps: Timesteps | None,
     length: Length | None,
     resets: Resets | None,
-) -> Array:
-    """Refuses inputs that do not fit, by name; returns `x` with its padding set to zero."""
+) -> tuple[Array, Timesteps | None]:
+    """Refuses inputs that do not fit, by name; returns `x` and timesteps without their padding:
+    zero and one stand there."""
     check_samples(mixer, x, mixer.in_features)
     check_cache(mixer, cache, expected_cache)
-    check_timesteps(integration_timesteps, x.shape[0])
     check_length(length, x.shape[0])
+    check_timesteps(integration_timesteps, x.shape[0], length)
     check_resets(resets, x.shape[0])
-    return zero_padding(x, length)
+    return zero_padding(x, length), one_padding(integration_timesteps, length)
 
 
 def check_step(

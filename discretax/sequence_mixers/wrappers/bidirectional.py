@@ -3,7 +3,7 @@ from typing import Any, ClassVar, NoReturn
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from discretax._timeseries import check_length, check_resets, check_timesteps
 from discretax._types import Length, Resets, Timesteps, Values
@@ -56,8 +56,8 @@ class Bidirectional(AbstractSequenceMixer[None]):
         if cache is not None:
             refuse_to_stream(self)
         time = x.shape[0]
-        check_timesteps(integration_timesteps, time)
         check_length(length, time)
+        check_timesteps(integration_timesteps, time, length)
         check_resets(resets, time)
         forward_key, backward_key = (None, None) if key is None else jr.split(key)
         y_forward, _ = self.forward(
@@ -71,19 +71,21 @@ class Bidirectional(AbstractSequenceMixer[None]):
         valid = time if length is None else jnp.asarray(length).astype(int)
         mirror = jnp.where(index < valid, valid - 1 - index, index)
 
-        def between(per_sample: Array | None, first: float | bool) -> Array | None:
-            # What stands at t belongs to the border between t - 1 and t. From the other side,
-            # that border is met on arriving at t - 1.
-            if per_sample is None:
-                return None
-            later = jnp.roll(per_sample, -1)[mirror]
-            return jnp.where(index == 0, jnp.asarray(first, later.dtype), later)
+        # What stands at t belongs to the border between t - 1 and t. From the other side, that border
+        # is met on arriving at t - 1. A sequence begins with no border, so with a gap of one.
+        from_behind = lambda per_sample: jnp.roll(per_sample, -1)[mirror]
+        begins, timesteps = index == 0, integration_timesteps
+        if resets is not None:
+            resets = from_behind(resets) & ~begins
+            begins = begins | resets
+        if timesteps is not None:
+            timesteps = jnp.where(begins, jnp.ones_like(timesteps), from_behind(timesteps))
 
         y_backward, _ = self.backward(
             x[mirror],
-            integration_timesteps=between(integration_timesteps, 1.0),
+            integration_timesteps=timesteps,
             length=length,
-            resets=between(resets, False),
+            resets=resets,
             key=backward_key,
         )
         return y_forward + y_backward[mirror], None

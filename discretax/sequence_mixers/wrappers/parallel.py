@@ -113,7 +113,7 @@ class SequenceParallel(AbstractSequenceMixer[Any]):
         """
         zero = self.allocate_inference_cache(max_seqlen=max(1, x.shape[0]))
         cache = zero if cache is None else cache
-        x = check_call(self.mixer, x, cache, zero, integration_timesteps, length, resets)
+        x, timesteps = check_call(self.mixer, x, cache, zero, integration_timesteps, length, resets)
         parts = self.mesh.shape[self.axis_name]
         part_size, rest = divmod(x.shape[0], parts)
         if rest:
@@ -160,7 +160,7 @@ class SequenceParallel(AbstractSequenceMixer[Any]):
         )
         # Uncompiled, JAX leaves no axis of a mesh to the compiler.
         y, after = jax.jit(split_mixer)(
-            jnp.arange(parts), (x, integration_timesteps, resets), (arrays, cache, length, key)
+            jnp.arange(parts), (x, timesteps, resets), (arrays, cache, length, key)
         )
         return y, jax.tree.map(lambda array: array[last_part], after)
 
