@@ -124,6 +124,23 @@ def test_a_stream_longer_than_its_cache():
     assert jnp.isfinite(y).all()
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_row_of_padding_alone(window):
+    """It sees nothing. Nor does its softmax spoil the gradients of the rows beside it."""
+    mixer = AttentionSequenceMixer(FEATURES, jr.key(0), num_heads=2, window=window)
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def loss(mixer, x, lengths):
+        y = jax.vmap(lambda x, length: mixer(x, length=length)[0])(x, lengths)
+        valid = jnp.arange(TIME) < lengths[:, None]
+        return jnp.sum(jnp.where(valid[..., None], y, 0) ** 2)
+
+    x = draw(2, TIME, FEATURES)
+    assert_close(loss(mixer, x, jnp.array([0, 5])), loss(mixer, x[1:], jnp.array([5])))
+    assert jnp.isfinite(mixer(x[0], length=0)[0]).all()
+
+
 def test_a_block_streams_for_max_seqlen_samples():
     block = ResidualBlock(
         FEATURES,

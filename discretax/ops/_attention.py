@@ -32,5 +32,6 @@ def _attention(q, k, v, seen):
     dtype = accumulation_dtype(q)
     grouped = q.reshape(time, k.shape[1], -1, head_dim)
     scores = jnp.einsum("tkgd,skd->kgts", grouped, k).astype(dtype) * head_dim**-0.5
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
+    # Not -inf: a query that sees nothing, as padding may, would be NaN, and so all gradients.
+    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(dtype).min), axis=-1)
     return jnp.einsum("kgts,skd->tkgd", weights.astype(v.dtype), v).reshape(time, heads, head_dim)
