@@ -294,6 +294,25 @@ def masks(block, state, keys):
     return (y - x) / jax.nn.gelu(x)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_batch_norm_by_itself_knows_padding(inference):
+    norm, state = eqx.nn.make_with_state(BatchNorm)(FEATURES)
+    norm = eqx.nn.inference_mode(norm, inference)
+    x = draw(1, TIME, FEATURES)
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad
+    def loss(arguments, state, length):
+        norm, x = arguments
+        normalise = lambda x: norm(x, state, length=length)[0][:5]
+        return jnp.sum(jnp.sin(jax.vmap(normalise, axis_name="batch")(x)))
+
+    padded = jnp.where(jnp.arange(TIME)[:, None] < 5, x, jnp.nan)
+    value, (d_norm, d_x) = loss((norm, padded), state, 5)
+    assert_close((value, (d_norm, d_x[:, :5])), loss((norm, x[:, :5]), state, None))
+    assert_equal(d_x[:, 5:], jnp.zeros((1, TIME - 5, FEATURES)))
+
+
 def test_one_mask_for_all_of_time():
     mask = masks(*make_dropping(), jr.split(jr.key(1), 2000))
     np.testing.assert_array_equal(mask, np.broadcast_to(mask[:, :1], mask.shape))

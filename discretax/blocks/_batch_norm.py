@@ -4,7 +4,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from discretax._stateful import check_state
-from discretax._timeseries import valid_samples
+from discretax._timeseries import valid_samples, zero_padding
 from discretax._types import accumulation_dtype
 
 AXIS_NAME = "batch"
@@ -62,7 +62,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         """
         del key
         check_state(state, self)
-        u = x.astype(accumulation_dtype(x, self.weight))
+        u = zero_padding(x, length).astype(accumulation_dtype(x, self.weight))
         running_mean, running_var, weight = state.get(self.statistics)
         if running_mean.shape != self.weight.shape:
             raise ValueError(
