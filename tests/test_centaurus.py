@@ -154,6 +154,15 @@ def test_errors(options, message):
         Centaurus(4, jr.key(0), **options)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_chunk_with_timesteps(mode):
+    mixer = build(mode)
+    cache = mixer.allocate_inference_cache() + 1
+    y, after = mixer(jnp.zeros((0, mixer.in_features)), cache, integration_timesteps=jnp.zeros(0))
+    assert y.shape == (0, mixer.in_features)
+    np.testing.assert_array_equal(after, cache)
+
+
 def test_names_of_the_pointwise_mode():
     assert {Centaurus(4, jr.key(0), mode=m).mode for m in ("pw", "s5", "pointwise")} == {
         "pointwise"

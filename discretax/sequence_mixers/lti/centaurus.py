@@ -185,7 +185,7 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
             return CentaurusSystem(
                 A_bar, gamma, mixer.E, mixer.B, mixer.C, self.in_features, self.mode, self.route
             )
-        A_bar, gamma = (v.reshape(*v.shape[:-2], -1) for v in (A_bar, gamma))
+        A_bar, gamma = (v.reshape(*v.shape[:-2], self.B.shape[0]) for v in (A_bar, gamma))
         return DiagonalSystem(
             A_bar=(A_bar.real, A_bar.imag),
             B=(mixer.B, jnp.zeros_like(mixer.B)),
