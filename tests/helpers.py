@@ -145,8 +145,7 @@ class Leaky(AbstractSequenceMixer[dict[str, Array]]):
         self, x, cache=None, *, integration_timesteps=None, length=None, resets=None, key=None
     ):
         zero = self.allocate_inference_cache()
-        cache = zero if cache is None else cache
-        x, gaps = check_call(self, x, cache, zero, integration_timesteps, length, resets)
+        x, cache, gaps = check_call(self, x, cache, zero, integration_timesteps, length, resets)
         time = x.shape[0]
         gaps = jnp.ones(time, x.dtype) if gaps is None else gaps
         fresh = jnp.zeros(time, bool) if resets is None else resets

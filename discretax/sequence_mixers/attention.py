@@ -167,7 +167,9 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         chunk_size = time if self.window is None else max(self.window, 64)
         fresh = cache is None and time <= chunk_size
         state = self.allocate_inference_cache(max_seqlen=max(1, time)) if cache is None else cache
-        x, _ = check_call(self, x, state, self._like(state), integration_timesteps, length, resets)
+        x, state, _ = check_call(
+            self, x, state, self._like(state), integration_timesteps, length, resets
+        )
         refuse_timesteps(self, integration_timesteps, "its positions are counted in samples")
         self._check_room(time if length is None else length, state, resets)
 

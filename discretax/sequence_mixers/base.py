@@ -4,6 +4,7 @@ import abc
 from typing import Any, Generic, NoReturn, TypeVar
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
@@ -19,6 +20,7 @@ from discretax._timeseries import (
 from discretax._types import Length, Resets, Sample, Timesteps, Values
 
 Cache = TypeVar("Cache")
+Answer = TypeVar("Answer", bound=tuple[Array, Any])
 
 
 class AbstractSequenceMixer(eqx.Module, Generic[Cache]):
@@ -92,64 +94,10 @@ class AbstractSequenceMixer(eqx.Module, Generic[Cache]):
         """One sample: `x` of shape `(features,)`, with the cache of the previous step."""
 
 
-class AbstractLTIMixer(AbstractSequenceMixer[Cache]):
-    """A mixer whose system does not change with time, unless timesteps make it.
+class AbstractRecurrentMixer(AbstractSequenceMixer[Cache]):
+    """A mixer whose cache is of one size, however many samples it has seen.
 
-    It says how its parameters become a discrete system; the system knows how to run.
-    """
-
-    @abc.abstractmethod
-    def discretize(self, integration_timesteps: Timesteps | None = None) -> Any:
-        r"""The discrete system $h_t = \bar A h_{t-1} + \bar B x_t$, $y_t = \mathrm{Re}(C h_t) + D x_t$.
-
-        Unpacks as `A_bar, B_bar, C`; `D` is a field of it. With timesteps, `A_bar` has an axis of
-        time.
-
-        **Raises:** `ValueError` for timesteps if the mixer has no continuous time.
-        """
-
-    @abc.abstractmethod
-    def compute_kernel(self, length: int) -> Array:
-        """What a convolution over `length` samples convolves with."""
-
-    def __call__(
-        self,
-        x: Values,
-        cache: Cache | None = None,
-        *,
-        integration_timesteps: Timesteps | None = None,
-        length: Length | None = None,
-        resets: Resets | None = None,
-        key: PRNGKeyArray | None = None,
-    ) -> tuple[Values, Cache]:
-        del key
-        zero = self.allocate_inference_cache()
-        cache = zero if cache is None else cache
-        x, timesteps = check_call(self, x, cache, zero, integration_timesteps, length, resets)
-        return self.discretize(timesteps)(x, cache, length=length, resets=resets)
-
-    def step(
-        self, x: Sample, cache: Cache, *, integration_timestep: Any | None = None
-    ) -> tuple[Sample, Cache]:
-        check_step(self, x, cache, self.allocate_inference_cache())
-        timesteps = one_timestep(integration_timestep)
-        return self.discretize(None if timesteps is None else timesteps[0]).step(x, cache)
-
-
-class AbstractContinuousMixer(AbstractLTIMixer[Cache]):
-    """A time-invariant mixer of a system in continuous time, sampled with a step of its own.
-
-    It takes timesteps, and it can be sampled at another rate than it was trained at.
-    """
-
-    step_rescale: eqx.AbstractVar[float]
-    """Multiplies every step: 2 for a signal sampled half as often as the one of training."""
-
-
-class AbstractLTVMixer(AbstractSequenceMixer[Cache]):
-    """A mixer whose system is chosen by the input: it differs from sample to sample.
-
-    It says how a chunk is mixed; a step is a chunk of one sample.
+    What it is called with is checked here, and what it answers gets its types here.
     """
 
     @abc.abstractmethod
@@ -175,17 +123,75 @@ class AbstractLTVMixer(AbstractSequenceMixer[Cache]):
     ) -> tuple[Values, Cache]:
         del key
         zero = self.allocate_inference_cache()
-        cache = zero if cache is None else cache
-        x, timesteps = check_call(self, x, cache, zero, integration_timesteps, length, resets)
-        return self.mix(x, cache, timesteps, length, resets)
+        x, cache, timesteps = check_call(
+            self, x, cache, zero, integration_timesteps, length, resets
+        )
+        return in_types_of((x, cache), self.mix(x, cache, timesteps, length, resets))
+
+
+class AbstractLTIMixer(AbstractRecurrentMixer[Cache]):
+    """A mixer whose system does not change with time, unless timesteps make it.
+
+    It says how its parameters become a discrete system; the system knows how to run.
+    """
+
+    @abc.abstractmethod
+    def discretize(self, integration_timesteps: Timesteps | None = None) -> Any:
+        r"""The discrete system $h_t = \bar A h_{t-1} + \bar B x_t$, $y_t = \mathrm{Re}(C h_t) + D x_t$.
+
+        Unpacks as `A_bar, B_bar, C`; `D` is a field of it. With timesteps, `A_bar` has an axis of
+        time.
+
+        **Raises:** `ValueError` for timesteps if the mixer has no continuous time.
+        """
+
+    @abc.abstractmethod
+    def compute_kernel(self, length: int) -> Array:
+        """What a convolution over `length` samples convolves with."""
+
+    def mix(
+        self,
+        x: Values,
+        cache: Cache,
+        integration_timesteps: Timesteps | None,
+        length: Length | None,
+        resets: Resets | None,
+    ) -> tuple[Values, Cache]:
+        return self.discretize(integration_timesteps)(x, cache, length=length, resets=resets)
 
     def step(
         self, x: Sample, cache: Cache, *, integration_timestep: Any | None = None
     ) -> tuple[Sample, Cache]:
         check_step(self, x, cache, self.allocate_inference_cache())
         timesteps = one_timestep(integration_timestep)
-        y, cache = self.mix(x[None], cache, timesteps, None, None)
-        return y[0], cache
+        system = self.discretize(None if timesteps is None else timesteps[0])
+        return in_types_of((x, cache), system.step(x, cache))
+
+
+class AbstractContinuousMixer(AbstractLTIMixer[Cache]):
+    """A time-invariant mixer of a system in continuous time, sampled with a step of its own.
+
+    It takes timesteps, and it can be sampled at another rate than it was trained at.
+    """
+
+    step_rescale: eqx.AbstractVar[float]
+    """Multiplies every step: 2 for a signal sampled half as often as the one of training."""
+
+
+class AbstractLTVMixer(AbstractRecurrentMixer[Cache]):
+    """A mixer whose system is chosen by the input: it differs from sample to sample.
+
+    It says how a chunk is mixed; a step is a chunk of one sample. What `mix` returns may be of
+    wider types than `x` and `cache`: the call and the step give it theirs.
+    """
+
+    def step(
+        self, x: Sample, cache: Cache, *, integration_timestep: Any | None = None
+    ) -> tuple[Sample, Cache]:
+        check_step(self, x, cache, self.allocate_inference_cache())
+        timesteps = one_timestep(integration_timestep)
+        y, after = self.mix(x[None], cache, timesteps, None, None)
+        return in_types_of((x, cache), (y[0], after))
 
 
 def one_timestep(integration_timestep: Any | None) -> Timesteps | None:
@@ -199,31 +205,37 @@ def one_timestep(integration_timestep: Any | None) -> Timesteps | None:
 def check_call(
     mixer: AbstractSequenceMixer,
     x: Array,
-    cache: PyTree,
-    expected_cache: PyTree,
+    cache: Cache | None,
+    zero: Cache,
     integration_timesteps: Timesteps | None,
     length: Length | None,
     resets: Resets | None,
-) -> tuple[Array, Timesteps | None]:
-    """Refuses inputs that do not fit, by name; returns `x` and timesteps without their padding:
-    zero and one stand there."""
+) -> tuple[Array, Cache, Timesteps | None]:
+    """Refuses inputs that do not fit, by name; returns samples, cache and timesteps to go on with.
+
+    The cache is `zero` if there is none. In the padding stand samples of zero and timesteps of one.
+    """
     check_samples(mixer, x, mixer.in_features)
-    check_cache(mixer, cache, expected_cache)
+    cache = zero if cache is None else cache
+    check_cache(mixer, cache, zero)
     check_length(length, x.shape[0])
     check_timesteps(integration_timesteps, x.shape[0], length)
     check_resets(resets, x.shape[0])
-    return zero_padding(x, length), one_padding(integration_timesteps, length)
+    return zero_padding(x, length), cache, one_padding(integration_timesteps, length)
 
 
-def check_step(
-    mixer: AbstractSequenceMixer, x: Array, cache: PyTree, expected_cache: PyTree
-) -> None:
+def in_types_of(given: Answer, answer: Answer) -> Answer:
+    """`answer`, sample and cache, in the types in which they were given."""
+    return jax.tree.map(lambda new, old: jnp.asarray(new, jnp.result_type(old)), answer, given)
+
+
+def check_step(mixer: AbstractSequenceMixer, x: Array, cache: PyTree, zero: PyTree) -> None:
     if x.shape != (mixer.in_features,) or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"`{type(mixer).__name__}.step` takes one floating sample of shape "
             f"({mixer.in_features},); got {x.dtype}{x.shape}. Use `jax.vmap` to batch."
         )
-    check_cache(mixer, cache, expected_cache)
+    check_cache(mixer, cache, zero)
 
 
 def refuse_timesteps(mixer: AbstractSequenceMixer, timesteps: Any | None, reason: str) -> None:

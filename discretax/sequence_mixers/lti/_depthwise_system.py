@@ -106,7 +106,7 @@ class DepthwiseSystem(eqx.Module):
             resets=resets,
             route=self.route,
         )
-        return y.reshape(u.shape[0], self.D.size).astype(x.dtype), h.astype(cache.dtype)
+        return y.reshape(u.shape[0], self.D.size), h
 
     def step(
         self, x: Sample, cache: Float[Array, "features 2 state"]
@@ -114,7 +114,7 @@ class DepthwiseSystem(eqx.Module):
         system, u, h = self._accumulating(x, cache)
         h = system.transition(h) + system.B_planes * u[:, None, None]
         y = jnp.einsum("cfpn,fpn->cf", system.C_planes, h) + system.D * u
-        return y.reshape(-1).astype(x.dtype), h.astype(cache.dtype)
+        return y.reshape(-1), h
 
     def kernel(self, length: int) -> Float[Array, "time channels features"]:
         return depthwise_kernel(self.transition, self.B_planes, self.C_planes, length)

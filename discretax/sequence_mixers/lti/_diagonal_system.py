@@ -87,7 +87,7 @@ class DiagonalSystem(eqx.Module):
             length=length,
             resets=resets,
         )
-        return y.astype(x.dtype), h.astype(cache.dtype)
+        return y, h
 
     def step(
         self, x: Sample, cache: Float[Array, "2 state"]
@@ -97,7 +97,7 @@ class DiagonalSystem(eqx.Module):
         drive = system.B_planes.reshape(2 * state_dim, -1) @ u
         h = times(system.A_planes, h) + drive.reshape(2, state_dim)
         y = system.C_planes.reshape(-1, 2 * state_dim) @ h.reshape(-1) + system.D * u
-        return y.astype(x.dtype), h.astype(cache.dtype)
+        return y, h
 
     def powers(self, length: int) -> Complex[Array, "time state"]:
         r"""$\bar A^l$ for $l = 0, \dots$: the states' response to a unit impulse.

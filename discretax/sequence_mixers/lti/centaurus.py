@@ -269,7 +269,7 @@ class CentaurusSystem(eqx.Module):
         else:
             v, h = system.channels(system._project(u), h0, length=length, resets=resets)
             y = system._read_out(v)
-        return y.astype(x.dtype), h.astype(cache.dtype)
+        return y, h
 
     def step(
         self, x: Sample, cache: Float[Array, "channels 2 sub"]
@@ -277,7 +277,7 @@ class CentaurusSystem(eqx.Module):
         system, u, h = self._accumulating(x, cache)
         v, h = system.channels.step(system._project(u[None])[0], h)
         y = system._read_out(v[None])[0]
-        return y.astype(x.dtype), h.astype(cache.dtype)
+        return y, h
 
     def kernel(self, length: int) -> Float[Array, "time channels"]:
         return self.channels.kernel(length)[:, 0]

@@ -214,9 +214,7 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
             length=length,
             resets=resets,
         )
-        y = linear(self.out_proj, y * jax.nn.silu(z))
-        dtypes = cache.window.dtype, cache.state.dtype
-        return y, MambaCache(window.astype(dtypes[0]), state.T.astype(dtypes[1]))
+        return linear(self.out_proj, y * jax.nn.silu(z)), MambaCache(window, state.T)
 
     def _decay_steps(self, time, timesteps):
         if self.dt_A_bias is None:

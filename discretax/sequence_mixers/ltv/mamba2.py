@@ -200,8 +200,7 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
         )
         y = y.reshape(time, inner).astype(dtype) * jax.nn.silu(z.astype(dtype))
         y = linear(self.out_proj, self._normalise(y).astype(x.dtype))
-        dtypes = cache.window.dtype, cache.state.dtype
-        return y, Mamba2Cache(window.astype(dtypes[0]), state.astype(dtypes[1]))
+        return y, Mamba2Cache(window, state)
 
     def _normalise(self, y: Float[Array, "time inner"]) -> Float[Array, "time inner"]:
         time, inner = y.shape

@@ -142,7 +142,7 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
             chunk_size=max(64, CHUNK // x.shape[1]) if jax.default_backend() == "cpu" else time,
         )
         started = started | ((time if length is None else length) > 0)
-        return y.astype(x.dtype), RGLRUCache(h.astype(cache.state.dtype), started)
+        return y, RGLRUCache(h, started)
 
     def _recurrence(self, x, first):
         """What each sample does to the state: $a_t$ and $b_t$ of $h_t = a_t h_{t-1} + b_t$."""
@@ -277,5 +277,5 @@ class GriffinSequenceMixer(AbstractLTVMixer[GriffinCache]):
             resets=resets,
         )
         h, state = self.rg_lru.mix(u, cache.recurrence, None, length, resets)
-        y = linear(self.linear_out, h * self.activation(linear(self.linear_y, x)))
-        return y, GriffinCache(window.astype(cache.window.dtype), state)
+        gate = self.activation(linear(self.linear_y, x))
+        return linear(self.linear_out, h.astype(x.dtype) * gate), GriffinCache(window, state)

@@ -125,7 +125,7 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
         )
         v = v.astype(x.dtype)
         gate = linear(self.gate_proj, jax.nn.gelu(v, approximate=False))
-        return v * jax.nn.sigmoid(gate), h.astype(cache.dtype)
+        return v * jax.nn.sigmoid(gate), h
 
     def _recurrence(self, u):
         """What each sample does to the state, and how it is read out."""

@@ -112,8 +112,9 @@ class SequenceParallel(AbstractSequenceMixer[Any]):
         or if the mixer keeps more than its operations hand from one device to the next.
         """
         zero = self.allocate_inference_cache(max_seqlen=max(1, x.shape[0]))
-        cache = zero if cache is None else cache
-        x, timesteps = check_call(self.mixer, x, cache, zero, integration_timesteps, length, resets)
+        x, cache, timesteps = check_call(
+            self.mixer, x, cache, zero, integration_timesteps, length, resets
+        )
         parts = self.mesh.shape[self.axis_name]
         part_size, rest = divmod(x.shape[0], parts)
         if rest:
