@@ -17,7 +17,7 @@ from discretax._timeseries import (
     one_padding,
     zero_padding,
 )
-from discretax._types import Length, Resets, Sample, Timesteps, Values
+from discretax._types import Length, Resets, Sample, Timesteps, Values, widened
 
 Cache = TypeVar("Cache")
 Answer = TypeVar("Answer", bound=tuple[Array, Any])
@@ -157,7 +157,8 @@ class AbstractLTIMixer(AbstractRecurrentMixer[Cache]):
         length: Length | None,
         resets: Resets | None,
     ) -> tuple[Values, Cache]:
-        return self.discretize(integration_timesteps)(x, cache, length=length, resets=resets)
+        system, u, h0 = widened((self.discretize(integration_timesteps), x, cache))
+        return system(u, h0, length=length, resets=resets)
 
     def step(
         self, x: Sample, cache: Cache, *, integration_timestep: Any | None = None
@@ -165,7 +166,8 @@ class AbstractLTIMixer(AbstractRecurrentMixer[Cache]):
         check_step(self, x, cache, self.allocate_inference_cache())
         timesteps = one_timestep(integration_timestep)
         system = self.discretize(None if timesteps is None else timesteps[0])
-        return in_types_of((x, cache), system.step(x, cache))
+        system, u, h = widened((system, x, cache))
+        return in_types_of((x, cache), system.step(u, h))
 
 
 class AbstractContinuousMixer(AbstractLTIMixer[Cache]):

@@ -1,12 +1,11 @@
 from collections.abc import Iterator
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-from discretax._types import Length, Resets, Sample, Values, accumulation_dtype
+from discretax._types import Length, Resets, Sample, Values
 from discretax.ops import Route, Transition, depthwise_kernel, depthwise_ssm
 from discretax.ops._recurrence.xla import to_complex, to_planes
 from discretax.ops._running.split_time import time_parts
@@ -94,26 +93,24 @@ class DepthwiseSystem(eqx.Module):
                 f"{time}. Feed the sequence in chunks, or build the mixer with a larger "
                 "`l_max`, or None."
             )
-        system, u, h0 = self._accumulating(x, cache)
         y, h = depthwise_ssm(
-            system.transition,
-            system.B_planes,
-            system.C_planes,
-            u,
-            h0,
-            D=system.D,
+            self.transition,
+            self.B_planes,
+            self.C_planes,
+            x,
+            cache,
+            D=self.D,
             length=length,
             resets=resets,
             route=self.route,
         )
-        return y.reshape(u.shape[0], self.D.size), h
+        return y.reshape(x.shape[0], self.D.size), h
 
     def step(
         self, x: Sample, cache: Float[Array, "features 2 state"]
     ) -> tuple[Sample, Float[Array, "features 2 state"]]:
-        system, u, h = self._accumulating(x, cache)
-        h = system.transition(h) + system.B_planes * u[:, None, None]
-        y = jnp.einsum("cfpn,fpn->cf", system.C_planes, h) + system.D * u
+        h = self.transition(cache) + self.B_planes * x[:, None, None]
+        y = jnp.einsum("cfpn,fpn->cf", self.C_planes, h) + self.D * x
         return y.reshape(-1), h
 
     def kernel(self, length: int) -> Float[Array, "time channels features"]:
@@ -143,7 +140,3 @@ class DepthwiseSystem(eqx.Module):
         if self.transition.U is None:
             return vectors
         return jnp.concatenate([vectors, vectors.conj()], -1)
-
-    def _accumulating(self, x, cache):
-        dtype = accumulation_dtype(x, self.D)
-        return jax.tree.map(lambda array: array.astype(dtype), (self, x, cache))

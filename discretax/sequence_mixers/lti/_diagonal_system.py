@@ -1,12 +1,11 @@
 from collections.abc import Iterator
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
-from discretax._types import Length, Resets, Sample, Values, accumulation_dtype
+from discretax._types import Length, Resets, Sample, Values
 from discretax.ops._recurrence.diagonal_ssm import diagonal_ssm
 from discretax.ops._recurrence.linear_recurrence import recurrence
 from discretax.ops._recurrence.xla import times, to_complex
@@ -75,28 +74,25 @@ class DiagonalSystem(eqx.Module):
         length: Length | None = None,
         resets: Resets | None = None,
     ) -> tuple[Values, Float[Array, "2 state"]]:
-        system, u, h0 = self._accumulating(x, cache)
-        y, h = diagonal_ssm(
-            system.A_planes,
-            system.B_planes,
-            system.C_planes,
-            u,
-            h0,
-            D=system.D,
-            gamma=system.gamma_planes,
+        return diagonal_ssm(
+            self.A_planes,
+            self.B_planes,
+            self.C_planes,
+            x,
+            cache,
+            D=self.D,
+            gamma=self.gamma_planes,
             length=length,
             resets=resets,
         )
-        return y, h
 
     def step(
         self, x: Sample, cache: Float[Array, "2 state"]
     ) -> tuple[Sample, Float[Array, "2 state"]]:
-        system, u, h = self._accumulating(x, cache)
-        state_dim = h.shape[-1]
-        drive = system.B_planes.reshape(2 * state_dim, -1) @ u
-        h = times(system.A_planes, h) + drive.reshape(2, state_dim)
-        y = system.C_planes.reshape(-1, 2 * state_dim) @ h.reshape(-1) + system.D * u
+        state_dim = cache.shape[-1]
+        drive = self.B_planes.reshape(2 * state_dim, -1) @ x
+        h = times(self.A_planes, cache) + drive.reshape(2, state_dim)
+        y = self.C_planes.reshape(-1, 2 * state_dim) @ h.reshape(-1) + self.D * x
         return y, h
 
     def powers(self, length: int) -> Complex[Array, "time state"]:
@@ -117,10 +113,6 @@ class DiagonalSystem(eqx.Module):
         r"""$H(z) = \sum_l K_l z^{-l}$ of the impulse response $K$, in closed form."""
         A_bar, B_bar, C = self
         return transfer(A_bar, B_bar, C, z) + jnp.diag(self.D).astype(C.dtype)
-
-    def _accumulating(self, x, cache):
-        dtype = accumulation_dtype(x, self.D)
-        return jax.tree.map(lambda array: array.astype(dtype), (self, x, cache))
 
 
 def transfer(

@@ -3,14 +3,13 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
 from discretax._features import check_name, check_positive, check_size
-from discretax._types import Length, Resets, Sample, Timesteps, Values, accumulation_dtype, widened
+from discretax._types import Length, Resets, Sample, Timesteps, Values, widened
 from discretax.init import log_spaced_step
 from discretax.ops import (
     Route,
@@ -262,22 +261,17 @@ class CentaurusSystem(eqx.Module):
         length: Length | None = None,
         resets: Resets | None = None,
     ) -> tuple[Values, Float[Array, "channels 2 sub"]]:
-        system, u, h0 = self._accumulating(x, cache)
         constant = self.channels.B_planes.ndim == 3 and resets is None
         if self.mode != "dws" and self.channels.route == "fft" and constant and x.shape[0]:
-            y, h = system._convolve(u, h0, length)
-        else:
-            v, h = system.channels(system._project(u), h0, length=length, resets=resets)
-            y = system._read_out(v)
-        return y, h
+            return self._convolve(x, cache, length)
+        v, h = self.channels(self._project(x), cache, length=length, resets=resets)
+        return self._read_out(v), h
 
     def step(
         self, x: Sample, cache: Float[Array, "channels 2 sub"]
     ) -> tuple[Sample, Float[Array, "channels 2 sub"]]:
-        system, u, h = self._accumulating(x, cache)
-        v, h = system.channels.step(system._project(u[None])[0], h)
-        y = system._read_out(v[None])[0]
-        return y, h
+        v, h = self.channels.step(self._project(x[None])[0], cache)
+        return self._read_out(v[None])[0], h
 
     def kernel(self, length: int) -> Float[Array, "time channels"]:
         return self.channels.kernel(length)[:, 0]
@@ -319,10 +313,6 @@ class CentaurusSystem(eqx.Module):
         if self.mode == "dws":
             return v
         return v.reshape(-1, self.in_features, self.in_features).sum(-1)
-
-    def _accumulating(self, x, cache):
-        dtype = accumulation_dtype(x, self.B_in)
-        return jax.tree.map(lambda array: array.astype(dtype), (self, x, cache))
 
 
 def _complex(values: Array) -> Array:
