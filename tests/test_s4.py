@@ -12,7 +12,7 @@ from test_golden import assert_close, value_and_gradients
 
 from discretax.init import diagonalised_hippo, hippo
 from discretax.models import S4
-from discretax.ops import _depthwise_ssm
+from discretax.ops._depthwise_ssm import depthwise_ssm
 from discretax.ops._depthwise_ssm.matrices import boundary_states
 from discretax.ops._depthwise_ssm.transition import DiagonalPower
 from discretax.sequence_mixers import S4DSequenceMixer, S4SequenceMixer
@@ -391,7 +391,7 @@ def test_states_between_chunks(backend, monkeypatch):
 def test_long_sequences(make, features, monkeypatch):
     """Several segments of several chunks, the last of each unfilled, with any number valid."""
     for name, size in {"LONG": 40, "BLOCK": 2, "SEGMENT": 128}.items():
-        monkeypatch.setattr(_depthwise_ssm, name, size)
+        monkeypatch.setattr(depthwise_ssm, name, size)
     with jax.enable_x64(True):
         mixers = [
             make(features, jr.key(0), state_dim=4, channels=2, route=route)
