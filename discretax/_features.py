@@ -48,6 +48,16 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be positive; got {value}.")
 
 
+def check_function(argument: str, value: Any) -> None:
+    """Refuses what is neither None nor a function of an array, without parameters of its own."""
+    has_parameters = any(map(eqx.is_array, jax.tree.leaves(value)))
+    if value is not None and (not callable(value) or isinstance(value, type) or has_parameters):
+        raise TypeError(
+            f"`{argument}` must be None or a function of an array, such as `jax.nn.gelu`, without "
+            f"parameters; got {value!r}."
+        )
+
+
 def check_name(argument: str, value: Any, names: Any) -> None:
     """`names` is the `Literal` of the known ones."""
     known_names = [n for name in get_args(names) for n in (get_args(name) or [name])]

@@ -474,7 +474,7 @@ ERF = np.vectorize(math.erf)
 @pytest.mark.parametrize(
     "activation, formula",
     [
-        (lambda x: x, lambda x: x),
+        (None, lambda x: x),
         (jnp.tanh, np.tanh),
         (
             ft.partial(jax.nn.gelu, approximate=False),
@@ -530,7 +530,9 @@ def test_activation(activation, formula):
             ValueError,
             "cannot change the width; got in_features=8 and out_features=4",
         ),
-        ({"activation": "gelu"}, TypeError, "`activation` must be a function.*got 'gelu'"),
+        ({"activation": "gelu"}, TypeError, "`activation` must be None or a .*; got 'gelu'"),
+        ({"activation": GLU}, TypeError, "`activation` must be None or a .*; got .*GLU"),
+        ({"activation": eqx.nn.PReLU()}, TypeError, "without parameters; got PReLU"),
     ],
 )
 def test_options_that_are_refused(options, error, message):

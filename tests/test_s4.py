@@ -465,6 +465,9 @@ def test_errors_of_one():
         S4DSequenceMixer(4, jr.key(0), discretization="async")
     with pytest.raises(ValueError, match=r'`rank` must be at least 2 for init="legt".*got 1'):
         S4SequenceMixer(4, jr.key(0), init="legt")
+    for seed in range(3):  # whatever the numbers drawn
+        with pytest.raises(ValueError, match=r"below 1 only; this initialisation has .* up to inf"):
+            S4DSequenceMixer(1, jr.key(seed), state_dim=2, init="rand", imag_transform="sigmoid")
 
 
 @pytest.mark.parametrize("make", [S4DSequenceMixer, S4SequenceMixer])

@@ -3,7 +3,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -122,9 +121,7 @@ class LanguageModel(eqx.nn.StatefulLayer):
             lambda e: e.embedding.weight, encoder, replace_fn=lambda w: initializer_range * w
         )
         make = (
-            ft.partial(
-                StandardBlock, channel_mixer=IdentityChannelMixer, activation=jax.nn.identity
-            )
+            ft.partial(StandardBlock, channel_mixer=IdentityChannelMixer, activation=None)
             if channel_mixer is None
             else ft.partial(ResidualBlock, channel_mixer=channel_mixer)
         )

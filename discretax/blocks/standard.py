@@ -5,7 +5,7 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
-from discretax._features import check_samples
+from discretax._features import check_function, check_samples
 from discretax._stateful import check_state
 from discretax._timeseries import length_of, values_of, with_values
 from discretax.blocks._parts import (
@@ -45,7 +45,7 @@ class StandardBlock(AbstractBlock):
     inference: bool
     in_features: int = eqx.field(static=True)
     prenorm: bool = eqx.field(static=True)
-    activation: Callable[[Array], Array] = eqx.field(static=True)
+    activation: Callable[[Array], Array] | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class StandardBlock(AbstractBlock):
         drop_rate: float = 0.1,
         prenorm: bool = True,
         norm: Norm = "batch",
-        activation: Callable[[Array], Array] = jax.nn.gelu,
+        activation: Callable[[Array], Array] | None = jax.nn.gelu,
     ):
         """**Arguments:**
 
@@ -73,19 +73,15 @@ class StandardBlock(AbstractBlock):
             the features of each sample; a function `(in_features) -> layer`, for a norm of other
             options: `functools.partial(OffsetRMSNorm, eps=1e-5)`; None.
         - `activation`: what the sequence mixer's output goes through: `jax.nn.gelu`, in its
-            approximation by tanh; `functools.partial(jax.nn.gelu, approximate=False)`;
-            `lambda x: x` for none.
+            approximation by tanh; `functools.partial(jax.nn.gelu, approximate=False)`; None for
+            none.
 
         **Raises:**
 
         `ValueError` for an unknown norm, a rate outside [0, 1), or mixers of widths that do not
         fit; `TypeError` for an activation that is no function.
         """
-        if not callable(activation):
-            raise TypeError(
-                "`activation` must be a function of an array, such as `jax.nn.gelu`, or "
-                f"`lambda x: x` for none; got {activation!r}."
-            )
+        check_function("activation", activation)
         sequence_key, channel_key = jr.split(key)
         self.sequence_mixer, mixed_features = make_sequence_mixer(
             sequence_mixer, in_features, sequence_key
@@ -114,7 +110,7 @@ class StandardBlock(AbstractBlock):
         if self.prenorm:
             u, state = normalise(self.norm, u, state, length_of(x))
         u, state = self.mix(u, x, state, mixer_key)
-        u = self.drop(self.activation(u), drop_keys[0])
+        u = self.drop(u if self.activation is None else self.activation(u), drop_keys[0])
         u = self.drop(self.channel_mixer(u), drop_keys[1])
         u = skip + u
         if not self.prenorm:

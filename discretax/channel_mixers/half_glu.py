@@ -4,7 +4,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_features, check_size, linear
+from discretax._features import check_features, check_function, check_size, linear
 from discretax.channel_mixers.base import AbstractChannelMixer
 
 
@@ -46,11 +46,7 @@ class HalfGLU(AbstractChannelMixer):
                 "`HalfGLU` gates its own input and cannot change the width; got in_features="
                 f"{in_features} and out_features={out_features}. Use `GLU`."
             )
-        if gate_activation is not None and not callable(gate_activation):
-            raise TypeError(
-                "`gate_activation` must be None or a function of an array, such as `jax.nn.gelu`; "
-                f"got {gate_activation!r}."
-            )
+        check_function("gate_activation", gate_activation)
         self.linear = eqx.nn.Linear(in_features, in_features, use_bias, key=key)
         self.in_features = in_features
         self.gate_activation = gate_activation

@@ -64,7 +64,7 @@ class Backbone(AbstractBackbone):
         drop_rate: float = 0.1,
         prenorm: bool = True,
         norm: Norm = "batch",
-        activation: Callable[[Array], Array] = jax.nn.gelu,
+        activation: Callable[[Array], Array] | None = jax.nn.gelu,
     ):
         """**Arguments:**
 
@@ -98,7 +98,7 @@ def standard_blocks(
     drop_rate: float,
     prenorm: bool,
     norm: Norm,
-    activation: Callable[[Array], Array] = jax.nn.gelu,
+    activation: Callable[[Array], Array] | None = jax.nn.gelu,
 ) -> tuple[StandardBlock, ...]:
     check_size("hidden_dim", hidden_dim)
     check_size("num_blocks", num_blocks)

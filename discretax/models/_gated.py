@@ -1,7 +1,6 @@
 import functools as ft
 from collections.abc import Callable
 
-import jax
 from jaxtyping import Array
 
 from discretax.sequence_mixers import AbstractSequenceMixer, GatedSequenceMixer
@@ -10,7 +9,7 @@ from discretax.sequence_mixers.wrappers.gated import exact_gelu
 
 def gated(
     sequence_mixer: Callable[..., AbstractSequenceMixer], bottleneck: int | None, gate: int | None
-) -> tuple[Callable[..., AbstractSequenceMixer], Callable[[Array], Array]]:
+) -> tuple[Callable[..., AbstractSequenceMixer], Callable[[Array], Array] | None]:
     """The sequence mixer of an S4 block and the activation that the block puts after it.
 
     The GELU stands right behind the system. If maps follow there before the block's end, so does
@@ -25,4 +24,4 @@ def gated(
         gate=gate,
         activation=exact_gelu,
     )
-    return wrapped, jax.nn.identity
+    return wrapped, None

@@ -1,7 +1,6 @@
 import functools as ft
 from typing import Literal
 
-import jax
 from jaxtyping import PRNGKeyArray
 
 from discretax.blocks import StandardBlock
@@ -82,5 +81,5 @@ class Mamba(AbstractBackbone):
             drop_rate=drop_rate,
             prenorm=prenorm,
             norm=norm,
-            activation=jax.nn.identity,
+            activation=None,
         )

@@ -1,7 +1,6 @@
 import functools as ft
 import math
 
-import jax
 from jaxtyping import PRNGKeyArray
 
 from discretax.blocks import StandardBlock
@@ -77,5 +76,5 @@ class Mamba2(AbstractBackbone):
             drop_rate=drop_rate,
             prenorm=prenorm,
             norm=norm,
-            activation=jax.nn.identity,
+            activation=None,
         )

@@ -94,5 +94,5 @@ class S5(AbstractBackbone):
             drop_rate=drop_rate,
             prenorm=prenorm,
             norm=norm,
-            activation=jax.nn.identity if activation == "half_glu2" else jax.nn.gelu,
+            activation=None if activation == "half_glu2" else jax.nn.gelu,
         )

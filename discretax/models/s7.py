@@ -1,6 +1,5 @@
 import functools as ft
 
-import jax
 from jaxtyping import PRNGKeyArray
 
 from discretax.blocks import StandardBlock
@@ -53,5 +52,5 @@ class S7(AbstractBackbone):
             drop_rate=drop_rate,
             prenorm=prenorm,
             norm=norm,
-            activation=jax.nn.identity,
+            activation=None,
         )

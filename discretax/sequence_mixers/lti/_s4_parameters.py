@@ -1,5 +1,6 @@
 """What S4 and S4D share: how their parameters start, and what continuous system they stand for."""
 
+import math
 from typing import Any, Literal
 
 import equinox as eqx
@@ -41,23 +42,27 @@ def transformed(raw: Array, transform: str) -> Array:
     return raw
 
 
-def untransformed(value: np.ndarray, transform: str) -> Float[Array, "..."]:
-    """The raw parameter that `transformed` takes to `value`."""
-    if transform == "sigmoid" and value.max() >= 1:
+def untransformed(
+    value: np.ndarray | Array, transform: str, shape: tuple[int, int]
+) -> Float[Array, "n_ssm half"]:
+    """The raw parameters that `transformed` takes to `value`, a JAX array if it was drawn."""
+    largest = math.inf if isinstance(value, jax.Array) else value.max()
+    if transform == "sigmoid" and largest >= 1:
         raise ValueError(
-            'the transform "sigmoid" reaches values below 1 only; this initialisation has '
-            f"{value.max():.3g}. Choose another transform or `init`."
+            'the transform "sigmoid" reaches values below 1 only; this initialisation has them up '
+            f"to {largest:.3g}. Choose another transform or `init`."
         )
-    value = np.maximum(value, _SMALLEST) if transform != "none" else value
-    if transform == "softplus":
-        return inverse_softplus(jnp.asarray(value, float))
-    raw = {
-        "none": lambda: value,
-        "exp": lambda: np.log(value),
-        "relu": lambda: value - _SMALLEST,
-        "sigmoid": lambda: np.log(value) - np.log1p(-value),
-    }[transform]()
-    return jnp.asarray(raw, float)
+    value = jnp.broadcast_to(jnp.asarray(value, float), shape)
+    if transform == "none":
+        return value
+    value = jnp.maximum(value, _SMALLEST)
+    if transform == "exp":
+        return jnp.log(value)
+    if transform == "relu":
+        return value - _SMALLEST
+    if transform == "sigmoid":
+        return jnp.log(value) - jnp.log1p(-value)
+    return inverse_softplus(value)
 
 
 def check_options(
@@ -113,23 +118,25 @@ def init_step(
     return inverse_softplus(jnp.exp(log_dt)) if dt_transform == "softplus" else log_dt
 
 
-def init_diagonal(init: str, state_dim: int, key: PRNGKeyArray) -> tuple[Half, Half, Half]:
-    r"""$-A$ and $B$ of S4D, one of each conjugate pair, and the first coordinate as a readout."""
+def init_diagonal(
+    init: str, state_dim: int, n_ssm: int, key: PRNGKeyArray
+) -> tuple[np.ndarray, np.ndarray | Array, Half, Half]:
+    r"""Real and imaginary part of $-A$, and $B$ of S4D, one of each conjugate pair, and the first
+    coordinate as a readout. The same for all `n_ssm` systems, unless drawn for each."""
     if init == "legs":
         minus_Lambda, B, _, first = init_dplr("legs", state_dim, rank=1)
-        return minus_Lambda, B, first
+        return np.real(minus_Lambda), np.imag(minus_Lambda), B, first
     n = np.arange(state_dim // 2)
     ones, first = np.ones(len(n), complex), np.eye(1, len(n), dtype=complex)[0]
-    real = np.full(len(n), 0.5)
     if init == "real":
-        return n + 1.0 + 0j, ones, first
+        return n + 1.0, np.zeros(len(n)), ones, first
     imag = {
         "lin": lambda: np.pi * n,
         "inv": lambda: state_dim / np.pi * (state_dim / (2 * n + 1) - 1),
         "quad": lambda: (1 + 2 * n) ** 2 / np.pi,
-        "rand": lambda: np.exp(np.asarray(jr.normal(key, (len(n),)), float)),
+        "rand": lambda: jnp.exp(jr.normal(key, (n_ssm, len(n)))),
     }[init]()
-    return real + 1j * imag, ones, first
+    return np.full(len(n), 0.5), imag, ones, first
 
 
 def init_dplr(

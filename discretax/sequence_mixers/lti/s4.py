@@ -119,13 +119,10 @@ class S4SequenceMixer(s4.AbstractS4Mixer):
         half = state_dim // 2
         Lambda, B, P, first = s4.init_dplr(init, state_dim, rank)
 
-        self.A_real = s4.untransformed(
-            np.broadcast_to(np.real(Lambda), (n_ssm, half)), real_transform
-        )
-        self.A_imag = s4.untransformed(
-            np.broadcast_to(np.imag(Lambda), (n_ssm, half)), imag_transform
-        )
-        self.B = s4.pairs(np.broadcast_to(B, (n_ssm, half)))
+        systems = n_ssm, half
+        self.A_real = s4.untransformed(np.real(Lambda), real_transform, systems)
+        self.A_imag = s4.untransformed(np.imag(Lambda), imag_transform, systems)
+        self.B = s4.pairs(np.broadcast_to(B, systems))
         self.P = s4.pairs(np.broadcast_to(P[:, None], (rank, n_ssm, half)))
         self.C = s4.init_readout(C_key, (channels, in_features, half), deterministic, first)
         self.D = jr.normal(D_key, (channels, in_features))

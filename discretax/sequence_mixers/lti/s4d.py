@@ -117,16 +117,12 @@ class S4DSequenceMixer(s4.AbstractS4Mixer):
         step_key, A_key, C_key, D_key = jr.split(key, 4)
         size = 2 * state_dim if is_real else state_dim
         half = size // 2
-        A_keys = jr.split(A_key, n_ssm)
-        systems = [
-            s4.init_diagonal(init, size, k) for k in A_keys[: n_ssm if init == "rand" else 1]
-        ]
-        A, B = (np.broadcast_to([s[i] for s in systems], (n_ssm, half)) for i in (0, 1))
-        first = systems[0][2]
+        systems = n_ssm, half
+        real, imag, B, first = s4.init_diagonal(init, size, n_ssm, A_key)
 
-        self.A_real = s4.untransformed(np.real(A), real_transform)
-        self.A_imag = None if is_real else s4.untransformed(np.imag(A), imag_transform)
-        B = s4.pairs(B)
+        self.A_real = s4.untransformed(real, real_transform, systems)
+        self.A_imag = None if is_real else s4.untransformed(imag, imag_transform, systems)
+        B = s4.pairs(np.broadcast_to(B, systems))
         C = s4.init_readout(C_key, (channels, in_features, half), deterministic, first)
         self.B, self.C = (B[..., 0], C[..., 0]) if is_real else (B, C)
         self.D = jr.normal(D_key, (channels, in_features))

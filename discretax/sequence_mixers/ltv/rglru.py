@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from discretax._features import check_size, linear
+from discretax._features import check_function, check_size, linear
 from discretax._types import Length, Resets, Timesteps, Values, widened
 from discretax.init import inverse_softplus
 from discretax.ops import depthwise_convolution
@@ -203,7 +203,7 @@ class GriffinSequenceMixer(AbstractLTVMixer[GriffinCache]):
     rg_lru: RGLRUSequenceMixer
     linear_out: eqx.nn.Linear
     in_features: int = eqx.field(static=True)
-    activation: Callable[[Array], Array] = eqx.field(static=True)
+    activation: Callable[[Array], Array] | None = eqx.field(static=True)
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
@@ -218,7 +218,7 @@ class GriffinSequenceMixer(AbstractLTVMixer[GriffinCache]):
         a_min: float = 0.9,
         a_max: float = 0.999,
         use_bias: bool = True,
-        activation: Callable[[Array], Array] = jax.nn.gelu,
+        activation: Callable[[Array], Array] | None = jax.nn.gelu,
     ):
         r"""**Arguments:**
 
@@ -228,16 +228,18 @@ class GriffinSequenceMixer(AbstractLTVMixer[GriffinCache]):
         - `num_heads`, `a_min`, `a_max`: as in [`discretax.sequence_mixers.RGLRUSequenceMixer`][].
         - `conv_width`: how many samples the convolution sees, its own included.
         - `use_bias`: of $W_x$, $W_y$ and $W_{out}$.
-        - `activation`: what the gated branch goes through.
+        - `activation`: what the gated branch goes through; None for none.
 
         **Raises:**
 
-        `ValueError` for sizes below one, or `num_heads` that do not divide the width.
+        `ValueError` for sizes below one, or `num_heads` that do not divide the width; `TypeError`
+        for an activation that is no function.
         """
         check_size("in_features", in_features)
         check_size("conv_width", conv_width)
         inner = in_features if lru_width is None else lru_width
         check_size("lru_width", inner)
+        check_function("activation", activation)
         x_key, y_key, conv_key, rg_lru_key, out_key = jr.split(key, 5)
         self.linear_x = eqx.nn.Linear(in_features, inner, use_bias, key=x_key)
         self.linear_y = eqx.nn.Linear(in_features, inner, use_bias, key=y_key)
@@ -277,5 +279,6 @@ class GriffinSequenceMixer(AbstractLTVMixer[GriffinCache]):
             resets=resets,
         )
         h, state = self.rg_lru.mix(u, cache.recurrence, None, length, resets)
-        gate = self.activation(linear(self.linear_y, x))
+        gate = linear(self.linear_y, x)
+        gate = gate if self.activation is None else self.activation(gate)
         return linear(self.linear_out, h.astype(x.dtype) * gate), GriffinCache(window, state)

@@ -6,7 +6,7 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_samples, check_size, linear, out_features
+from discretax._features import check_function, check_samples, check_size, linear, out_features
 from discretax._timeseries import check_length, zero_padding
 from discretax._types import Length, Resets, Sample, Timesteps, Values
 from discretax.sequence_mixers.base import AbstractSequenceMixer, check_step
@@ -28,7 +28,7 @@ class GatedSequenceMixer(AbstractSequenceMixer[Any]):
 
     All maps but the mixer's own are of one sample at a time: cache, timesteps, length and resets
     are the mixer's, and this one streams if that one does. In a [`discretax.blocks.StandardBlock`][]
-    give `activation=lambda x: x` to the block, whose activation comes after the product
+    give `activation=None` to the block, whose activation comes after the product
     (`mult_act` of the original), and a channel mixer such as `GLU` leads back to the block's width.
 
     In the original code's latest version these options stop with an error: the widths of a
@@ -88,12 +88,8 @@ class GatedSequenceMixer(AbstractSequenceMixer[Any]):
         for name, size in (("bottleneck", bottleneck), ("gate", gate)):
             if size is not None:
                 check_size(name, size)
-        for name, function in (("activation", activation), ("gate_activation", gate_activation)):
-            if function is not None and not callable(function):
-                raise TypeError(
-                    f"`{name}` must be None or a function of an array, such as `jax.nn.silu`; got "
-                    f"{function!r}."
-                )
+        check_function("activation", activation)
+        check_function("gate_activation", gate_activation)
         width, remainder = divmod(in_features, bottleneck or 1)
         if remainder:
             raise ValueError(
