@@ -1,12 +1,11 @@
-"""One entry per exported mixer. Every law in `test_laws.py` runs over every entry.
+"""One entry per exported mixer. Every law of `discretax.testing` runs over every entry.
 
-A new mixer is one more `Case`. If it refuses timesteps, cannot stream or has no kernel, its entry
-says so, and the laws check the refusal instead.
+A new mixer is one more `Case`. If it takes timesteps, cannot stream or has a kernel, its entry says
+so.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -38,31 +37,27 @@ from discretax.sequence_mixers import (
 )
 from discretax.sequence_mixers.base import zero_cache
 from discretax.sequence_mixers.lti._diagonal_system import DiagonalSystem
+from discretax.testing import mixer_laws
 
-FEATURES, TIME = 4, 13
+FEATURES = 4
 ONE_DEVICE = sharding.make_mesh(devices=jax.devices()[:1])
 
 
-@dataclasses.dataclass(frozen=True)
 class Case:
-    name: str
-    make: Callable[[PRNGKeyArray], AbstractSequenceMixer]
-    streams: bool = True
-    takes_timesteps: bool = False
-    # A gap of k equals k samples, the last of them the input and the others zero.
-    gap_is_zero_input: bool = False
-    # The output by convolution with `compute_kernel`, written out for this mixer's kernel.
-    convolve: Callable[[AbstractSequenceMixer, Array], Array] | None = None
-    # |A_bar| as promised by the paper to stay at most one.
-    transition_size: Callable[[AbstractSequenceMixer], Array] | None = None
+    """A mixer, with the options of `discretax.testing.check_mixer`."""
 
-    # A transform over all of time: what comes later moves the past by rounding.
-    rounds_the_past: bool = False
-    # What is called a long sequence.
-    longest: int = 100_000
-    # Fields that start at the same numbers for every key.
-    not_drawn: tuple[str, ...] = ()
-    variant: str = ""
+    def __init__(
+        self,
+        name: str,
+        make: Callable[[PRNGKeyArray], AbstractSequenceMixer],
+        *,
+        variant: str = "",
+        **options: Any,
+    ):
+        self.name = name
+        self.make = make
+        self.variant = variant
+        self.laws = mixer_laws(make, **options)
 
     def __str__(self) -> str:
         return f"{self.name}.{self.variant}" if self.variant else self.name
@@ -159,7 +154,7 @@ def centaurus(mode: str, **options) -> Case:
         ),
         takes_timesteps=True,
         gap_is_zero_input=options.get("discretization") == "dirac",
-        convolve=convolve_states if pointwise else convolve_channels,
+        reference=convolve_states if pointwise else convolve_channels,
         transition_size=diagonal_size,
         rounds_the_past=options.get("route") == "fft",
         not_drawn=fixed,
@@ -214,13 +209,17 @@ def bidirectional(key: PRNGKeyArray) -> Bidirectional:
 
 
 CASES = (
-    Case("LRUSequenceMixer", lru, convolve=convolve_states, transition_size=diagonal_size),
-    Case("Discretized", lambda key: Discretized(lru(key))),
+    Case("LRUSequenceMixer", lru, reference=convolve_states, transition_size=diagonal_size),
+    Case(
+        "Discretized",
+        lambda key: Discretized(lru(key)),
+        without=["no_array_stands_twice"],  # it keeps the skip of what it wraps
+    ),
     Case(
         "S5SequenceMixer",
         lambda key: S5SequenceMixer(FEATURES, key, state_dim=6, dt_min=0.1, dt_max=1.0),
         takes_timesteps=True,
-        convolve=convolve_states,
+        reference=convolve_states,
         transition_size=diagonal_size,
         not_drawn=("Lambda_re", "Lambda_im"),
     ),
@@ -231,7 +230,7 @@ CASES = (
         ),
         takes_timesteps=True,
         gap_is_zero_input=True,
-        convolve=convolve_states,
+        reference=convolve_states,
         transition_size=diagonal_size,
         not_drawn=("Lambda_re", "Lambda_im"),
         variant="async",
@@ -317,7 +316,7 @@ CASES = (
             FEATURES, key, state_dim=6, dt_min=0.1, dt_max=1.0, route="chunks"
         ),
         takes_timesteps=True,
-        convolve=convolve_features,
+        reference=convolve_features,
         transition_size=diagonal_size,
         not_drawn=("A_real", "A_imag", "B"),
     ),
@@ -335,7 +334,7 @@ CASES = (
         ),
         takes_timesteps=True,
         gap_is_zero_input=True,
-        convolve=convolve_features,
+        reference=convolve_features,
         transition_size=diagonal_size,
         rounds_the_past=True,
         not_drawn=("A_real", "B"),
@@ -345,7 +344,7 @@ CASES = (
         "S4SequenceMixer",
         lambda key: S4SequenceMixer(FEATURES, key, state_dim=6, dt_min=0.1, dt_max=1.0),
         takes_timesteps=True,
-        convolve=convolve_features,
+        reference=convolve_features,
         transition_size=spectral_norm,
         not_drawn=("A_real", "A_imag", "B", "P"),
     ),
@@ -366,7 +365,7 @@ CASES = (
         lambda key: Decay(FEATURES, key),
         takes_timesteps=True,
         gap_is_zero_input=True,
-        convolve=convolve_states,
+        reference=convolve_states,
         transition_size=diagonal_size,
     ),
 )

@@ -12,7 +12,7 @@ from jaxtyping import Array
 
 from discretax import Timeseries
 from discretax.sequence_mixers import AbstractSequenceMixer
-from discretax.sequence_mixers.base import check_call, check_step
+from discretax.sequence_mixers.base import check_call, check_step, zero_cache
 
 TIME, FEATURES, STATE = 11, 4, 3
 
@@ -122,7 +122,7 @@ def normalise(norm, layer, x, statistics=None):
 class Leaky(AbstractSequenceMixer[dict[str, Array]]):
     """h_t = exp(-rate * timesteps_t) h_{t-1} + x_t, y_t = h_t, written without the library's ops.
 
-    The cache also counts the samples, as a convolution window or an attention cache would.
+    The cache also counts the samples since the last reset, as an attention cache would.
     """
 
     rate: Array
@@ -135,10 +135,9 @@ class Leaky(AbstractSequenceMixer[dict[str, Array]]):
         self.in_features = in_features
 
     def allocate_inference_cache(self, batch_size=None, max_seqlen=1, dtype=None):
-        batch = () if batch_size is None else (batch_size,)
         return {
-            "h": jnp.zeros((*batch, self.in_features), dtype),
-            "count": jnp.zeros(batch, jnp.int32),
+            "h": zero_cache(batch_size, (self.in_features,), dtype),
+            "count": zero_cache(batch_size, (), jnp.int32),
         }
 
     def __call__(
@@ -147,18 +146,19 @@ class Leaky(AbstractSequenceMixer[dict[str, Array]]):
         zero = self.allocate_inference_cache()
         x, cache, gaps = check_call(self, x, cache, zero, integration_timesteps, length, resets)
         time = x.shape[0]
-        gaps = jnp.ones(time, x.dtype) if gaps is None else gaps
+        gaps = jnp.ones(time) if gaps is None else gaps
         fresh = jnp.zeros(time, bool) if resets is None else resets
         valid = jnp.arange(time) < (time if length is None else length)
 
-        def move(h, inputs):
+        def move(cache, inputs):
             x_t, gap, is_fresh, is_valid = inputs
-            moved = jnp.where(is_fresh, 0, jnp.exp(-self.rate * gap) * h) + x_t
-            h = jnp.where(is_valid, moved, h)
-            return h, h
+            h, count = (jnp.where(is_fresh, 0, cache[name]) for name in ("h", "count"))
+            moved = {"h": jnp.exp(-self.rate * gap) * h + x_t, "count": count + 1}
+            cache = {name: jnp.where(is_valid, moved[name], cache[name]) for name in cache}
+            return cache, cache["h"]
 
-        h, y = lax.scan(move, cache["h"], (x, gaps, fresh, valid))
-        return y, {"h": h, "count": cache["count"] + valid.sum(dtype=jnp.int32)}
+        cache, y = lax.scan(move, cache, (x.astype(self.rate.dtype), gaps, fresh, valid))
+        return y.astype(x.dtype), cache
 
     def step(self, x, cache, *, integration_timestep=None):
         check_step(self, x, cache, self.allocate_inference_cache())

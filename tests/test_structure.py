@@ -46,6 +46,7 @@ MAY_SEE = {
     "inspection": (*_COMMON, "sequence_mixers"),
     "optim": (*_COMMON, "sequence_mixers"),
     "sharding": ("_features",),
+    "testing": (*_COMMON, "ops", "sequence_mixers"),
 }
 # Within `ops`, a room sees the files of one idea and the operations that it is made of.
 _TOOLS = ("_checks", "_rms", "_scaled", "_discretization")
@@ -109,6 +110,8 @@ def test_imports_point_one_way(path):
                 "dataclasses",
                 "functools",
                 "importlib",
+                "inspect",
+                "io",
                 "itertools",
                 "json",
                 "math",

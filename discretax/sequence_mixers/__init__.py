@@ -6,6 +6,9 @@ from discretax.sequence_mixers.base import (
     AbstractLTIMixer as AbstractLTIMixer,
     AbstractLTVMixer as AbstractLTVMixer,
     AbstractSequenceMixer as AbstractSequenceMixer,
+    refuse_timesteps as refuse_timesteps,
+    refuse_to_stream as refuse_to_stream,
+    zero_cache as zero_cache,
 )
 from discretax.sequence_mixers.lti.centaurus import (
     Centaurus as Centaurus,

@@ -241,6 +241,7 @@ def check_step(mixer: AbstractSequenceMixer, x: Array, cache: PyTree, zero: PyTr
 
 
 def refuse_timesteps(mixer: AbstractSequenceMixer, timesteps: Any | None, reason: str) -> None:
+    """For a mixer without a continuous time: `ValueError` with the `reason` if there are any."""
     if timesteps is not None:
         raise ValueError(
             f"`{type(mixer).__name__}` takes no integration timesteps: {reason}. Mixers with a "
@@ -249,6 +250,7 @@ def refuse_timesteps(mixer: AbstractSequenceMixer, timesteps: Any | None, reason
 
 
 def refuse_to_stream(mixer: AbstractSequenceMixer) -> NoReturn:
+    """For a mixer that needs the future: what it does instead of allocating, taking or stepping."""
     raise ValueError(
         f"`{type(mixer).__name__}` cannot stream: its output depends on samples that have not come "
         "yet. Call it on whole sequences, without a cache, or train a causal mixer."
@@ -256,6 +258,10 @@ def refuse_to_stream(mixer: AbstractSequenceMixer) -> NoReturn:
 
 
 def zero_cache(batch_size: int | None, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Zeros of `shape`, with an axis of `batch_size` in front unless it is None.
+
+    **Raises:** `ValueError` for a batch of none.
+    """
     if batch_size is not None and batch_size < 1:
         raise ValueError(
             f"`batch_size` must be None (one sequence) or at least 1; got {batch_size}."
