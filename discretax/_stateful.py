@@ -36,7 +36,7 @@ class AbstractStreamingLayer(eqx.nn.StatefulLayer):
 
     def read_cache(self, state: eqx.nn.State) -> PyTree:
         self.check_inference()
-        cache = state.get(self.cache_index)
+        cache = read_state(state, self.cache_index, self)
         if cache is None:
             raise ValueError(
                 f"The state holds no inference cache for `{type(self).__name__}`. Make one with "
@@ -57,6 +57,18 @@ def check_state(state: Any, layer: eqx.Module) -> None:
             "`model, state = eqx.nn.make_with_state(Model)(...)`, or with "
             "`state = eqx.nn.State(model)`."
         )
+
+
+def read_state(state: eqx.nn.State, index: eqx.nn.StateIndex, layer: eqx.Module) -> Any:
+    try:
+        return state.get(index)
+    except KeyError:
+        raise ValueError(
+            f"The state knows nothing of this `{type(layer).__name__}`: take model and state from "
+            "one call, `model, state = eqx.nn.make_with_state(Model)(...)`. Of a layer that was put "
+            "into the model later, it learns by "
+            "`state = discretax.inference_state(model, state)`."
+        ) from None
 
 
 def check_cache(layer: eqx.Module, cache: PyTree, expected: PyTree) -> None:

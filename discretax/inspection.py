@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
+from discretax._ensembles import check_one_member
 from discretax._features import check_size
 from discretax.sequence_mixers import AbstractLTIMixer
 
@@ -22,9 +23,9 @@ def impulse_response(mixer: AbstractLTIMixer, length: int) -> Float[Array, "time
     **Returns:** $K$: `K[l, i, j]` is what output `i` has, `l` samples after a one at input `j`.
 
     **Raises:** `TypeError` for anything but a time-invariant mixer; `ValueError` for a length
-    below 1.
+    below 1, and for an ensemble of mixers.
     """
-    _check_time_invariant(mixer)
+    _check_time_invariant(mixer, "impulse_response(mixer, length)")
     check_size("length", length)
     silence = jnp.zeros((length, mixer.in_features))
     respond = lambda impulse: mixer(silence.at[0].set(impulse))[0]
@@ -43,9 +44,10 @@ def eigenvalues(mixer: AbstractLTIMixer) -> Complex[Array, "*features state"]:
     **Returns:** the eigenvalues; first an axis of features, if each feature has a system of its
     own.
 
-    **Raises:** `TypeError` for anything but a time-invariant mixer.
+    **Raises:** `TypeError` for anything but a time-invariant mixer; `ValueError` for an ensemble of
+    mixers.
     """
-    _check_time_invariant(mixer)
+    _check_time_invariant(mixer, "eigenvalues(mixer)")
     return mixer.discretize().eigenvalues()
 
 
@@ -62,14 +64,15 @@ def frequency_response(
 
     **Returns:** $H$, one matrix per frequency.
 
-    **Raises:** `TypeError` for anything but a time-invariant mixer.
+    **Raises:** `TypeError` for anything but a time-invariant mixer; `ValueError` for an ensemble of
+    mixers.
     """
-    _check_time_invariant(mixer)
+    _check_time_invariant(mixer, "frequency_response(mixer, frequencies)")
     phase = 2 * jnp.pi * jnp.asarray(frequencies, float)
     return mixer.discretize().transfer(lax.complex(jnp.cos(phase), jnp.sin(phase)))
 
 
-def _check_time_invariant(mixer: Any) -> None:
+def _check_time_invariant(mixer: Any, call: str) -> None:
     if not isinstance(mixer, AbstractLTIMixer):
         raise TypeError(
             "only a time-invariant mixer (`AbstractLTIMixer`), such as an LRU or S5, has one "
@@ -77,3 +80,4 @@ def _check_time_invariant(mixer: Any) -> None:
             "`model.blocks[0].sequence_mixer`; of a bidirectional mixer, its `forward` or "
             "`backward`."
         )
+    check_one_member(mixer, f"eqx.filter_vmap(lambda mixer: {call})(mixers)")

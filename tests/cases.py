@@ -11,7 +11,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax import ops, sharding
 from discretax._types import widened
@@ -66,11 +66,11 @@ class Case:
 class Decay(AbstractLTIMixer[Array]):
     """A continuous-time mixer for the tests: impulses decaying at rates between the samples."""
 
-    log_rate: Array
-    frequency: Array
-    B: Array
-    C: Array
-    D: Array
+    log_rate: Float[Array, " state"]
+    frequency: Float[Array, " state"]
+    B: Float[Array, "state features 2"]
+    C: Float[Array, "features state 2"]
+    D: Float[Array, " features"]
     in_features: int = eqx.field(static=True)
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("log_rate", "frequency", "B")

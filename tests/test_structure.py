@@ -17,10 +17,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "discretax"
 
 # Each room sees the rooms before it in its row, and nothing else of the library.
-_COMMON = ("_types", "_timeseries", "_features", "_stateful")
+_COMMON = ("_types", "_timeseries", "_ensembles", "_features", "_stateful")
 MAY_SEE = {
     "_types": (),
     "_timeseries": ("_types",),
+    "_ensembles": (),
     "_features": (),
     "_stateful": (),
     "ops": _COMMON,

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from discretax._stateful import check_state
+from discretax._stateful import check_state, read_state
 from discretax._timeseries import valid_samples, zero_padding
 from discretax._types import accumulation_dtype
 
@@ -63,7 +63,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         del key
         check_state(state, self)
         u = zero_padding(x, length).astype(accumulation_dtype(x, self.weight))
-        running_mean, running_var, weight = state.get(self.statistics)
+        running_mean, running_var, weight = read_state(state, self.statistics, self)
         if running_mean.shape != self.weight.shape:
             raise ValueError(
                 f"the norm's statistics must have the shape {self.weight.shape} of one state; got "

@@ -5,8 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from discretax._ensembles import check_one_member
 from discretax._stateful import AbstractStreamingLayer
-from discretax.sequence_mixers import AbstractLTIMixer, Discretized
+from discretax.sequence_mixers import AbstractLTIMixer, AbstractSequenceMixer, Discretized
 
 Model = TypeVar("Model", bound=PyTree)
 
@@ -47,13 +48,24 @@ def inference_state(
 
     **Raises:**
 
-    `ValueError` if a layer cannot stream, or `batch_size` is below 1.
+    `ValueError` if a layer cannot stream, `batch_size` is below 1, two layers keep their caches in
+    one place, or the state is that of another model; `TypeError` for anything but a state.
     """
+    if not isinstance(state, eqx.nn.State):
+        raise TypeError(
+            "`inference_state(model, state)` takes the model first, then its state; got "
+            f"{type(model).__name__}, then {type(state).__name__}. A model's first state comes with "
+            "it from `eqx.nn.make_with_state(Model)(...)`."
+        )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` must be None (one stream) or at least 1; got {batch_size}.")
+    for mixer in _mixers(model):
+        check_one_member(mixer, "eqx.filter_vmap(discretax.inference_state)(models, states)")
     layers = _streaming_layers(model)
+    _check_caches_apart(model)
     if _is_batched(layers, state):
         state = jax.tree.map(lambda leaf: leaf[0], state)
+    state = _completed(model, layers, state)
     if batch_size is not None:
         state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (batch_size, *leaf.shape)), state)
     caches = [layer.allocate_inference_cache(batch_size, max_seqlen, dtype) for layer in layers]
@@ -69,7 +81,13 @@ def inference_state(
 def discretized(model: Model) -> Model:
     """The model with the discrete matrices of its LTI mixers computed once, for fast stepping.
 
-    Outputs stay the same. It is for inference: the matrices no longer follow the parameters.
+    Outputs stay the same. It is for inference: the matrices no longer follow the parameters. What
+    is no LTI mixer stays as it is, so that one code serves every model: without any, the model comes
+    back as it was.
+
+    **Arguments:** `model`: any PyTree of layers.
+
+    **Raises:** `ValueError` for an ensemble of models; map over its members.
     """
     is_lti = lambda node: isinstance(node, AbstractLTIMixer)
 
@@ -79,14 +97,80 @@ def discretized(model: Model) -> Model:
     return jax.tree.map(precompute, model, is_leaf=is_lti)
 
 
+def _found(tree: PyTree, kind: type) -> list[tuple[str, Any]]:
+    """The outermost nodes of a kind, by what leads to them: `(".blocks[0]", block)`."""
+    is_kind = lambda node: isinstance(node, kind)
+    nodes, _ = jax.tree.flatten_with_path(tree, is_leaf=is_kind)
+    return [(jax.tree_util.keystr(path), node) for path, node in nodes if is_kind(node)]
+
+
 def _streaming_layers(tree: PyTree) -> list[AbstractStreamingLayer]:
-    is_layer = lambda node: isinstance(node, AbstractStreamingLayer)
-    return [node for node in jax.tree.leaves(tree, is_leaf=is_layer) if is_layer(node)]
+    return [layer for _, layer in _found(tree, AbstractStreamingLayer)]
+
+
+def _mixers(tree: PyTree) -> list[AbstractSequenceMixer]:
+    """Those that others wrap as well."""
+    mixers = []
+
+    def visit(node):
+        if isinstance(node, AbstractSequenceMixer):
+            mixers.append(node)
+        return False
+
+    jax.tree.leaves(tree, is_leaf=visit)
+    return mixers
+
+
+def _check_caches_apart(model: PyTree) -> None:
+    first = {}
+    for path, layer in _found(model, AbstractStreamingLayer):
+        other = first.setdefault(layer.cache_index.marker, path)
+        if other != path:
+            raise ValueError(
+                f"every layer needs a cache of its own; got one for both `model{other}` and "
+                f"`model{path}`, as it is when a layer stands twice in a model or comes from "
+                f"another one. Give it a place of its own: `model = eqx.tree_at(lambda model: "
+                f"model{path}.cache_index, model, eqx.nn.StateIndex(None))`."
+            )
 
 
 def _is_batched(layers: list[AbstractStreamingLayer], state: eqx.nn.State) -> bool:
+    _, known = state.tree_flatten()
     for layer in layers:
-        cache = jax.tree.leaves(state.get(layer.cache_index))
-        if cache:
-            return cache[0].ndim > jax.tree.leaves(layer.allocate_inference_cache())[0].ndim
+        if layer.cache_index.marker in known:
+            cache = jax.tree.leaves(state.get(layer.cache_index))
+            if cache:
+                return cache[0].ndim > jax.tree.leaves(layer.allocate_inference_cache())[0].ndim
     return False
+
+
+def _completed(
+    model: PyTree, layers: list[AbstractStreamingLayer], state: eqx.nn.State
+) -> eqx.nn.State:
+    """With the initial values of layers that were put into the model later."""
+    values, known = state.tree_flatten()
+    indices = _found(model, eqx.nn.StateIndex)
+    caches = {layer.cache_index.marker for layer in layers}
+    new = {index.marker: (path, index) for path, index in indices if index.marker not in known}
+    if len(new.keys() - caches) > 0 and all(index.marker in new for _, index in indices):
+        raise ValueError(
+            f"`state` must be the model's; got one that knows no layer of this "
+            f"`{type(model).__name__}`. Take both from one call, "
+            "`model, state = eqx.nn.make_with_state(Model)(...)`."
+        )
+    initial = {
+        marker: None if marker in caches else _initial_value(path, index)
+        for marker, (path, index) in new.items()
+    }
+    return eqx.nn.State.tree_unflatten((*known, *initial), (*values, *initial.values()))
+
+
+def _initial_value(path: str, index: eqx.nn.StateIndex) -> Any:
+    try:
+        return eqx.nn.State(index).get(index)
+    except ValueError:
+        raise ValueError(
+            f"the state must have a value for `model{path}`, which comes from another model; got "
+            f"none. Take it over from that one's state: `model = eqx.tree_at(lambda model: model"
+            f"{path}, model, eqx.nn.StateIndex(other_state.get(model{path})))`."
+        ) from None

@@ -66,7 +66,7 @@ class DeepBackbone(eqx.nn.StatefulLayer):
         check_state(state, self)
         blocks = self.blocks
         keys = None if key is None else jr.split(key, len(blocks))
-        period, repeats = _pattern(blocks) if self.scan else (1, 0)
+        period, repeats = _pattern(blocks, state) if self.scan else (1, 0)
         looped = period * repeats
         if looped:
             x, state = _run_repeated(blocks[:looped], period, x, state, keys, self.remat)
@@ -102,12 +102,12 @@ def _run(block, x, state, key, remat):
     return (eqx.filter_checkpoint(apply) if remat else apply)(block, x, state, key)
 
 
-def _pattern(blocks: Sequence[AbstractBlock]) -> tuple[int, int]:
+def _pattern(blocks: Sequence[AbstractBlock], state: eqx.nn.State) -> tuple[int, int]:
     """The length of the shortest pattern that repeats from the first block on, and how often.
 
     (1, 0) if none does.
     """
-    forms = [_form(block) for block in blocks]
+    forms = [_form(block, state) for block in blocks]
     alike = lambda one, other: one[0] == other[0] and eqx.tree_equal(one[1], other[1]) is True
     for period in range(1, len(blocks) // 2 + 1):
         same = 0
@@ -118,19 +118,32 @@ def _pattern(blocks: Sequence[AbstractBlock]) -> tuple[int, int]:
     return 1, 0
 
 
-def _form(block: AbstractBlock) -> tuple[Any, Any]:
+def _form(block: AbstractBlock, state: eqx.nn.State) -> tuple[Any, Any]:
     """What two blocks must share for one's code to run the other's arrays."""
-    is_index = lambda node: isinstance(node, eqx.nn.StateIndex)
-    block = jax.tree.map(lambda node: None if is_index(node) else node, block, is_leaf=is_index)
+    of_state = jax.tree.leaves(_substate(block, state))
+    block = jax.tree.map(lambda node: None if _is_index(node) else node, block, is_leaf=_is_index)
     arrays, static = eqx.partition(block, eqx.is_array)
-    shapes = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in jax.tree.leaves(arrays)]
+    leaves = (*jax.tree.leaves(arrays), *of_state)
+    shapes = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
     return (shapes, jax.tree.structure(arrays)), static
+
+
+def _substate(block: AbstractBlock, state: eqx.nn.State) -> eqx.nn.State:
+    """What the state knows of a block. One that was put in later says itself what it needs."""
+    _, known = state.tree_flatten()
+    indices = [node for node in jax.tree.leaves(block, is_leaf=_is_index) if _is_index(node)]
+    return state.substate([index for index in indices if index.marker in known])
+
+
+def _is_index(node: Any) -> bool:
+    return isinstance(node, eqx.nn.StateIndex)
 
 
 def _run_repeated(blocks, period, x, state, keys, remat):
     """Blocks differ in their arrays and in the indices of their states: the first ones' run all."""
+    blocks = eqx.nn.delete_init_state(blocks)  # a block put in later may have its own yet
     arrays, static = zip(*(eqx.partition(block, eqx.is_array) for block in blocks), strict=True)
-    substates = [state.substate(block) for block in blocks]
+    substates = [_substate(block, state) for block in blocks]
 
     def stacked(trees):
         """For each place in the pattern, what stands there, in the structure of the first."""

@@ -3,6 +3,7 @@ from typing import Any, ClassVar
 import equinox as eqx
 from jaxtyping import Array, PyTree
 
+from discretax._ensembles import check_one_member
 from discretax._types import Timesteps
 from discretax.sequence_mixers.base import AbstractLTIMixer
 
@@ -22,7 +23,11 @@ class Discretized(AbstractLTIMixer[Any]):
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("system",)
 
     def __init__(self, mixer: AbstractLTIMixer):
-        """**Arguments:** `mixer`: the mixer whose parameters will not change any more."""
+        """**Arguments:** `mixer`: the mixer whose parameters will not change any more.
+
+        **Raises:** `ValueError` for an ensemble of mixers.
+        """
+        check_one_member(mixer, "eqx.filter_vmap(discretax.discretized)(ensemble)")
         self.mixer = mixer
         self.system = mixer.discretize()
         self.in_features = mixer.in_features
