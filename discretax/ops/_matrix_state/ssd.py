@@ -1,5 +1,7 @@
 """The scan of Mamba-2: one decay per head and sample, so that a chunk is a few matrix products."""
 
+import functools as ft
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -98,15 +100,8 @@ def ssd(
         *array.shape[:axis], groups, heads // groups, *array.shape[axis + 1 :]
     )
     rates = grouped(A.astype(dtype), 0)
-    advance = _sample if time == 1 else _chunk
-
-    def run(h, inputs, _):
-        *samples, resets = inputs
-        x, dt, B, C = (array.astype(dtype) for array in samples)
-        return advance(rates, h, x, dt, B, C, resets)
-
     inputs = (grouped(x, 1), grouped(dt, 1), B, C, resets)
-    over_time = lambda h: scan_chunks(run, h, inputs, None, chunk_size)
+    over_time = lambda h: _over_time(chunk_size, rates, h, inputs)
     h = grouped(h, 0)
 
     def summary():
@@ -122,6 +117,18 @@ def ssd(
     if D is not None:
         y = y + D.astype(dtype)[:, None] * x.astype(dtype)
     return y.astype(x.dtype), h.reshape(heads, head_dim, state_dim)
+
+
+@ft.partial(jax.jit, static_argnums=0)
+def _over_time(chunk_size, A, h, inputs):
+    advance = _sample if inputs[0].shape[0] == 1 else _chunk
+
+    def run(h, inputs, _):
+        *samples, resets = inputs
+        x, dt, B, C = (array.astype(h.dtype) for array in samples)
+        return advance(A, h, x, dt, B, C, resets)
+
+    return scan_chunks(run, h, inputs, None, chunk_size)
 
 
 def _sample(A, h, x, dt, B, C, reset):
