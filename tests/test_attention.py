@@ -15,6 +15,7 @@ from discretax.sequence_mixers import AttentionSequenceMixer
 
 FEATURES, TIME = 8, 11
 run = eqx.filter_jit(lambda mixer, x, cache=None, **options: mixer(x, cache, **options))
+step = eqx.filter_jit(lambda mixer, x, cache: mixer.step(x, cache))
 
 
 def rotate(head, position, mixer):
@@ -71,7 +72,7 @@ def test_long_sequences_of_a_window():
         x = draw(150, FEATURES)
         y, cache = run(mixer, x)
         assert_close(y, attention(mixer, numbers(x)), 1e-12)
-        assert int(cache.position) == 150
+        assert int(cache.clock) == 150
 
 
 def test_the_cache_is_a_ring():
@@ -89,16 +90,48 @@ def test_the_cache_is_a_ring():
             assert_close(cache.values[slot], v[position], 1e-12)
 
 
-def test_scores_depend_on_distance_alone():
-    """A stream that begins after many samples of nothing attends as one that begins at zero."""
+@pytest.mark.parametrize("clock", [1000, 2**24 + 1, 2**31 - 5, -(2**31), -7])
+@pytest.mark.parametrize("window", [4, None])
+def test_scores_depend_on_distance_alone(window, clock):
+    """However many samples came before: where floats have gaps, and where integers run over."""
+    mixer = AttentionSequenceMixer(FEATURES, jr.key(0), window=window)
+    x = draw(TIME, FEATURES)
+    early = mixer.allocate_inference_cache(max_seqlen=TIME)
+    late = early._replace(clock=jnp.array(clock))
+    expected, _ = run(mixer, x, early)
+    y, cache = run(mixer, x, late)
+    assert_close(y, expected, 1e-6)
+    assert int(cache.clock) == (clock + TIME + 2**31) % 2**32 - 2**31
+    first, cache = run(mixer, x[:6], late)
+    stepped = []
+    for sample in x[6:]:
+        y, cache = step(mixer, sample, cache)
+        stepped.append(y)
+    assert_close(jnp.concatenate([first, jnp.stack(stepped)]), expected, 1e-6)
+
+
+def test_no_count_ends():
+    """However long a stream with a window is, its position stays near the number of slots."""
+    mixer = AttentionSequenceMixer(FEATURES, jr.key(0), window=3)
+    cache = mixer.allocate_inference_cache()
+    for chunk in (draw(64, FEATURES), draw(130, FEATURES), *draw(5, 1, FEATURES)):
+        cache = run(mixer, chunk, cache)[1]
+        assert cache.position < 2 * 3
+    assert int(cache.clock) == 64 + 130 + 5
+
+
+@pytest.mark.parametrize("window", [4, None])
+def test_a_stream_goes_on_in_double_precision(window):
+    """A cache keeps its types, whatever is switched on after it was made."""
+    mixer = AttentionSequenceMixer(FEATURES, jr.key(0), window=window)
+    x = draw(TIME, FEATURES)
+    expected, _ = run(mixer, x)
+    _, cache = run(mixer, x[:5], mixer.allocate_inference_cache(max_seqlen=TIME))
     with jax.enable_x64(True):
-        mixer = AttentionSequenceMixer(FEATURES, jr.key(0), window=3)
-        x = draw(TIME, FEATURES)
-        late = mixer.allocate_inference_cache()._replace(position=jnp.array(9_999))
-        blank = run(mixer, jnp.zeros((3, FEATURES)))[1]
-        early = run(mixer, x, blank)[0]
-        late = run(mixer, x, late)[0]
-        assert_close(late[2:], early[2:], 1e-9)
+        chunk, after = run(mixer, numbers(x[5:8]), cache)
+        sample, after = step(mixer, numbers(x[8]), after)
+    assert_close(jnp.concatenate([chunk, sample[None]]), expected[5:9])
+    assert [leaf.dtype for leaf in after] == [leaf.dtype for leaf in cache]
 
 
 def test_a_stream_longer_than_its_cache():

@@ -5,6 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -17,6 +18,7 @@ from discretax.sequence_mixers.base import (
     AbstractSequenceMixer,
     check_call,
     check_step,
+    in_types_of,
     refuse_timesteps,
     zero_cache,
 )
@@ -24,11 +26,15 @@ from discretax.sequence_mixers.base import (
 
 class AttentionCache(NamedTuple):
     """Rotated keys and values of the current sequence, each where its position modulo the number
-    of slots puts it, and how many samples of the sequence have been seen."""
+    of slots puts it, and how many samples of the sequence have been seen, in two ways without end.
+
+    `position` is counted anew from a multiple of the slots once all are full; `clock` runs on, and
+    where its integers end, over to the negative ones."""
 
     keys: Float[Array, "slots heads head"]
     values: Float[Array, "slots heads head"]
     position: Int[Array, ""]
+    clock: Int[Array, ""]
 
 
 class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
@@ -45,7 +51,8 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
     $t$ of the same sequence; with a `window` the last `window` of them, $t$ included.
 
     The cache holds keys and values. With a `window` it is a ring of that many slots, and sequences
-    may be of any length. Without, it has `max_seqlen` slots: a longer stream raises an error where
+    may be of any length: angles are counted in whole numbers, so that late scores are as exact as
+    early ones. Without, it has `max_seqlen` slots: a longer stream raises an error where
     its position is known, and inside `jax.jit` makes the outputs past the end NaN. A reset empties
     the cache, and positions begin at zero again.
 
@@ -151,6 +158,7 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
             keys=zero_cache(batch_size, shape, dtype),
             values=zero_cache(batch_size, shape, dtype),
             position=zero_cache(batch_size, (), int),
+            clock=zero_cache(batch_size, (), int),
         )
 
     def __call__(
@@ -190,21 +198,25 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         time, slots = x.shape[0], cache.keys.shape[0]
         if time == 0:
             return x, cache
+        given = x, cache
+        counts = (jnp.asarray(count, int) for count in (cache.position, cache.clock))
+        cache = AttentionCache(cache.keys, cache.values, *counts)
         # Each sample's sequence and its position therein; what is cached belongs to sequence zero.
         index = jnp.arange(time)
-        sequence, positions = jnp.zeros(time, int), cache.position + index
+        sequence = jnp.zeros(time, int)
+        positions, clocks = cache.position + index, cache.clock + index
         if resets is not None:
             sequence = jnp.cumsum(resets)
-            start = lax.cummax(jnp.where(resets, index, 0))
-            positions = jnp.where(sequence > 0, index - start, positions)
+            anew = index - lax.cummax(jnp.where(resets, index, 0))
+            positions, clocks = (jnp.where(sequence > 0, anew, t) for t in (positions, clocks))
         heads = lambda layer, count: linear(layer, x).reshape(time, count, -1)
-        q = self._rotated(heads(self.q_proj, self.num_heads), positions)
-        k = self._rotated(heads(self.k_proj, self.num_kv_heads), positions)
+        q = self._rotated(heads(self.q_proj, self.num_heads), clocks)
+        k = self._rotated(heads(self.k_proj, self.num_kv_heads), clocks)
         v = heads(self.v_proj, self.num_kv_heads)
         if time == 1 and resets is None:
-            moved = _moved_by_one(cache, k, v, positions, left)
+            moved = _moved_by_one(cache, k, v, left)
         else:
-            moved = _moved(cache, k, v, positions, left, emptied=resets is not None)
+            moved = _moved(cache, k, v, positions, clocks, left, emptied=resets is not None)
 
         if resets is None and (self.window is None or time == 1):
             # All that a query may see is still there once the chunk has been cached.
@@ -227,16 +239,25 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         )
         if self.window is None:
             y = jnp.where((positions < slots)[:, None, None], y, jnp.nan)
-        return linear(self.out_proj, y.reshape(time, -1)), moved
+        # Counted on, the position would reach the end of its integers.
+        position = jnp.minimum(moved.position, slots + moved.position % slots)
+        moved = moved._replace(position=position)
+        return in_types_of(given, (linear(self.out_proj, y.reshape(time, -1)), moved))
 
-    def _rotated(self, heads: Float[Array, "time heads head"], positions: Int[Array, " time"]):
-        """Angles in float32 or wider, whatever the activations: positions are large numbers."""
+    def _rotated(self, heads: Float[Array, "time heads head"], clocks: Int[Array, " time"]):
+        """Turned by each feature's angle after so many samples.
+
+        An integer of `bits` bits stands for an angle, its whole range for one turn: it runs over
+        where the angle does. In floating point late samples would lose the digits of theirs.
+        """
         half = self.rotary_dim // 2
         if half == 0:
             return heads
-        dtype = jnp.result_type(float)
-        frequencies = self.rotary_base ** (-jnp.arange(half, dtype=dtype) / half)
-        angles = (positions.astype(dtype)[:, None] * frequencies)[:, None]
+        bits = jnp.iinfo(clocks.dtype).bits
+        frequencies = self.rotary_base ** (-np.arange(half) / half)
+        turns = np.rint(frequencies / (2 * np.pi) * 2.0**bits) % 2.0**bits
+        counted = clocks[:, None] * turns.astype(np.uint64).astype(clocks.dtype)[None]
+        angles = (counted.astype(float) * (2 * np.pi / 2.0**bits))[:, None]
         cos, sin = jnp.cos(angles).astype(heads.dtype), jnp.sin(angles).astype(heads.dtype)
         first, second, rest = jnp.split(heads, (half, 2 * half), axis=-1)
         turned = [first * cos - second * sin, second * cos + first * sin, rest]
@@ -282,6 +303,7 @@ def _moved(
     k: Float[Array, "time heads head"],
     v: Float[Array, "time heads head"],
     positions: Int[Array, " time"],
+    clocks: Int[Array, " time"],
     left: Int[Array, ""] | int,
     emptied: bool,
 ) -> AttentionCache:
@@ -289,6 +311,7 @@ def _moved(
     time, slots = k.shape[0], cache.keys.shape[0]
     last = jnp.minimum(left, time) - 1
     position = jnp.where(last < 0, cache.position, positions[last] + 1)
+    clock = jnp.where(last < 0, cache.clock, clocks[last] + 1)
     wanted = _latest(position, slots)
     source = last - (position - 1 - wanted)  # the sample's index, negative if it came before
 
@@ -297,17 +320,18 @@ def _moved(
         now = jnp.where((source >= 0)[:, None, None], new, old)
         return jnp.where((wanted >= 0)[:, None, None], now, 0) if emptied else now
 
-    return AttentionCache(move(cache.keys, k), move(cache.values, v), position)
+    return AttentionCache(move(cache.keys, k), move(cache.values, v), position, clock)
 
 
-def _moved_by_one(cache, k, v, positions, left):
+def _moved_by_one(cache, k, v, left):
     """`_moved` where one slot changes at most."""
-    slot = positions[0] % cache.keys.shape[0]
+    slot = cache.position % cache.keys.shape[0]
     is_valid = jnp.asarray(left) > 0
 
     def move(old, new):
         new = jnp.where(is_valid, new.astype(old.dtype), lax.dynamic_slice_in_dim(old, slot, 1))
         return lax.dynamic_update_slice_in_dim(old, new, slot, axis=0)
 
-    position = cache.position + is_valid.astype(cache.position.dtype)
-    return AttentionCache(move(cache.keys, k), move(cache.values, v), position)
+    seen = is_valid.astype(int)
+    keys, values = move(cache.keys, k), move(cache.values, v)
+    return AttentionCache(keys, values, cache.position + seen, cache.clock + seen)
