@@ -16,6 +16,7 @@ from discretax import discretized, inference_state, resampled, streaming_mode
 from discretax.models import S4, S4D
 from discretax.optim import recurrent_labels
 from discretax.sequence_mixers import (
+    AttentionSequenceMixer,
     Bidirectional,
     GatedSequenceMixer,
     LRUSequenceMixer,
@@ -25,6 +26,8 @@ from discretax.sequence_mixers import (
 FEATURES, TIME = 4, 7
 inner = ft.partial(S4SequenceMixer, state_dim=4, dt_min=0.1, dt_max=1.0, route="scan")
 run = eqx.filter_jit(lambda mixer, x: mixer(x)[0])
+run_on = eqx.filter_jit(lambda mixer, x, cache: mixer(x, cache))
+step = eqx.filter_jit(lambda mixer, x, cache: mixer.step(x, cache))
 
 
 def make(sequence_mixer: Any = inner, **options):
@@ -128,6 +131,20 @@ def test_both_directions():
         assert_close(y[:5], run(mixer, x[:5]), 1e-12)
         with pytest.raises(ValueError, match="cannot stream"):
             mixer.allocate_inference_cache()
+
+
+def test_a_cache_that_grows_with_time():
+    """That of attention without a window is as long as the stream, whoever wraps it."""
+    mixer = make(ft.partial(AttentionSequenceMixer, num_heads=1), bottleneck=2, gate=1)
+    x = draw(TIME, FEATURES)
+    y, cache = run_on(mixer, x[:4], mixer.allocate_inference_cache(max_seqlen=TIME))
+    pieces = [y]
+    for sample in x[4:]:
+        y, cache = step(mixer, sample, cache)
+        pieces.append(y[None])
+    assert_close(jnp.concatenate(pieces), run(mixer, x))
+    with pytest.raises(ValueError, match=r"takes a cache of shapes .*; got .*2.*vmap"):
+        mixer.step(x[0], mixer.allocate_inference_cache(batch_size=2, max_seqlen=TIME))
 
 
 # The models

@@ -232,13 +232,17 @@ def in_types_of(given: Answer, answer: Answer) -> Answer:
 
 
 def check_step(mixer: AbstractSequenceMixer, x: Array, cache: PyTree, zero: PyTree) -> None:
+    check_sample(mixer, x)
+    check_cache(mixer, cache, zero)
+
+
+def check_sample(mixer: AbstractSequenceMixer, x: Array) -> None:
     if x.shape != (mixer.in_features,) or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"`{type(mixer).__name__}.step` takes one floating sample of shape "
             f"({mixer.in_features},); got {x.dtype}{x.shape}. Use `jax.vmap` to batch."
             f"{conversion(x, float)}"
         )
-    check_cache(mixer, cache, zero)
 
 
 def refuse_timesteps(mixer: AbstractSequenceMixer, timesteps: Any | None, reason: str) -> None:

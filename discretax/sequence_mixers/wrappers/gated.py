@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from discretax._features import check_function, check_samples, check_size, linear, out_features
 from discretax._timeseries import check_length, zero_padding
 from discretax._types import Length, Resets, Sample, Timesteps, Values
-from discretax.sequence_mixers.base import AbstractSequenceMixer, check_step
+from discretax.sequence_mixers.base import AbstractSequenceMixer, check_sample
 
 
 def exact_gelu(x: Array) -> Array:
@@ -148,7 +148,7 @@ class GatedSequenceMixer(AbstractSequenceMixer[Any]):
     def step(
         self, x: Sample, cache: Any, *, integration_timestep: Any | None = None
     ) -> tuple[Sample, Any]:
-        check_step(self, x, cache, self.allocate_inference_cache())
+        check_sample(self, x)
         y, cache = self.sequence_mixer.step(
             self._narrowed(x), cache, integration_timestep=integration_timestep
         )

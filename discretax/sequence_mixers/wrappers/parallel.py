@@ -111,9 +111,11 @@ class SequenceParallel(AbstractSequenceMixer[Any]):
         **Raises:** `ValueError` if the number of samples is not a multiple of that of the devices,
         or if the mixer keeps more than its operations hand from one device to the next.
         """
-        zero = self.allocate_inference_cache(max_seqlen=max(1, x.shape[0]))
+        if cache is None:
+            cache = self.allocate_inference_cache(max_seqlen=max(1, x.shape[0]))
+        # Whether the cache fits, and how long it may be, is for the mixer to say.
         x, cache, timesteps = check_call(
-            self.mixer, x, cache, zero, integration_timesteps, length, resets
+            self.mixer, x, cache, cache, integration_timesteps, length, resets
         )
         parts = self.mesh.shape[self.axis_name]
         part_size, rest = divmod(x.shape[0], parts)
