@@ -37,7 +37,6 @@ from discretax.sequence_mixers import (
 )
 from discretax.sequence_mixers.base import zero_cache
 from discretax.sequence_mixers.lti._diagonal_system import DiagonalSystem
-from discretax.testing import mixer_laws
 
 FEATURES = 4
 ONE_DEVICE = sharding.make_mesh(devices=jax.devices()[:1])
@@ -57,7 +56,7 @@ class Case:
         self.name = name
         self.make = make
         self.variant = variant
-        self.laws = mixer_laws(make, **options)
+        self.options = options
 
     def __str__(self) -> str:
         return f"{self.name}.{self.variant}" if self.variant else self.name

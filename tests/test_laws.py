@@ -5,6 +5,7 @@ import jax.random as jr
 import pytest
 from cases import CASES, FEATURES
 
+from discretax.testing import mixer_laws
 from discretax.testing._refusals import UNFIT, unfit_call
 
 
@@ -13,9 +14,10 @@ def grouped(case, *values, id):
     return pytest.param(*values, id=f"{case}-{id}", marks=pytest.mark.xdist_group(str(case)))
 
 
-@pytest.mark.parametrize(
-    "law", [grouped(case, law, id=law.name) for case in CASES for law in case.laws]
-)
+LAWS = [(case, law) for case in CASES for law in mixer_laws(case.make, **case.options)]
+
+
+@pytest.mark.parametrize("law", [grouped(case, law, id=law.name) for case, law in LAWS])
 def test_law(law):
     law()
 
@@ -37,10 +39,12 @@ WORDS = {
 }
 
 
-@pytest.mark.parametrize("case", [grouped(case, case, id="words") for case in CASES])
-def test_refusals_in_the_words_of_the_house(case):
-    mixer = case.make(jr.key(0))
-    x = jnp.ones((13, FEATURES))
+every_case = pytest.mark.parametrize("case", [grouped(case, case, id="words") for case in CASES])
+
+
+@every_case
+def test_unfit_input_is_refused_in_the_words_of_the_house(case):
+    mixer, x = case.make(jr.key(0)), jnp.ones((13, FEATURES))
     assert WORDS.keys() == UNFIT.keys()
     for name, message in WORDS.items():
         change, options, _ = UNFIT[name]
@@ -48,20 +52,30 @@ def test_refusals_in_the_words_of_the_house(case):
         with pytest.raises(ValueError, match=message):
             mixer(unfit, **options)
 
-    takes_timesteps = any(law.name == "timesteps" for law in case.laws)
-    attempts = []
-    if any(law.name == "what_cannot_stream_says_so" for law in case.laws):
-        attempts += [
+
+@every_case
+def test_what_it_cannot_is_refused_in_the_words_of_the_house(case):
+    mixer, x = case.make(jr.key(0)), jnp.ones((13, FEATURES))
+    streams, takes_timesteps = (
+        case.options.get(name, default)
+        for name, default in (("streams", True), ("takes_timesteps", False))
+    )
+    refusals = []
+    if not streams:
+        refusals += [
             (mixer.allocate_inference_cache, "cannot stream"),
             (lambda: mixer.step(x[0], None), "cannot stream"),
             (lambda: mixer(x, jnp.zeros(3)), "cannot stream"),
         ]
-    else:
+    if not takes_timesteps:
+        timesteps = lambda: mixer(x, integration_timesteps=jnp.ones(13))
+        refusals.append((timesteps, "takes no integration timesteps"))
+    if streams:
         cache, batched = (mixer.allocate_inference_cache(batch_size=size) for size in (None, 2))
         of_shapes = r"takes a cache of shapes .*; got .*2.*vmap"
         one_sample = r"one floating sample of shape \(4,\); got float32\(13"
         at_least_one = r"`batch_size` must be None .* at least 1; got 0"
-        attempts += [
+        refusals += [
             (lambda: mixer(x, batched), of_shapes),
             (lambda: mixer.step(x[0], batched), of_shapes),
             (lambda: mixer.step(x, cache), one_sample),
@@ -69,10 +83,7 @@ def test_refusals_in_the_words_of_the_house(case):
         ]
         if not takes_timesteps:
             timestep = lambda: mixer.step(x[0], cache, integration_timestep=1.0)
-            attempts.append((timestep, "takes no integration timesteps"))
-    if not takes_timesteps:
-        timesteps = lambda: mixer(x, integration_timesteps=jnp.ones(13))
-        attempts.append((timesteps, "takes no integration timesteps"))
-    for attempt, message in attempts:
+            refusals.append((timestep, "takes no integration timesteps"))
+    for attempt, message in refusals:
         with pytest.raises(ValueError, match=message):
             attempt()

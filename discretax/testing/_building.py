@@ -6,7 +6,7 @@ import equinox as eqx
 import jax
 import jax.random as jr
 
-from discretax.testing._compare import require, same
+from discretax.testing._compare import path_of, require, same
 from discretax.testing._law import law
 from discretax.testing._subject import Subject, parameters
 
@@ -18,7 +18,7 @@ def serialise_and_deserialise(subject: Subject):
     file = io.BytesIO()
     eqx.tree_serialise_leaves(file, mixer)
     file.seek(0)
-    again = eqx.tree_deserialise_leaves(file, subject.single(seed=1)[0])
+    again = eqx.tree_deserialise_leaves(file, subject.made(seed=1)[0])
     same(subject.run(again, x), subject.run(mixer, x), 0, of="read again", to="the one saved")
 
 
@@ -27,10 +27,10 @@ def one_key_one_mixer(subject: Subject):
     """One key makes one mixer; another changes every number, but in the fields of `not_drawn`."""
     first, again, other = (parameters(subject.make(jr.key(seed))) for seed in (0, 0, 1))
     for path, leaf in first.items():
-        require((leaf == again[path]).all(), f"mixer{path} differs between two of one key")
+        require((leaf == again[path]).all(), f"mixer.{path} differs between two of one key")
         drawn = path.rpartition(".")[2] not in subject.not_drawn
         found = "has numbers that two keys share" if drawn else "of `not_drawn` is drawn"
-        require((leaf != other[path]).all() == drawn, f"mixer{path} {found}")
+        require((leaf != other[path]).all() == drawn, f"mixer.{path} {found}")
 
 
 @law()
@@ -38,9 +38,8 @@ def no_array_stands_twice(subject: Subject):
     """No array stands twice in it: a training step that donates one could not give it away."""
     places = {}
     leaves, _ = jax.tree.flatten_with_path(subject.make(jr.key(0)))
-    for path, leaf in leaves:
+    for keys, leaf in leaves:
         if eqx.is_array(leaf):
-            name = jax.tree_util.keystr(path)
-            buffer = leaf.unsafe_buffer_pointer()
-            other = places.setdefault(buffer, name)
-            require(other == name, f"mixer{name} and mixer{other} are one array")
+            path = path_of(keys)
+            other = places.setdefault(leaf.unsafe_buffer_pointer(), path)
+            require(other == path, f"mixer.{path} and mixer.{other} are one array")

@@ -22,8 +22,9 @@ from discretax.testing._law import Law, MixerLaw
 from discretax.testing._subject import Subject
 
 # A new law is a function with `@law` above it, in the file of its family: it takes the `Subject`,
-# states itself in the first line of its docstring, and calls `same` or `require` for what must
-# hold. It is run for every mixer from then on. A new family is a file in this row.
+# states itself in the first line of its docstring, and calls `same`, `require` or `refuses` for what
+# must hold. It is one of every mixer's laws from then on; `tests/test_testing.py` wants a mixer that
+# breaks it. A new family is a file in this row.
 FAMILIES = (
     _views,
     _causality,
@@ -52,11 +53,15 @@ def check_mixer(
 ) -> None:
     r"""Checks a sequence mixer against every law that concerns it.
 
+    Whole, chunks and steps agree, in gradients too; nothing comes from the future or from padding;
+    resets separate; transformations, precisions, saving and loading change nothing; what does not
+    fit is refused. JAX's settings are the caller's, but for x64: in
+    `with jax.numpy_dtype_promotion("strict"):` a type that widens by itself breaks a law.
+
     **Arguments:**
 
-    - `make`: makes the mixer from a key, small and in float32: a few features and states find what
-        large ones do, and most of the time goes into compiling. It is called several times, also
-        with x64 enabled, where a mixer should be in float64.
+    - `make`: makes the mixer from a key, of float32 parameters, or float64 where x64 is enabled.
+        Make a small one: a few features find what many do, and compiling is most of the work.
     - `streams`: whether it has a cache. If not, it must refuse one.
     - `takes_timesteps`: whether it has a continuous time. If not, it must refuse timesteps.
     - `gap_is_zero_input`: by its equations, a gap of $k$ equals $k$ samples, the last of them the

@@ -64,10 +64,13 @@ def kind(array: Any) -> str:
     return f"{array.dtype}{array.shape}"
 
 
+def path_of(keys: tuple[Any, ...]) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator=".")
+
+
 def _by_path(tree: PyTree) -> tuple[list[str], list[Any]]:
     leaves, _ = jax.tree.flatten_with_path(tree)
-    paths = [jax.tree_util.keystr(path).removeprefix(".") or "value" for path, _ in leaves]
-    return paths, [leaf for _, leaf in leaves]
+    return [path_of(keys) or "value" for keys, _ in leaves], [leaf for _, leaf in leaves]
 
 
 def _listed(paths: list[str]) -> str:
@@ -85,12 +88,12 @@ def _parting(path: str, actual: Any, expected: Any, rtol: float) -> str | None:
     if not apart.any():
         return None
     worst = np.unravel_index(np.argmax(np.nan_to_num(difference, nan=np.inf)), a.shape)
-    index, first = f"[{', '.join(map(str, worst))}]", ""
+    where, first = f" at {list(map(int, worst))}" if worst else "", ""
     if path in OVER_TIME:
-        index = f"time {worst[0]}, feature {worst[1]}"
+        where = f" at time {worst[0]}, feature {worst[1]}"
         first = f"; first at time {np.flatnonzero(apart.any(axis=1))[0]}"
     return (
-        f"  {path} at {index}: {a[worst]:.6g}, not {e[worst]:.6g}\n"
+        f"  {path}{where}: {a[worst]:.6g}, not {e[worst]:.6g}\n"
         f"    difference {difference[worst]:.3g}, allowed {rtol * scale:.3g} "
         f"({rtol:g} of the largest, {scale:.3g}){first}"
     )

@@ -1,7 +1,7 @@
 """What a law is."""
 
 import dataclasses
-import inspect
+import functools as ft
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,67 +12,25 @@ from discretax.testing._subject import RAISED_BY, Subject
 
 
 @dataclasses.dataclass(frozen=True)
-class Law:
-    """A law for every mixer, or for those that it concerns."""
-
-    check: Callable[..., None]
-    concerns: Callable[[Subject], bool]
-    variants: dict[str, tuple[Any, ...]]
-
-    @property
-    def name(self) -> str:
-        return self.check.__name__
-
-    def of(self, subject: Subject) -> "list[MixerLaw]":
-        if not self.concerns(subject):
-            return []
-        states = inspect.cleandoc(self.check.__doc__ or "").splitlines()[0]
-        return [
-            MixerLaw(f"{self.name}{variant and '-'}{variant}", states, self.check, subject, values)
-            for variant, values in self.variants.items()
-        ]
-
-
-def law(
-    concerns: Callable[[Subject], bool] = lambda subject: True,
-    variants: Iterable[Any] | dict[str, tuple[Any, ...]] | None = None,
-) -> Callable[[Callable[..., None]], Law]:
-    """Makes a law of a function of the subject, whose docstring's first line states it.
-
-    - `concerns`: of which subjects it is a law.
-    - `variants`: values of a second argument, each a law of its own, named by it; or further
-        arguments by the variant's name.
-    """
-    if variants is None:
-        named = {"": ()}
-    elif isinstance(variants, dict):
-        named = variants
-    else:
-        named = {str(value): (value,) for value in variants}
-    return lambda check: Law(check, concerns, named)
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
 class MixerLaw:
     """One law of one mixer: call it, and it fails where the mixer breaks the law.
 
     **Attributes:**
 
-    - `name`: for the list of tests, words joined by underscores.
-    - `states`: the law, in a sentence.
+    - `name`: words joined by underscores, for the list of tests.
+    - `states`: the law in a sentence.
+    - `check`: what is called.
     """
 
     name: str
     states: str
-    _check: Callable[..., None]
-    _subject: Subject
-    _variant: tuple[Any, ...]
+    check: Callable[[], None] = dataclasses.field(repr=False)
 
     def __call__(self) -> None:
         """**Raises:** `AssertionError` with the law, the numbers, and where they part."""
         try:
             with jax.enable_x64(False):
-                self._check(self._subject, *self._variant)
+                self.check()
         except LawError as broken:
             raise AssertionError(self._report(str(broken))) from broken.__cause__
         except Exception as error:
@@ -84,5 +42,42 @@ class MixerLaw:
         lines = (f"    {line}" for line in found.splitlines())
         return "\n".join([f"{self.name}: {self.states}", *lines])
 
-    def __repr__(self) -> str:
-        return f"<{self.name}>"
+
+@dataclasses.dataclass(frozen=True)
+class Law:
+    """A law of all mixers, or of those that it concerns."""
+
+    check: Callable[..., None]
+    concerns: Callable[[Subject], bool]
+    variants: dict[str, tuple[Any, ...]]
+
+    @property
+    def name(self) -> str:
+        return self.check.__name__
+
+    def of(self, subject: Subject) -> list[MixerLaw]:
+        if not self.concerns(subject):
+            return []
+        states = (self.check.__doc__ or "").splitlines()[0]
+        return [
+            MixerLaw(f"{self.name}{variant}", states, ft.partial(self.check, subject, *values))
+            for variant, values in self.variants.items()
+        ]
+
+
+def law(
+    concerns: Callable[[Subject], bool] = lambda subject: True,
+    variants: Iterable[Any] | dict[str, tuple[Any, ...]] | None = None,
+) -> Callable[[Callable[..., None]], Law]:
+    """Makes a law of a function of the subject, whose docstring's first line states it.
+
+    - `concerns`: of which subjects it is a law.
+    - `variants`: values of a second argument, each a law of its own, named by it; or all further
+        arguments by the variant's name.
+    """
+    if variants is None:
+        return lambda check: Law(check, concerns, {"": ()})
+    if not isinstance(variants, dict):
+        variants = {str(value): (value,) for value in variants}
+    named = {f"-{name}": values for name, values in variants.items()}
+    return lambda check: Law(check, concerns, named)

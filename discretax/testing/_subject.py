@@ -14,7 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from discretax.sequence_mixers import AbstractSequenceMixer
-from discretax.testing._compare import kind, require
+from discretax.testing._compare import kind, path_of, require
 
 TIME = 13
 # Lengths of pieces, here and below, are 0, 1 and 5: each is compiled once for a mixer.
@@ -71,8 +71,7 @@ class Subject:
         self._made = {}
         self._used = {}
 
-    def single(self, seed: int = 0, double: bool = False) -> tuple[Any, np.ndarray]:
-        """The mixer, and samples."""
+    def made(self, seed: int = 0, double: bool = False) -> tuple[Any, np.ndarray]:
         if (seed, double) not in self._made:
             with jax.enable_x64(double):
                 mixer_key, x_key = jr.split(jr.key(seed))
@@ -85,9 +84,13 @@ class Subject:
             self._made[seed, double] = mixer, x
         return self._made[seed, double]
 
+    def single(self) -> tuple[Any, np.ndarray]:
+        """The mixer, and samples."""
+        return self.made()
+
     def double(self) -> tuple[Any, np.ndarray, PyTree]:
         """The mixer in double precision, samples, and the cache that earlier ones left."""
-        return *self.single(double=True), self.used_cache(double=True)
+        return *self.made(double=True), self.used_cache(double=True)
 
     def draw(self, *shape: int, seed: int) -> np.ndarray:
         """Normal numbers, from numpy: neither they nor their slices compile anything."""
@@ -111,7 +114,7 @@ class Subject:
                 mixer, _ = self.single()
                 cache = self.run(mixer, self.draw(5, seed=7), self.empty_cache(mixer)).cache
             with jax.enable_x64(double):
-                like = self.empty_cache(self.single(double=double)[0])
+                like = self.empty_cache(self.made(double=double)[0])
                 self._used[double] = jax.tree.map(
                     lambda leaf, like: jnp.asarray(np.asarray(leaf), like.dtype), cache, like
                 )
@@ -175,7 +178,7 @@ def allocate(mixer: Any, **options: Any) -> PyTree:
         cache = mixer.allocate_inference_cache(**options)
     for path, leaf in parameters(cache).items():
         real = jnp.issubdtype(leaf.dtype, jnp.floating)
-        require(real, f"cache{path} is {kind(leaf)}: keep real and imaginary part, not complex")
+        require(real, f"cache.{path} is {kind(leaf)}: keep real and imaginary part, not complex")
     return cache
 
 
@@ -214,7 +217,7 @@ def floats(tree: PyTree) -> PyTree:
 def parameters(tree: PyTree) -> dict[str, Array]:
     """Every floating array of `tree`, by its path."""
     leaves, _ = jax.tree.flatten_with_path(floats(tree))
-    return {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    return {path_of(keys): leaf for keys, leaf in leaves}
 
 
 def zeros(tree: PyTree) -> PyTree:

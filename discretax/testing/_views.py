@@ -2,9 +2,10 @@
 
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from discretax.testing._compare import at, same
+from discretax.testing._compare import at, require, same
 from discretax.testing._law import law
 from discretax.testing._subject import (
     CUTS,
@@ -58,9 +59,11 @@ def batched_cache_is_for_vmap(subject: Subject):
     """The cache allocated for a batch is mapped over with `jax.vmap`."""
     mixer, x = subject.single()
     batch = np.stack([x, 2 * x, -x])
-    outcome = eqx.filter_vmap(subject.run, in_axes=(None, 0, 0))(
-        mixer, batch, allocate(mixer, batch_size=3, max_seqlen=TIME)
-    )
+    single, cache = (allocate(mixer, batch_size=size, max_seqlen=TIME) for size in (None, 3))
+    due = jax.tree.map(lambda leaf: (3, *leaf.shape), single)
+    shapes = jax.tree.map(jnp.shape, cache)
+    require(shapes == due, f"with batch_size=3, a cache of shapes {due} is due; got {shapes}")
+    outcome = eqx.filter_vmap(subject.run, in_axes=(None, 0, 0))(mixer, batch, cache)
     for i in range(3):
         alone = subject.run(mixer, batch[i])
         same(at(outcome, i), alone, of=f"sequence {i} of the batch", to="it alone")
