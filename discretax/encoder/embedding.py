@@ -7,7 +7,6 @@ from jaxtyping import Array, PRNGKeyArray
 from discretax._features import check_size
 from discretax._stateful import check_state
 from discretax._timeseries import Timeseries, known, values_of, with_values
-from discretax._types import conversion
 from discretax.encoder.base import AbstractEncoder
 
 
@@ -41,7 +40,7 @@ class EmbeddingEncoder(AbstractEncoder):
         if tokens.ndim != 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 "`EmbeddingEncoder` takes one sequence of whole numbers, (time,); got "
-                f"{tokens.dtype}{tokens.shape}. Use `jax.vmap` to batch.{conversion(tokens, int)}"
+                f"{tokens.dtype}{tokens.shape}. Use `jax.vmap` to batch."
             )
         seen = known(tokens)
         if seen is not None and ((seen < 0) | (seen >= num_classes)).any():

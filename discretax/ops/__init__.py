@@ -19,6 +19,11 @@ from discretax.ops._discretization import (
     dirac as dirac,
     zoh as zoh,
 )
+from discretax.ops._matrix_state.delta_rule import delta_rule as delta_rule
+from discretax.ops._matrix_state.gated_linear_attention import (
+    gated_linear_attention as gated_linear_attention,
+)
+from discretax.ops._matrix_state.mlstm import mlstm as mlstm
 from discretax.ops._matrix_state.ssd import ssd as ssd
 from discretax.ops._recurrence.diagonal_ssm import diagonal_ssm as diagonal_ssm
 from discretax.ops._recurrence.linear_recurrence import linear_recurrence as linear_recurrence

@@ -60,12 +60,14 @@ def incoming_state(
     summary: Callable[[], tuple[Inexact[Array, "*decay"], Inexact[Array, "*state"]]],
     resets: Bool[Array, " time"] | None,
     multiply: Callable[[Array, Array], Array] = jnp.multiply,
+    add: Callable[[Array, Array], Array] = jnp.add,
 ) -> Inexact[Array, "*state"]:
     r"""The state before the device's samples, `h0` being the one before the whole sequence.
 
     Over the samples of a part, $h \mapsto p \odot h + q$: the `summary` is $p$, by what a state is
     multiplied, and $q$, to where zero is led. All devices gather all summaries, and each goes
-    through those before its own. Behind a reset in the part, $q$ is all there is.
+    through those before its own. Behind a reset in the part, $q$ is all there is. `multiply` and `add`
+    stand for the product and the sum where these are others.
     """
     split = _split.get()
     if split is None:
@@ -76,7 +78,7 @@ def incoming_state(
     def advance(h, part):
         decay, last, cut = part
         # Selected before and after: neither a NaN in the past nor its derivative gets through.
-        return jnp.where(cut, last, multiply(decay, jnp.where(cut, 0, h)) + last), h
+        return jnp.where(cut, last, add(multiply(decay, jnp.where(cut, 0, h)), last)), h
 
     _, before = lax.scan(advance, h0, lax.all_gather((*summary(), cut), split.axis_name))
     return before[split.index]

@@ -133,7 +133,7 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
         h = cache.state.astype(gates.Lambda.dtype)
         h, y = chunked_recurrence(
             _terms,
-            _read_out,
+            lambda gates, states, _: states,
             gates,
             h,
             (x, first),
@@ -160,10 +160,6 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
 def _terms(gates, inputs):
     x, first = inputs
     return *gates._recurrence(x.astype(gates.Lambda.dtype), first), None
-
-
-def _read_out(gates, states, _):
-    return states
 
 
 @jax.custom_jvp

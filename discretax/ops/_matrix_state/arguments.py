@@ -1,0 +1,80 @@
+"""What the operations on a matrix state take, checked and brought into one form."""
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from discretax._timeseries import known
+from discretax.ops._checks import check_array
+from discretax.ops._matrix_state.run import Samples, State
+
+
+def as_samples(
+    q: Array,
+    k: Array,
+    v: Array,
+    beta: Array | None,
+    log_decay: Array | None,
+    erase: Array | None,
+    initial_state: Array | None,
+) -> tuple[Samples, State | None]:
+    """Heads by the group that shares a key, and an axis of steps where there was none."""
+    if q.ndim != 3 or k.ndim not in (3, 4) or v.ndim != k.ndim or (erase is None and k.ndim == 4):
+        raise ValueError(
+            "`q` and `k` must be (time, key_heads, key) and `v` (time, heads, value); got "
+            f"q: {q.shape}, k: {k.shape} and v: {v.shape}. Use `jax.vmap` to batch."
+        )
+    (time, groups, key), (heads, value) = q.shape, v.shape[-2:]
+    if groups == 0 or heads % groups:
+        raise ValueError(
+            "the heads of `v` must be a multiple of those of `q` and `k`; got "
+            f"v: {v.shape}, {heads} heads, and q: {q.shape}, {groups} key heads."
+        )
+    steps = {"steps": k.shape[1]} if k.ndim == 4 else {}
+    if 0 in steps.values():
+        raise ValueError(f"a sample has at least one step; got k: {k.shape}, none.")
+    check_array("q", q, time=time, key_heads=groups, key=key)
+    for name, array in (("k", k), ("erase", erase)):
+        check_array(name, array, time=time, **steps, key_heads=groups, key=key)
+    check_array("v", v, time=time, **steps, heads=heads, value=value)
+    check_array("beta", beta, time=time, **steps, heads=heads)
+    check_array("initial_state", initial_state, heads=heads, key=key, value=value)
+    log_decay = _log_decay(log_decay, v.dtype, time=time, heads=heads, key=key)
+
+    def grouped(array, axis):
+        shape = (*array.shape[:axis], groups, heads // groups, *array.shape[axis + 1 :])
+        return array.reshape(shape)
+
+    in_steps = lambda array: array if steps else array[:, None]
+    samples = Samples(
+        q=q,
+        k=in_steps(k),
+        v=grouped(in_steps(v), 2),
+        beta=None if beta is None else grouped(in_steps(beta), 2),
+        log_decay=grouped(log_decay, 1),
+        erase=None if erase is None else in_steps(erase),
+    )
+    return samples, None if initial_state is None else grouped(initial_state, 0)
+
+
+def _log_decay(log_decay: Array | None, dtype, **axes: int) -> Array:
+    time, heads, _ = axes.values()
+    if log_decay is None:
+        return jnp.zeros((time, heads), dtype)
+    kinds = {1: ("heads",), 2: ("time", "heads")}.get(log_decay.ndim, tuple(axes))
+    check_array("log_decay", log_decay, **{axis: axes[axis] for axis in kinds})
+    return jnp.broadcast_to(log_decay, (time, heads)) if log_decay.ndim == 1 else log_decay
+
+
+def by_head(array: Array, axis: int) -> Array:
+    """The groups of heads one after the other again."""
+    groups, heads = array.shape[axis : axis + 2]
+    return array.reshape(*array.shape[:axis], groups * heads, *array.shape[axis + 2 :])
+
+
+def check_decay(log_decay: Array | None) -> None:
+    numbers = None if log_decay is None else known(log_decay)
+    if numbers is not None and (numbers > 0).any():
+        raise ValueError(
+            "`log_decay` is the logarithm of a decay of at most one and must not be positive; got "
+            f"{numbers.max()}."
+        )
