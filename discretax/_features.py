@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from discretax._types import conversion
+
 
 def linear(layer: eqx.nn.Linear, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
     """Applies `layer` to the last axis, in the type of `x`: activations choose the precision."""
@@ -25,7 +27,7 @@ def check_features(layer: eqx.Module, x: Array, features: int) -> None:
     if x.ndim == 0 or x.shape[-1] != features or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(
             f"`{type(layer).__name__}` takes floating arrays whose last axis has size {features}; "
-            f"got {x.dtype}{x.shape}."
+            f"got {x.dtype}{x.shape}.{conversion(x, float)}"
         )
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from discretax._types import Length, Resets, Timesteps
+from discretax._types import Length, Resets, Timesteps, conversion
 
 
 class Timeseries(eqx.Module):
@@ -82,6 +82,14 @@ class Timeseries(eqx.Module):
                 f"`length` and `resets`; got {self._shapes()}."
             )
         batch, time = self.values.shape[:batch_ndim], self.values.shape[batch_ndim]
+        for name in ("timesteps", "resets"):
+            array = getattr(self, name)
+            column = (*self.values.shape[:-1], 1)
+            if array is not None and array.shape == column != (*batch, time):
+                raise ValueError(
+                    f"`{name}` must be one number per sample, (*batch, time); got {self._shapes()}. "
+                    f"Take the last axis off: `{name}[..., 0]`."
+                )
         check_length(self.length, time, batch)
         check_timesteps(self.timesteps, time, self.length, batch)
         check_resets(self.resets, time, batch)
@@ -152,7 +160,7 @@ def check_resets(resets: Resets | None, time: int, batch: tuple[int, ...] = ()) 
     if resets is not None and (resets.shape != (*batch, time) or resets.dtype != bool):
         raise ValueError(
             f"`resets` must be booleans, one per sample: shape {(*batch, time)}; got "
-            f"{resets.dtype}{resets.shape}."
+            f"{resets.dtype}{resets.shape}.{conversion(resets, bool)}"
         )
 
 
@@ -168,7 +176,7 @@ def check_timesteps(
     if timesteps.shape != (*batch, time) or not jnp.issubdtype(timesteps.dtype, jnp.floating):
         raise ValueError(
             f"timesteps must be floating, one per sample: shape {(*batch, time)}; got "
-            f"{timesteps.dtype}{timesteps.shape}."
+            f"{timesteps.dtype}{timesteps.shape}.{conversion(timesteps, float)}"
         )
     gaps, lengths = known(timesteps), known(time if length is None else length)
     if gaps is None or lengths is None:

@@ -5,7 +5,7 @@ inside the library: everything is unbatched and users `jax.vmap`). `timesteps` a
 since the previous sample, in sample intervals.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,14 @@ Resets = Bool[Array, " time"]
 def accumulation_dtype(*arrays: Array) -> jnp.dtype:
     """float64 if any of the arrays is float64, float32 otherwise (bfloat16 included)."""
     return jnp.dtype(jnp.float64 if any(a.dtype == jnp.float64 for a in arrays) else jnp.float32)
+
+
+def conversion(array: Any, kind: type[bool] | type[int] | type[float]) -> str:
+    """How real numbers of another kind become of this one: the remedy at the end of an error."""
+    meant = {bool: jnp.bool_, int: jnp.integer, float: jnp.floating}[kind]
+    if jnp.issubdtype(array.dtype, meant) or jnp.issubdtype(array.dtype, jnp.complexfloating):
+        return ""
+    return f" Convert it: `.astype({kind.__name__})`."
 
 
 def widened(tree: Tree, *others: Array) -> Tree:

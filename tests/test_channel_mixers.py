@@ -151,7 +151,10 @@ def test_identity_needs_no_key():
     [
         (jnp.zeros((TIME, 3)), r"float32\(11, 3\)"),
         (jnp.zeros(()), r"float32\(\)"),
-        (jnp.zeros((TIME, FEATURES), jnp.int32), r"int32\(11, 4\)"),
+        (
+            jnp.zeros((TIME, FEATURES), jnp.int32),
+            r"int32\(11, 4\)\. Convert it: `\.astype\(float\)`",
+        ),
     ],
 )
 def test_input_that_does_not_fit(cls, x, received):

@@ -109,7 +109,11 @@ def test_bfloat16_keeps_a_wide_window():
     ("index", "value", "message"),
     [
         (0, jnp.ones(FEATURES), r"`x` must be \(time, features\).*jax.vmap"),
-        (0, jnp.ones((TIME, FEATURES), int), r"`x` must be floating.*got int32\(9, 3\)"),
+        (
+            0,
+            jnp.ones((TIME, FEATURES), int),
+            r"`x` must be floating.*got int32\(9, 3\)\. Convert it",
+        ),
         (1, jnp.ones((FEATURES, 0)), r"width at least 1; got .*weight: \(3, 0\)"),
         (1, jnp.ones((2, WIDTH)), r"`weight` must be .*= \(3, 4\); got float32\(2, 4\)"),
         (2, jnp.ones(2), r"`bias` must be .*\(features\) = \(3,\); got float32\(2,\)"),

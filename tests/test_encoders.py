@@ -192,7 +192,10 @@ def test_key_by_position_or_by_name():
         (jnp.zeros(FEATURES), r"\(time, 4\); got \(4,\). Use `jax.vmap`"),
         (jnp.zeros((2, TIME, FEATURES)), r"\(time, 4\); got \(2, 11, 4\). Use `jax.vmap`"),
         (jnp.zeros((TIME, 3)), r"last axis has size 4; got float32\(11, 3\)"),
-        (jnp.zeros((TIME, FEATURES), jnp.int32), r"floating .* got int32\(11, 4\)"),
+        (
+            jnp.zeros((TIME, FEATURES), jnp.int32),
+            r"floating .* got int32\(11, 4\)\. Convert it: `\.astype\(float\)`",
+        ),
     ],
 )
 def test_samples_that_linear_refuses(x, message):
@@ -205,7 +208,7 @@ def test_samples_that_linear_refuses(x, message):
     "x, received",
     [
         (jnp.zeros((TIME, CLASSES)), r"float32\(11, 7\)"),
-        (jnp.zeros(TIME), r"float32\(11,\)"),
+        (jnp.zeros(TIME), r"float32\(11,\).*Convert it: `\.astype\(int\)`"),
         (jnp.zeros((2, TIME), jnp.int32), r"int32\(2, 11\). Use `jax.vmap`"),
     ],
 )

@@ -300,7 +300,10 @@ def test_options_that_are_refused(kind, options, error, message):
         (jnp.zeros(FEATURES), r"got \(4,\). Use `jax.vmap`"),
         (jnp.zeros((2, TIME, FEATURES)), r"got \(2, 11, 4\). Use `jax.vmap`"),
         (jnp.zeros((TIME, 3)), r"size 4; got float32\(11, 3\)"),
-        (Timeseries(jnp.zeros((TIME, FEATURES), jnp.int32), length=2), "got int32"),
+        (
+            Timeseries(jnp.zeros((TIME, FEATURES), jnp.int32), length=2),
+            r"got int32.*`\.astype\(float\)`",
+        ),
     ],
 )
 def test_samples_that_are_refused(kind, reduce, x, received):

@@ -27,7 +27,7 @@ WORDS = {
     "one sample": r"one sequence, .*got \(4,\).*`jax.vmap`",
     "a batch": r"one sequence, .*got \(2, 13, 4\).*`jax.vmap`",
     "too wide": r"last axis has size 4; got float32\(13, 5\)",
-    "whole numbers": r"floating arrays.*got int32\(13, 4\)",
+    "whole numbers": r"floating arrays.*got int32\(13, 4\)\. Convert it: `\.astype\(float\)`",
     "length below 0": "between 0 and .*13; got -1",
     "length beyond": "between 0 and .*13; got 14",
     "length not whole": "whole number.*got float",

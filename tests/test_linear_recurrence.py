@@ -288,17 +288,3 @@ def test_nested_vmap(outer, axes):
         return values, pull(jnp.cos(values))
 
     assert_close(results(None), results("sequential"), rtol=1e-6)
-
-
-def test_outside_of_jit_nothing_is_compiled_twice():
-    a, b = jnp.full(5, 0.5), jnp.ones((1, TIME, 5))
-    run = jax.vmap(linear_recurrence, in_axes=(None, 0))
-    compiled = []
-    count = lambda event, *_, **__: compiled.append(event) if "compile" in event else None
-    jax.monitoring.register_event_duration_secs_listener(count)
-    first = run(a, b)
-    assert compiled
-    compiled.clear()
-    np.testing.assert_array_equal(run(a, b), first)
-    jax.monitoring.unregister_event_duration_listener(count)
-    assert not compiled

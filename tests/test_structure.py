@@ -22,7 +22,7 @@ MAY_SEE = {
     "_types": (),
     "_timeseries": ("_types",),
     "_ensembles": (),
-    "_features": (),
+    "_features": ("_types",),
     "_stateful": (),
     "ops": _COMMON,
     "init": _COMMON,

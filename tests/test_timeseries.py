@@ -234,7 +234,21 @@ ONES = jnp.ones(TIME)
     "values, options, message",
     [
         (VALUES, {"timesteps": jnp.ones(5)}, r"one per sample: shape \(11,\); got float32\(5,\)"),
-        (VALUES, {"timesteps": jnp.ones(TIME, int)}, "timesteps must be floating.*got int32"),
+        (
+            VALUES,
+            {"timesteps": jnp.ones(TIME, int)},
+            r"timesteps must be floating.*got int32\(11,\)\. Convert it: `\.astype\(float\)`",
+        ),
+        (
+            VALUES,
+            {"timesteps": ONES[:, None]},
+            r"one number per sample.*values \(11, 4\), timesteps \(11, 1\).*`timesteps\[\.\.\., 0\]`",
+        ),
+        (
+            BATCHED,
+            {"resets": jnp.zeros((BATCH, TIME, 1), bool), "timesteps": jnp.ones((BATCH, TIME, 1))},
+            r"one number per sample.*timesteps \(3, 11, 1\), resets \(3, 11, 1\)",
+        ),
         (VALUES, {"timesteps": ONES.at[3].set(-0.5)}, "must not be negative; got -0.5.*sorted"),
         (VALUES, {"timesteps": ONES.at[0].set(jnp.nan)}, "be finite.* got nan.*first .* of one"),
         (VALUES, {"timesteps": ONES.at[3].set(jnp.inf), "length": 4}, "be finite.* got inf"),
@@ -247,7 +261,11 @@ ONES = jnp.ones(TIME)
             "must not be negative; got -2",
         ),
         (VALUES, {"resets": jnp.zeros(5, bool)}, r"`resets`.*shape \(11,\); got bool\(5,\)"),
-        (VALUES, {"resets": jnp.zeros(TIME)}, "`resets` must be booleans.*got float32"),
+        (
+            VALUES,
+            {"resets": jnp.zeros(TIME)},
+            r"`resets` must be booleans.*Convert it: `\.astype\(bool\)`",
+        ),
         (VALUES, {"length": TIME + 1}, "between 0 and the number of samples, 11; got 12"),
         (VALUES, {"length": -1}, "between 0 and the number of samples, 11; got -1"),
         (VALUES, {"length": 2.0}, "`length` must be a whole number.*got float32"),
@@ -262,6 +280,10 @@ ONES = jnp.ones(TIME)
 def test_what_does_not_fit(values, options, message):
     with pytest.raises(ValueError, match=message):
         Timeseries(values, **options)
+
+
+def test_one_token_each_with_its_reset():
+    Timeseries(jnp.zeros((BATCH, 1), int), resets=jnp.zeros((BATCH, 1), bool))
 
 
 def test_unknown_keyword():

@@ -7,6 +7,7 @@ from jaxtyping import Array, PRNGKeyArray
 from discretax._features import check_size
 from discretax._stateful import check_state
 from discretax._timeseries import Timeseries, known, values_of, with_values
+from discretax._types import conversion
 from discretax.encoder.base import AbstractEncoder
 
 
@@ -40,7 +41,7 @@ class EmbeddingEncoder(AbstractEncoder):
         if tokens.ndim != 1 or not jnp.issubdtype(tokens.dtype, jnp.integer):
             raise ValueError(
                 "`EmbeddingEncoder` takes one sequence of whole numbers, (time,); got "
-                f"{tokens.dtype}{tokens.shape}. Use `jax.vmap` to batch."
+                f"{tokens.dtype}{tokens.shape}. Use `jax.vmap` to batch.{conversion(tokens, int)}"
             )
         seen = known(tokens)
         if seen is not None and ((seen < 0) | (seen >= num_classes)).any():

@@ -159,6 +159,7 @@ def filtered(
     return jnp.where(kept, logits, -jnp.inf)
 
 
+@jax.jit
 def _leading(
     logits: Logits, weights: Shaped[Array, " vocabulary"], rest: Shaped[Array, ""]
 ) -> Bool[Array, " vocabulary"]:

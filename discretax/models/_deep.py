@@ -155,21 +155,28 @@ def _run_repeated(blocks, period, x, state, keys, remat):
             for i in range(period)
         ]
 
-    def advance(x, inputs):
-        arrays, substates, keys = inputs
-        after = []
-        for i in range(period):
-            block = eqx.combine(arrays[i], static[i])
-            x, substate = _run(block, x, substates[i], None if keys is None else keys[i], remat)
-            after.append(substate)
-        return x, after
-
     if keys is not None:
         keys = keys[: len(blocks)].reshape(-1, period, *keys.shape[1:])
-    x, after = lax.scan(advance, x, (stacked(arrays), stacked(substates), keys))
+    x, after = _loop(static[:period], remat, x, (stacked(arrays), stacked(substates), keys))
     for n, substate in enumerate(substates):
         if not jax.tree.leaves(substate):
             continue  # an update would make the caller's state an old one
         leaves = [leaf[n // period] for leaf in jax.tree.leaves(after[n % period])]
         state = state.update(jax.tree.unflatten(jax.tree.structure(substate), leaves))
     return x, state
+
+
+@eqx.filter_jit
+def _loop(static, remat, x, inputs):
+    """Compiled once for blocks alike, also where the caller is not."""
+
+    def advance(x, inputs):
+        arrays, substates, keys = inputs
+        after = []
+        for i, parts in enumerate(zip(arrays, static, strict=True)):
+            key = None if keys is None else keys[i]
+            x, substate = _run(eqx.combine(*parts), x, substates[i], key, remat)
+            after.append(substate)
+        return x, after
+
+    return lax.scan(advance, x, inputs)

@@ -1,5 +1,6 @@
 from collections.abc import Callable
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -50,17 +51,16 @@ def chunked_cross_entropy(
     if targets.shape != x.shape[:1]:
         raise ValueError(f"`targets` must be (time,) = ({x.shape[0]},); got {targets.shape}.")
 
-    def losses(chunk):
-        x, targets = chunk
-        y = logits(x)
-        y = y.astype(accumulation_dtype(y))
-        index = jnp.where(targets < 0, y.shape[1], targets)[:, None]  # no wrapping around
-        chosen = jnp.take_along_axis(y, index, axis=1, mode="fill", fill_value=jnp.nan)[:, 0]
-        return jax.nn.logsumexp(y, axis=1) - chosen
+    targets = targets.astype(int)
+    if x.shape[0] <= chunk_size:
+        return _losses(logits, x, targets)
+    # A layer's method is equal from call to call; any other function may be made anew for each.
+    walk = eqx.filter_jit(_over_time) if isinstance(logits, eqx.Module) else _over_time
+    return walk(logits, x, targets, chunk_size)
 
-    targets, time = targets.astype(int), x.shape[0]
-    if time <= chunk_size:
-        return losses((x, targets))
+
+def _over_time(logits, x, targets, chunk_size):
+    time = x.shape[0]
     num_chunks = -(-time // chunk_size)
 
     def split(value):
@@ -68,5 +68,14 @@ def chunked_cross_entropy(
         value = whole_chunks(value, chunk_size)
         return value.reshape(chunk_size, num_chunks, *value.shape[1:]).swapaxes(0, 1)
 
-    y = jax.lax.map(jax.checkpoint(losses), (split(x), split(targets)))
+    losses = jax.checkpoint(lambda chunk: _losses(logits, *chunk))
+    y = jax.lax.map(losses, (split(x), split(targets)))
     return y.T.reshape(-1)[:time]
+
+
+def _losses(logits, x, targets):
+    y = logits(x)
+    y = y.astype(accumulation_dtype(y))
+    index = jnp.where(targets < 0, y.shape[1], targets)[:, None]  # no wrapping around
+    chosen = jnp.take_along_axis(y, index, axis=1, mode="fill", fill_value=jnp.nan)[:, 0]
+    return jax.nn.logsumexp(y, axis=1) - chosen

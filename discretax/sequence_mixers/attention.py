@@ -1,3 +1,4 @@
+import functools as ft
 from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
@@ -180,13 +181,7 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         )
         refuse_timesteps(self, integration_timesteps, "its positions are counted in samples")
         self._check_room(time if length is None else length, state, resets)
-
-        def run(state, inputs, left):
-            x, resets = inputs
-            y, state = self._attend(x, resets, state, left, fresh)
-            return state, y
-
-        state, y = scan_chunks(run, state, (x, resets), length, chunk_size)
+        state, y = _over_time(chunk_size, fresh, self, state, x, resets, length)
         return y, state
 
     def step(
@@ -285,6 +280,16 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
                 "`max_seqlen` of at least the length of the whole stream, or build the mixer with a "
                 "`window`."
             )
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1))
+def _over_time(chunk_size, fresh, mixer, state, x, resets, length):
+    def run(state, inputs, left):
+        x, resets = inputs
+        y, state = mixer._attend(x, resets, state, left, fresh)
+        return state, y
+
+    return scan_chunks(run, state, (x, resets), length, chunk_size)
 
 
 def _latest(position: Int[Array, ""], slots: int) -> Int[Array, " slots"]:

@@ -17,7 +17,7 @@ from discretax._timeseries import (
     one_padding,
     zero_padding,
 )
-from discretax._types import Length, Resets, Sample, Timesteps, Values, widened
+from discretax._types import Length, Resets, Sample, Timesteps, Values, conversion, widened
 
 Cache = TypeVar("Cache")
 Answer = TypeVar("Answer", bound=tuple[Array, Any])
@@ -241,6 +241,7 @@ def check_sample(mixer: AbstractSequenceMixer, x: Array) -> None:
         raise ValueError(
             f"`{type(mixer).__name__}.step` takes one floating sample of shape "
             f"({mixer.in_features},); got {x.dtype}{x.shape}. Use `jax.vmap` to batch."
+            f"{conversion(x, float)}"
         )
 
 

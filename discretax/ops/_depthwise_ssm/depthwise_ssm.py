@@ -1,5 +1,6 @@
 """One small state space system per feature: its scan, its chunks of matrices, its convolution."""
 
+import functools as ft
 from typing import Literal, NamedTuple
 
 import jax
@@ -118,6 +119,7 @@ def incoming_depthwise_state(
     return incoming_state(h0, summary, resets, times)
 
 
+@jax.jit
 def carried_state(
     transition: Transition, B: Array, C: Array, x: Array, h0: Array, length: Left | None
 ) -> tuple[Float[Array, "time channels features"], Float[Array, "features 2 state"]]:
@@ -133,6 +135,7 @@ def carried_state(
     return jnp.moveaxis(_join(y, inputs, x.shape[0]), 0, 1), h
 
 
+@ft.partial(jax.jit, static_argnames="length")
 def depthwise_kernel(
     transition: Transition,
     B: Float[Array, "features 2 state"],
@@ -153,6 +156,7 @@ def depthwise_kernel(
     return jnp.moveaxis(kernel.reshape(*kernel.shape[:2], -1)[..., :length], -1, 0).swapaxes(1, 2)
 
 
+@jax.jit
 def _chunks(transition, B, C, D, x, h0, length):
     time, features = x.shape
     in_blocks = time >= LONG and features > BLOCK and features % BLOCK == 0
@@ -245,6 +249,7 @@ def _all_at_once(system: _System, x, left):
     return _join(y, inputs, x.shape[0]), h
 
 
+@jax.jit
 def _scan(transition: Transition, B, C, D, x, h0, length, resets):
     varying = transition.A.ndim == 4
 

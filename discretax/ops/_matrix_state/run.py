@@ -1,5 +1,6 @@
 """How a matrix state runs: a chunk as products of matrices, a sample, and both along time."""
 
+import functools as ft
 from typing import NamedTuple
 
 import jax
@@ -58,16 +59,8 @@ def matrix_state(
     samples = jax.tree.map(
         lambda array: zero_padding(array, length), samples._replace(resets=resets)
     )
-    advance = _sample if time == 1 else _chunk
     per_chunk = max(1, chunk_size // samples.k.shape[1])
-
-    def run(state, samples, _):
-        wide = jax.tree.map(
-            lambda array: array if array.dtype == bool else array.astype(dtype), samples
-        )
-        return advance(state, wide, erase_first)
-
-    over_time = lambda state, samples: scan_chunks(run, state, samples, None, per_chunk)
+    over_time = ft.partial(_over_time, erase_first, per_chunk)
 
     def summary():
         last = over_time(jnp.zeros_like(start), samples)[0]
@@ -86,6 +79,19 @@ def matrix_state(
     before = incoming_state(start, summary, samples.resets, multiply)
     last, y = over_time(before, samples)
     return y, last
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1))
+def _over_time(erase_first: bool, per_chunk: int, state: State, samples: Samples):
+    advance = _sample if samples.q.shape[0] == 1 else _chunk
+
+    def run(state, samples, _):
+        wide = jax.tree.map(
+            lambda array: array if array.dtype == bool else array.astype(state.dtype), samples
+        )
+        return advance(state, wide, erase_first)
+
+    return scan_chunks(run, state, samples, None, per_chunk)
 
 
 def _sample(state: State, samples: Samples, erase_first: bool) -> tuple[State, Array]:

@@ -1,6 +1,8 @@
+import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
@@ -26,30 +28,47 @@ def chunked_recurrence(
     """The last valid state, and the readout of all, whose states exist a chunk at a time.
 
     `terms` makes a and b of the recurrence from the `weights` and a chunk of `inputs`, and whatever
-    `readout` makes the output from, besides weights and states.
+    `readout` makes the output from, besides weights and states. Neither closes over anything.
     """
-
-    def states(a, b, h, resets):
-        return recurrence(a, b, h, resets, planes=planes, implementation=implementation)
-
-    def run(weights, h, chunk, left):
-        inputs, resets = chunk
-        a, b, rest = terms(weights, inputs)
-        after = states(a, b, h, resets)
-        return state_at(after, h, left), readout(weights, after, rest)
-
-    def summarise(weights, before, chunk, left):
-        inputs, resets = chunk
-        (a, b, _), (decay, h) = terms(weights, inputs), before
-        after = states(a, jnp.zeros_like(b), decay, resets), states(a, b, h, resets)
-        return tuple(map(state_at, after, before, (left, left))), None
+    form = _Form(terms, readout, planes, implementation)
 
     def summary():
         one = jnp.zeros_like(h0).at[..., 0, :].set(1) if planes else jnp.ones_like(h0)
         start = one, jnp.zeros_like(h0)
-        return scan_chunks_in_place(
-            summarise, weights, start, (inputs, resets), length, chunk_size
-        )[0]
+        return _over_time(_summarise, form, chunk_size, weights, start, (inputs, resets), length)[0]
 
     h0 = incoming_state(h0, summary, resets, times if planes else jnp.multiply)
-    return scan_chunks_in_place(run, weights, h0, (inputs, resets), length, chunk_size)
+    return _over_time(_run, form, chunk_size, weights, h0, (inputs, resets), length)
+
+
+class _Form(NamedTuple):
+    """Equal for calls alike, which then share what is compiled."""
+
+    terms: Callable[[Any, Any], tuple[Array, Array, Any]]
+    readout: Callable[[Any, Array, Any], Array]
+    planes: bool
+    implementation: Implementation
+
+    def states(self, a, b, h, resets):
+        options = {"planes": self.planes, "implementation": self.implementation}
+        return recurrence(a, b, h, resets, **options)
+
+
+@ft.partial(jax.jit, static_argnums=(0, 1, 2))
+def _over_time(run, form, chunk_size, weights, state, inputs, length):
+    run = ft.partial(run, form)
+    return scan_chunks_in_place(run, weights, state, inputs, length, chunk_size)
+
+
+def _run(form: _Form, weights, h, chunk, left):
+    inputs, resets = chunk
+    a, b, rest = form.terms(weights, inputs)
+    after = form.states(a, b, h, resets)
+    return state_at(after, h, left), form.readout(weights, after, rest)
+
+
+def _summarise(form: _Form, weights, before, chunk, left):
+    inputs, resets = chunk
+    (a, b, _), (decay, h) = form.terms(weights, inputs), before
+    after = form.states(a, jnp.zeros_like(b), decay, resets), form.states(a, b, h, resets)
+    return tuple(map(state_at, after, before, (left, left))), None

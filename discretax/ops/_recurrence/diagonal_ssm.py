@@ -56,22 +56,9 @@ def diagonal_ssm(
     if chunk_size is None:
         chunk_size = _choose_chunk_size(x.shape[0], state_dim)
     varying = A.ndim == 3
-
-    def terms(weights, inputs):
-        A, B, _, _ = weights
-        A_chunk, gamma_chunk, x_chunk = inputs
-        drive = (x_chunk @ B.reshape(2 * state_dim, -1).T).reshape(-1, 2, state_dim)
-        drive = drive if gamma_chunk is None else times(gamma_chunk, drive)
-        return A_chunk if varying else A, drive, x_chunk
-
-    def readout(weights, h, x_chunk):
-        _, _, C, D = weights
-        y = h.reshape(-1, 2 * state_dim) @ C.reshape(-1, 2 * state_dim).T
-        return y if D is None else y + scaled(x_chunk, D, 0)
-
     h_final, y = chunked_recurrence(
-        terms,
-        readout,
+        _terms,
+        _readout,
         (None if varying else A, B, C, D),
         h0,
         (A if varying else None, gamma, x),
@@ -82,6 +69,21 @@ def diagonal_ssm(
         implementation=implementation,
     )
     return y, h_final
+
+
+def _terms(weights, inputs):
+    A, B, _, _ = weights
+    A_chunk, gamma, x = inputs
+    drive = (x @ B.reshape(-1, B.shape[-1]).T).reshape(-1, *B.shape[:-1])
+    drive = drive if gamma is None else times(gamma, drive)
+    return A_chunk if A is None else A, drive, x
+
+
+def _readout(weights, h, x):
+    _, _, C, D = weights
+    C = C.reshape(C.shape[0], -1)
+    y = h.reshape(-1, C.shape[1]) @ C.T
+    return y if D is None else y + scaled(x, D, 0)
 
 
 # On CPU one sequence at once is faster than its chunks, which a batch is not: with 4096 samples of 64

@@ -1,7 +1,9 @@
 """The linear recurrence in XLA's own terms: step by step, and as a parallel scan."""
 
+import functools as ft
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -12,6 +14,7 @@ def accumulated(value: Array) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if value.dtype in (jnp.bfloat16, jnp.float16) else value.dtype
 
 
+@ft.partial(jax.jit, static_argnums=(0, 1))
 def sequential(planes, reverse, a, b, h0, resets):
     """Writes each state over its drive: nothing else of that size, and under `vmap` no transposes."""
     varying = a.ndim == b.ndim

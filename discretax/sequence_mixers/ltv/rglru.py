@@ -133,7 +133,7 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
         h = cache.state.astype(gates.Lambda.dtype)
         h, y = chunked_recurrence(
             _terms,
-            lambda gates, states, _: states,
+            _read_out,
             gates,
             h,
             (x, first),
@@ -160,6 +160,10 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
 def _terms(gates, inputs):
     x, first = inputs
     return *gates._recurrence(x.astype(gates.Lambda.dtype), first), None
+
+
+def _read_out(gates, states, _):
+    return states
 
 
 @jax.custom_jvp

@@ -114,7 +114,7 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
 
         h = cache.astype(mixer.alpha.dtype)
         h, v = chunked_recurrence(
-            lambda mixer, u: mixer._recurrence(u.astype(h.dtype)),
+            _terms,
             _read_out,
             mixer,
             h,
@@ -137,6 +137,10 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
         B, C = (matrix.reshape(-1, features, state_dim) for matrix in (B, C))
         A_bar = 1 - 1 / ((alpha + self.alpha) ** 2 + 0.5)
         return A_bar, jnp.einsum("thn,th->tn", B, u) + b, (C, D * u)
+
+
+def _terms(mixer, u):
+    return mixer._recurrence(u.astype(mixer.alpha.dtype))
 
 
 def _read_out(mixer, h, readout):

@@ -131,43 +131,48 @@ class SequenceParallel(AbstractSequenceMixer[Any]):
             length = jnp.asarray(length).astype(int)
             last_part = jnp.clip((length - 1) // part_size, 0, parts - 1)
 
-        arrays, static = eqx.partition(self.mixer, eqx.is_array)
-
-        def mix_part(index, samples, whole):
-            x, timesteps, resets = samples
-            arrays, cache, length, key = whole
-            index = index[0]
-            if length is not None:
-                length = jnp.clip(length - index * part_size, 0, part_size)
-            with split_time(self.axis_name, index, parts) as split:
-                y, after = eqx.combine(arrays, static)(
-                    x, cache, integration_timesteps=timesteps, length=length, resets=resets, key=key
-                )
-            if split.handed_over < len(jax.tree.leaves(cache)):
-                raise ValueError(
-                    f"`{type(self.mixer).__name__}` cannot be split along time: of the "
-                    f"{len(jax.tree.leaves(cache))} arrays of its cache, {split.handed_over} are "
-                    "handed from device to device. Mixers of recurrences do that by the operations "
-                    "of `discretax.ops`."
-                )
-            return y, jax.tree.map(lambda array: array[None], after)
-
-        over_time, everywhere = PartitionSpec(self.axis_name), PartitionSpec()
-        split_mixer = jax.shard_map(
-            mix_part,
-            mesh=self.mesh,
-            in_specs=(over_time, over_time, everywhere),
-            out_specs=over_time,
-            axis_names={self.axis_name},
-            check_vma=False,
-        )
-        # Uncompiled, JAX leaves no axis of a mesh to the compiler.
-        y, after = jax.jit(split_mixer)(
-            jnp.arange(parts), (x, timesteps, resets), (arrays, cache, length, key)
-        )
+        y, after = _in_parts(self, jnp.arange(parts), (x, timesteps, resets), cache, length, key)
         return y, jax.tree.map(lambda array: array[last_part], after)
 
     def step(
         self, x: Sample, cache: Any, *, integration_timestep: Any | None = None
     ) -> tuple[Sample, Any]:
         return self.mixer.step(x, cache, integration_timestep=integration_timestep)
+
+
+# Uncompiled, JAX leaves no axis of a mesh to the compiler.
+@eqx.filter_jit
+def _in_parts(parallel: SequenceParallel, indices, samples, cache, length, key):
+    arrays, static = eqx.partition(parallel.mixer, eqx.is_array)
+    parts, axis_name = indices.shape[0], parallel.axis_name
+    part_size = samples[0].shape[0] // parts
+
+    def mix_part(index, samples, whole):
+        x, timesteps, resets = samples
+        arrays, cache, length, key = whole
+        index = index[0]
+        if length is not None:
+            length = jnp.clip(length - index * part_size, 0, part_size)
+        mixer = eqx.combine(arrays, static)
+        with split_time(axis_name, index, parts) as split:
+            y, after = mixer(
+                x, cache, integration_timesteps=timesteps, length=length, resets=resets, key=key
+            )
+        if split.handed_over < len(jax.tree.leaves(cache)):
+            raise ValueError(
+                f"`{type(mixer).__name__}` cannot be split along time: of the "
+                f"{len(jax.tree.leaves(cache))} arrays of its cache, {split.handed_over} are "
+                "handed from device to device. Mixers of recurrences do that by the operations "
+                "of `discretax.ops`."
+            )
+        return y, jax.tree.map(lambda array: array[None], after)
+
+    over_time, everywhere = PartitionSpec(axis_name), PartitionSpec()
+    return jax.shard_map(
+        mix_part,
+        mesh=parallel.mesh,
+        in_specs=(over_time, over_time, everywhere),
+        out_specs=over_time,
+        axis_names={axis_name},
+        check_vma=False,
+    )(indices, samples, (arrays, cache, length, key))
