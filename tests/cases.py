@@ -58,6 +58,10 @@ class Case:
         self.variant = variant
         self.options = options
 
+    @property
+    def streams(self) -> bool:
+        return self.options.get("streams", True)
+
     def __str__(self) -> str:
         return f"{self.name}.{self.variant}" if self.variant else self.name
 
