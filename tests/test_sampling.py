@@ -10,6 +10,7 @@ from discretax import sample_token
 from discretax.inference._sampling import filtered
 
 LOGITS = np.array([0.3, 2.0, -1.0, 1.1, 0.3, -4.0, 1.9])
+INF, NAN = np.inf, np.nan
 SEEN = np.array([False, True, True, False, False, False, False])
 VOCABULARY = len(LOGITS)
 TOP_K_THEN_TOP_P = {"temperature": 2.5, "top_k": 5, "top_p": 0.8}
@@ -102,7 +103,8 @@ def test_another_order_would_show_above():
 def kept(logits, top_k=None, top_p=None, min_p=None):
     array = lambda values, kind: None if values is None else jnp.asarray(values, kind)
     options = array(top_k, int), array(top_p, float), array(min_p, float)
-    return np.isfinite(jax.jit(jax.vmap(filtered))(jnp.asarray(logits, float), *options))
+    run = jax.jit(jax.vmap(lambda logits, *options: filtered(logits, jnp.ones(()), *options)))
+    return np.isfinite(run(jnp.asarray(logits, float), *options))
 
 
 @pytest.mark.parametrize("names", [("top_k",), ("top_p",), ("min_p",), ("top_k", "top_p", "min_p")])
@@ -169,6 +171,52 @@ def test_the_most_likely_token():
     assert sample_token(below, temperature=0, repetition_penalty=1.1, seen=seen[1::-1]) == 1
 
 
+@pytest.mark.parametrize(
+    ("logits", "options", "expected"),
+    [
+        *(([1, 2, 5, 3], {"temperature": t}, {2}) for t in (1e-8, 1e-37, 1e-38, 1e-39, 1e-60)),
+        ([-1, -3, -2, -9], {"temperature": 1e-60}, {0}),
+        ([0, 3e38, -3e38, 1], {"temperature": 1e-38}, {1}),
+        ([3, 3, 3, 0], {"temperature": 1e-45}, {0, 1, 2}),
+        ([1, 2, 5, 3], {"temperature": 3e38}, {0, 1, 2, 3}),
+        ([1, -INF, 5, -INF], {"temperature": 1e300}, {0, 2}),
+        ([INF, -INF, 5, 0], {"temperature": 1e300}, {0}),
+        ([1, -INF, INF, INF], {"min_p": 0.1}, {2, 3}),
+        ([1, INF, 2, 3], {"top_p": 1.0}, {1}),
+        ([INF, 0, -INF, INF], {"top_p": 0.5}, {0}),
+        ([1, INF, 2, 3], {"top_k": 3, "top_p": 0.9, "min_p": 0.0}, {1}),
+        ([-INF, -INF, -INF, 0], {"top_k": 3, "top_p": 1.0, "min_p": 0.0}, {3}),
+        ([-INF, -INF, -2, -INF], {"temperature": 1e-60, "min_p": 1.0}, {2}),
+        ([-INF] * 4, {"min_p": 0.5}, {0, 1, 2, 3}),
+        ([NAN, 1, NAN, 1], {"top_p": 0.9}, {1, 3}),
+        ([NAN, 1, -INF, INF], {"min_p": 0.5}, {3}),
+        ([0, 1, 2, 9], {"top_p": 1e-60}, {3}),
+        ([9, 9, 2, 9], {"top_p": 1e-9}, {0}),
+        ([0, 1, 2, 9], {"min_p": 1e-60, "temperature": 1e-60}, {3}),
+        ([0, -1, 2, -3], {"repetition_penalty": 1e-60, "temperature": 1e-3}, {2}),
+        ([1, 0, -2, 3], {"repetition_penalty": 1e60, "temperature": 1e-60}, {0, 1, 3}),
+    ],
+)
+def test_numbers_at_the_edge(logits, options, expected):
+    """What is drawn from logits, and with options, that float32 can hardly hold or cannot."""
+    seen = {"seen": np.ones(4, bool)} if "repetition_penalty" in options else {}
+    draw = lambda key: sample_token(jnp.asarray(logits, float), key, **options, **seen)
+    tokens = jax.vmap(draw)(jr.split(jr.key(0), 100))
+    assert set(tokens.tolist()) == expected
+
+
+def test_the_most_likely_of_what_is_hardly_a_number():
+    for logits, expected in (([NAN, 1, 2], 2), ([1, NAN, INF], 2), ([-INF, NAN, -5], 2)):
+        assert sample_token(jnp.asarray(logits, float), temperature=0) == expected
+
+
+@pytest.mark.parametrize("top_k", [2**31, 2**70, np.int64(2**31), np.uint32(2**31), 7])
+def test_more_than_all_tokens(top_k):
+    keys, logits = jr.split(jr.key(1), 50), jnp.asarray(LOGITS, float)
+    draw = lambda **options: jax.vmap(lambda key: sample_token(logits, key, **options))(keys)
+    np.testing.assert_array_equal(draw(top_k=top_k), draw())
+
+
 def test_double_precision():
     with jax.enable_x64(True):
         logits = jnp.array([1.0, 1 + 1e-12, 0.0])
@@ -219,6 +267,22 @@ def test_half_precision_is_widened():
 def test_what_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         sample_token(jnp.asarray(LOGITS, float), **{"key": jr.key(0)} | options)
+
+
+@pytest.mark.parametrize(
+    ("key", "error", "message"),
+    [
+        (3, TypeError, r"`key` must be a key, such as `jax\.random\.key\(0\)`; got 3\."),
+        (np.int32(3), TypeError, r"`key` must be a key.*got "),
+        ("seed", TypeError, r"`key` must be a key.*got 'seed'"),
+        (jnp.zeros(2), TypeError, r"`key` must be a key.*got Array"),
+        (jr.split(jr.key(0), 3), ValueError, r"single key, of shape \(\); got \(3,\)"),
+        (jr.split(jr.PRNGKey(0), 3), ValueError, r"single key, of shape \(2,\); got \(3, 2\)"),
+    ],
+)
+def test_what_is_no_key(key, error, message):
+    with pytest.raises(error, match=message):
+        sample_token(jnp.asarray(LOGITS, float), key)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
@@ -49,8 +50,10 @@ def sample_token(
     | `top_p` | the smallest set of most likely tokens whose probability reaches $p$ |
     | `min_p` | the tokens at least $p$ times as likely as the most likely one |
 
-    Of tokens that are equally likely, the lower ones come first. Computed in float32, in float64
-    with x64 enabled. For use under `jax.vmap` and `jax.jit`; [`discretax.generate`][] calls it.
+    Of tokens that are equally likely, the lower ones come first. Logits of $\infty$ share all of the
+    probability among them; a token whose logit is NaN or $-\infty$ is not drawn while there is any
+    other. Computed in float32, in float64 with x64 enabled. For use under `jax.vmap` and `jax.jit`;
+    [`discretax.generate`][] calls it.
 
     ??? cite
 
@@ -70,8 +73,9 @@ def sample_token(
 
     **Raises:**
 
-    `ValueError` for logits of another rank or kind, a value out of its range, a missing key, or one
-    of `repetition_penalty` and `seen` without the other.
+    `ValueError` for logits of another rank or kind, a value out of its range, a missing key, several
+    keys, or one of `repetition_penalty` and `seen` without the other; `TypeError` for a `key` that
+    is none.
     """
     if logits.ndim != 1 or not jnp.issubdtype(logits.dtype, jnp.floating):
         raise ValueError(
@@ -109,6 +113,8 @@ def checked_sampling(
     ):
         if value is not None:
             _check(name, value, valid, rule, whole=name == "top_k")
+    if key is not None:
+        check_key(key)
     at_zero = known(temperature)
     greedy = at_zero is not None and at_zero == 0
     if key is None and not greedy:
@@ -116,13 +122,12 @@ def checked_sampling(
             f"Drawing at random (temperature={temperature}) needs a `key`, such as "
             "`jax.random.key(0)`; `temperature=0` takes the most likely token and needs none."
         )
-    scalar = lambda value, kind=float: None if value is None else jnp.asarray(value, kind)
     return Sampling(
-        None if greedy else scalar(temperature),
-        scalar(top_k, int),
-        scalar(top_p),
-        scalar(min_p),
-        scalar(repetition_penalty),
+        None if greedy else _scalar(temperature, float),
+        _scalar(top_k, int),
+        _scalar(top_p, float),
+        _scalar(min_p, float),
+        _scalar(repetition_penalty, float),
     )
 
 
@@ -133,30 +138,50 @@ def draw_token(
     seen: Bool[Array, " vocabulary"] | None,
 ) -> Int[Array, ""]:
     logits = jnp.asarray(logits, float)
-    penalty = sampling.repetition_penalty
-    if penalty is not None and seen is not None:
+    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+    if sampling.repetition_penalty is not None and seen is not None:
+        penalty = _divisor(sampling.repetition_penalty)
         logits = jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
-    if sampling.temperature is None or key is None:
+    temperature, top_k, top_p, min_p, _ = sampling
+    if temperature is None or key is None:
         return jnp.argmax(logits).astype(int)
-    kept = filtered(logits / sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    return jr.categorical(key, kept).astype(int)
+    return jr.categorical(key, filtered(logits, temperature, top_k, top_p, min_p)).astype(int)
 
 
 def filtered(
     logits: Logits,
+    temperature: Float[Array, ""],
     top_k: Int[Array, ""] | None,
     top_p: Float[Array, ""] | None,
     min_p: Float[Array, ""] | None,
 ) -> Logits:
-    """-inf for the tokens that are not to be drawn."""
+    """Over the temperature and relative to the largest; -inf for the tokens not to be drawn."""
+    # Equals of the largest have no distance to it, also where all are infinite.
+    below = jnp.where(logits == logits.max(), 0, logits - logits.max()) / _divisor(temperature)
     kept = jnp.ones(logits.shape, bool)
     if top_k is not None:
         kept = _leading(logits, kept.astype(int), logits.size - top_k)
     if top_p is not None:
-        kept &= _leading(logits, jax.nn.softmax(logits, where=kept), 1 - top_p)
+        kept &= _leading(logits, jax.nn.softmax(below, where=kept), 1 - top_p)
     if min_p is not None:
-        kept &= jnp.exp(logits - logits.max()) >= min_p
-    return jnp.where(kept, logits, -jnp.inf)
+        kept &= jnp.exp(below) >= min_p
+    return jnp.where(kept, below, -jnp.inf)
+
+
+def _divisor(value: Float[Array, ""]) -> Float[Array, ""]:
+    """`value` as near as may be: neither it nor its reciprocal is zero or infinite."""
+    tiny = jnp.finfo(value.dtype).tiny
+    return jnp.clip(value, tiny, 1 / tiny)
+
+
+def _scalar(value: Any | None, kind: type) -> Any:
+    """As an array; a number beyond the largest of its type is that one."""
+    if value is None:
+        return None
+    dtype = jnp.result_type(kind)
+    largest = (jnp.iinfo if kind is int else jnp.finfo)(dtype).max
+    number = known(value)
+    return jnp.asarray(value if number is None else min(number.item(), kind(largest)), dtype)
 
 
 @jax.jit
@@ -203,3 +228,14 @@ def _check(name: str, value: Any, valid: Any, rule: str, whole: bool = False) ->
     number = known(value)
     if not is_kind or (number is not None and not valid(number)):
         raise ValueError(f"`{name}` must be {rule}; got {value}.")
+
+
+def check_key(key: Any) -> None:
+    is_array = isinstance(key, jax.Array | np.ndarray)
+    is_typed = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if not is_typed and not (is_array and key.dtype == np.uint32):
+        raise TypeError(f"`key` must be a key, such as `jax.random.key(0)`; got {key!r}.")
+    # `jax.random.PRNGKey` gives the numbers of a key as an array of their own.
+    shape = () if is_typed else jax.eval_shape(jr.PRNGKey, 0).shape
+    if key.shape != shape:
+        raise ValueError(f"`key` must be a single key, of shape {shape}; got {key.shape}.")
