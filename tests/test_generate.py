@@ -219,11 +219,29 @@ def test_one_key_one_text():
     assert_equal(texts[0], generate(model, state, PROMPTS[:, :1], NEW, key=jr.PRNGKey(0)).tokens)
 
 
-def test_a_used_state_is_as_good_as_a_new_one():
-    model, state = make("LRU")
-    used = inference_state(model, state, batch_size=5, max_seqlen=3)
+@pytest.mark.parametrize("options", [{}, {"batch_size": 5, "max_seqlen": 3, "dtype": jnp.bfloat16}])
+@pytest.mark.parametrize("name", ["LRU", "attention"])
+def test_streams_that_have_not_begun_are_as_good_as_none(name, options):
+    model, state = make(name)
     write = lambda state: generate(model, state, PROMPTS[0], NEW, temperature=0)
-    assert_equal(write(used), write(state))
+    assert_equal(write(inference_state(model, state, **options)), write(state))
+
+
+@pytest.mark.parametrize("batch_size", [None, 2])
+@pytest.mark.parametrize("write", [generate, stream_tokens])
+@every_model
+def test_a_context_is_not_lost_without_a_word(name, write, batch_size):
+    model, state = make(name)
+    live = streaming_mode(eqx.nn.inference_mode(model))
+    stream = inference_state(live, state, batch_size, max_seqlen=9)
+    run = live if batch_size is None else jax.vmap(live)
+    context = jnp.asarray(PROMPTS[0][:1] if batch_size is None else PROMPTS[:2, :1])
+    _, used = eqx.filter_jit(run)(context, stream)
+    message = r"must be one that has read nothing.*got one with a cache of .*before the prompt"
+    with pytest.raises(ValueError, match=message):
+        write(model, used, PROMPTS[0], NEW, temperature=0)
+    with pytest.raises(ValueError, match=r"or inside `jax.jit` may have"):
+        jax.jit(lambda state: generate(model, state, PROMPTS[0], NEW, temperature=0))(stream)
 
 
 # Where texts end
@@ -330,20 +348,24 @@ def bidirectional(in_features, *, key):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"prompt": []}, r"`prompt` must be whole numbers.*got float32\(0,\).*start of a text"),
+        ({"prompt": []}, r"`prompt` must be whole numbers.*got float64\(0,\).*start of a text"),
         ({"prompt": np.zeros((2, 0), int)}, r"at least one for each text.*\(2, 0\)"),
         ({"prompt": np.zeros((0, 2), int)}, r"at least one for each text.*\(0, 2\)"),
-        ({"prompt": [0.0, 1.0]}, r"`prompt` must be whole numbers.*got float32\(2,\)"),
-        ({"prompt": 3}, r"`prompt` must be .*\(time,\) or \(batch, time\).*got int32\(\)"),
+        ({"prompt": [0.0, 1.0]}, r"`prompt` must be whole numbers.*got float64\(2,\)"),
+        ({"prompt": 3}, r"`prompt` must be .*\(time,\) or \(batch, time\).*got int64\(\)"),
         ({"prompt": [0, 6]}, r"`prompt` must hold .* in \[0, 6\), .*vocabulary.* from 0 to 6"),
+        ({"prompt": [2**32, 2]}, r"`prompt` must hold .* from 2 to 4294967296"),
+        ({"prompt": [2**70, 2]}, r"`prompt` must be whole numbers.*got object\(2,\)"),
+        ({"prompt": "text"}, r"`prompt` must be whole numbers.*got <U4\(\)"),
         ({"prompt": [-1, 2]}, r"`prompt` must hold .* in \[0, 6\), .* from -1 to 2"),
         ({"length": 0}, r"`length` must lie between 1 and .*, 3; got 0"),
         ({"length": 4}, r"`length` must lie between 1 and .*, 3; got 4"),
-        ({"length": 2.0}, r"`length` must be one whole number per prompt.*got float32\(\)"),
-        ({"length": [2, 2]}, r"`length` must be .* of shape \(\); got int32\(2,\)"),
+        ({"length": 2**32 + 1}, r"`length` must lie between 1 and .*, 3; got 4294967297"),
+        ({"length": 2.0}, r"`length` must be one whole number per prompt.*got float64\(\)"),
+        ({"length": [2, 2]}, r"`length` must be .* of shape \(\); got int64\(2,\)"),
         (
             {"prompt": [[1], [2]], "length": 1},
-            r"`length` must be .* of shape \(2,\); got int32\(\)",
+            r"`length` must be .* of shape \(2,\); got int64\(\)",
         ),
         ({"stop_tokens": (2, 6)}, r"`stop_tokens` must hold .* in \[0, 6\), .* from 2 to 6"),
         ({"stop_tokens": (-1,)}, r"`stop_tokens` must hold .* from -1 to -1"),
@@ -365,6 +387,21 @@ def test_what_is_refused(write, options, message):
     given = {"prompt": [1, 2, 3], "max_new_tokens": 2, "key": jr.key(0)} | options
     with pytest.raises(ValueError, match=message):
         write(model, state, **given)
+
+
+@pytest.mark.parametrize("write", [generate, stream_tokens])
+def test_what_is_no_key(write):
+    with pytest.raises(TypeError, match=r"`key` must be a key, .*; got 3"):
+        write(*counting(6), [1], 2, key=3)
+    with pytest.raises(ValueError, match=r"`key` must be a single key.*got \(2,\)"):
+        write(*counting(6), [[1], [2]], 2, key=jr.split(jr.key(0)))
+
+
+def test_sizes_of_numpy():
+    model, state = counting(6)
+    sizes = {"max_new_tokens": np.int64(3), "chunk_size": np.int32(1), "top_k": np.uint8(2)}
+    generated = generate(model, state, [1, 2], key=jr.key(0), temperature=1e-9, **sizes)
+    assert_equal(generated.tokens, np.array([3, 4, 5]))
 
 
 def test_padding_may_be_anything():

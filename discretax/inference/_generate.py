@@ -57,7 +57,7 @@ def generate(
 
     - `model`: `(tokens, state) -> (logits, state)`, from `(time,)` to `(time, vocabulary)`, and
         from a [`discretax.Timeseries`][] as well. Inference and streaming mode are switched on here.
-    - `state`: the model's, after training or for streams of any number.
+    - `state`: the model's, after training or made for streams of any number that have not begun.
     - `prompt`: whole numbers, `(time,)` or `(batch, time)`.
     - `max_new_tokens`: how many tokens to write at most.
     - `key`: needed unless `temperature` is 0.
@@ -75,8 +75,8 @@ def generate(
     **Raises:**
 
     `ValueError` for a prompt that is empty or holds tokens outside of the vocabulary, a length or
-    a sampling option out of range, a missing key, and a model that cannot stream or does not give
-    logits for every token.
+    a sampling option out of range, a missing key, a state that has read a context, and a model that
+    cannot stream or does not give logits for every token; `TypeError` for a `key` that is none.
     """
     options = (temperature, top_k, top_p, min_p, repetition_penalty)
     task = checked_task(

@@ -22,7 +22,7 @@ def streaming_mode(model: Model, value: bool = True) -> Model:
 
     **Arguments:** `model`: any PyTree of layers; `value`: False to go back.
     """
-    flags = lambda tree: [layer.streaming for layer in _streaming_layers(tree)]
+    flags = lambda tree: [layer.streaming for layer in streaming_layers(tree)]
     return eqx.tree_at(flags, model, replace_fn=lambda _: value) if flags(model) else model
 
 
@@ -61,7 +61,7 @@ def inference_state(
         raise ValueError(f"`batch_size` must be None (one stream) or at least 1; got {batch_size}.")
     for mixer in _mixers(model):
         check_one_member(mixer, "eqx.filter_vmap(discretax.inference_state)(models, states)")
-    layers = _streaming_layers(model)
+    layers = streaming_layers(model)
     _check_caches_apart(model)
     if _is_batched(layers, state):
         state = jax.tree.map(lambda leaf: leaf[0], state)
@@ -104,7 +104,7 @@ def _found(tree: PyTree, kind: type) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path), node) for path, node in nodes if is_kind(node)]
 
 
-def _streaming_layers(tree: PyTree) -> list[AbstractStreamingLayer]:
+def streaming_layers(tree: PyTree) -> list[AbstractStreamingLayer]:
     return [layer for _, layer in _found(tree, AbstractStreamingLayer)]
 
 

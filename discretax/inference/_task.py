@@ -10,9 +10,15 @@ import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from discretax._features import check_size
+from discretax._stateful import AbstractStreamingLayer
 from discretax._timeseries import known
 from discretax.inference._sampling import Sampling, checked_sampling
-from discretax.inference._streaming import discretized, inference_state, streaming_mode
+from discretax.inference._streaming import (
+    discretized,
+    inference_state,
+    streaming_layers,
+    streaming_mode,
+)
 
 
 class Task(eqx.Module):
@@ -30,10 +36,11 @@ class Task(eqx.Module):
 def checked_task(
     model, state, prompt, max_new_tokens, key, options, stop_tokens, length, chunk_size, dtype
 ) -> Task:
-    check_size("max_new_tokens", max_new_tokens)
-    check_size("chunk_size", chunk_size)
+    max_new_tokens = check_size("max_new_tokens", max_new_tokens)
+    chunk_size = check_size("chunk_size", chunk_size)
     sampling = checked_sampling(key, *options)
-    prompt = jnp.asarray(prompt)
+    _refuse_used(model, state)
+    prompt = _numbers(prompt)
     if prompt.ndim not in (1, 2) or prompt.size == 0 or not _is_whole(prompt):
         raise ValueError(
             "`prompt` must be whole numbers, (time,) or (batch, time), at least one for each text; "
@@ -90,9 +97,44 @@ def _vocabulary(model: PyTree, state: eqx.nn.State) -> int:
     return logits.shape[1]
 
 
+def _refuse_used(model: PyTree, state: eqx.nn.State) -> None:
+    """Caches as they were allocated may be so again; what others hold would be lost."""
+    _, places = state.tree_flatten()
+    for layer in streaming_layers(model):
+        if layer.cache_index.marker in places and not _is_empty(layer, state):
+            raise ValueError(
+                "`state` must be one that has read nothing, since a text begins with its `prompt`; "
+                f"got one with a cache of `{type(layer).__name__}` that has, or inside `jax.jit` may "
+                "have. Put what it has read before the prompt, and give the state that came with "
+                "the model or `discretax.inference_state(model, state)`."
+            )
+
+
+def _is_empty(layer: AbstractStreamingLayer, state: eqx.nn.State) -> bool:
+    cache = state.get(layer.cache_index)
+    if cache is None:
+        return True
+    if any(known(leaf) is None for leaf in jax.tree.leaves(cache)):
+        return False
+
+    def is_equal(leaf, empty):
+        """The empty one is that of one stream, and of one sample where it grows with time."""
+        return bool((leaf == jnp.broadcast_to(empty.astype(leaf.dtype), leaf.shape)).all())
+
+    with jax.ensure_compile_time_eval():
+        empty = layer.allocate_inference_cache()
+        return all(jax.tree.leaves(jax.tree.map(is_equal, cache, empty)))
+
+
+def _numbers(values: Any) -> Any:
+    """As they are: JAX would wrap those that its whole numbers do not hold."""
+    traced = any(isinstance(value, jax.Array) for value in jax.tree.leaves(values))
+    return jnp.asarray(values) if traced else np.asarray(values)
+
+
 def _checked_length(length: Any, prompt: Array) -> Array:
     time, batch = prompt.shape[-1], prompt.shape[:-1]
-    length = jnp.full(batch, time) if length is None else jnp.asarray(length)
+    length = np.full(batch, time) if length is None else _numbers(length)
     if length.shape != batch or not _is_whole(length):
         raise ValueError(
             f"`length` must be one whole number per prompt, of shape {batch}; got "
