@@ -1,5 +1,6 @@
 """One linear map over the last axis, and the checks of widths that every layer makes."""
 
+import operator
 from collections.abc import Callable
 from typing import Any, get_args
 
@@ -40,9 +41,15 @@ def check_samples(layer: eqx.Module, x: Array, features: int) -> None:
     check_features(layer, x, features)
 
 
-def check_size(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+def check_size(name: str, value: Any) -> int:
+    """The size as a whole number of Python's, from NumPy's or whichever kind; True is none."""
+    try:
+        size = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        size = 0
+    if size < 1:
         raise ValueError(f"`{name}` must be a whole number of at least 1; got {value!r}.")
+    return size
 
 
 def check_positive(name: str, value: float) -> None:

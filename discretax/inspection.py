@@ -26,7 +26,7 @@ def impulse_response(mixer: AbstractLTIMixer, length: int) -> Float[Array, "time
     below 1, and for an ensemble of mixers.
     """
     _check_time_invariant(mixer, "impulse_response(mixer, length)")
-    check_size("length", length)
+    length = check_size("length", length)
     silence = jnp.zeros((length, mixer.in_features))
     respond = lambda impulse: mixer(silence.at[0].set(impulse))[0]
     return jax.vmap(respond, out_axes=-1)(jnp.eye(mixer.in_features))

@@ -57,7 +57,7 @@ def adamw_cosine(
 
     `ValueError` if `warmup_steps` is not below `total_steps`.
     """
-    check_size("total_steps", total_steps)
+    total_steps = check_size("total_steps", total_steps)
     warmup_steps = total_steps // 10 if warmup_steps is None else warmup_steps
     if not 0 <= warmup_steps < total_steps:
         raise ValueError(

@@ -53,11 +53,11 @@ def make_mesh(
     **Raises:** `ValueError` if the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    check_size("seq", seq)
-    check_size("model", model)
+    seq = check_size("seq", seq)
+    model = check_size("model", model)
     if data is None:
         data = max(len(devices) // (seq * model), 1)
-    check_size("data", data)
+    data = check_size("data", data)
     if data * seq * model != len(devices):
         raise ValueError(
             "data * seq * model must be the number of devices; got "

@@ -116,6 +116,7 @@ def test_imports_point_one_way(path):
                 "itertools",
                 "json",
                 "math",
+                "operator",
                 "os",
                 "pathlib",
                 "re",

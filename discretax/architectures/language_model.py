@@ -108,8 +108,9 @@ class LanguageModel(eqx.nn.StatefulLayer):
 
         `ValueError` for an empty pattern, or sizes below one.
         """
-        check_size("vocab_size", vocab_size)
-        check_size("num_blocks", num_blocks)
+        vocab_size = check_size("vocab_size", vocab_size)
+        hidden_dim = check_size("hidden_dim", hidden_dim)
+        num_blocks = check_size("num_blocks", num_blocks)
         if not pattern:
             raise ValueError(
                 "`pattern` must have a function that makes a sequence mixer for at least one "

@@ -20,7 +20,7 @@ class OffsetRMSNorm(eqx.Module):
 
     def __init__(self, in_features: int, eps: float = 1e-6):
         """**Arguments:** `in_features`; `eps`, added to the mean of the squares."""
-        check_size("in_features", in_features)
+        in_features = check_size("in_features", in_features)
         self.offset = jnp.zeros(in_features)
         self.eps = eps
 

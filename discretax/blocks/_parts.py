@@ -6,7 +6,7 @@ from typing import Literal
 import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
-from discretax._features import check_size, out_features
+from discretax._features import out_features
 from discretax.blocks._batch_norm import BatchNorm
 from discretax.blocks._offset_rms_norm import OffsetRMSNorm
 from discretax.channel_mixers import AbstractChannelMixer
@@ -46,7 +46,6 @@ def make_sequence_mixer(
     key: PRNGKeyArray,
 ) -> tuple[AbstractSequenceMixer, int]:
     """The mixer, and the width of what it puts out."""
-    check_size("in_features", in_features)
     if not isinstance(mixer, AbstractSequenceMixer):
         mixer = mixer(in_features, key=key)
     if mixer.in_features != in_features:

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
-from discretax._features import check_samples
+from discretax._features import check_samples, check_size
 from discretax._stateful import check_state
 from discretax._timeseries import length_of, values_of, with_values
 from discretax.blocks._parts import (
@@ -71,6 +71,7 @@ class ResidualBlock(AbstractBlock):
 
         `ValueError` for an unknown norm, a rate outside [0, 1), or mixers of another width.
         """
+        in_features = check_size("in_features", in_features)
         sequence_key, channel_key = jr.split(key)
         self.sequence_mixer, mixed_features = make_sequence_mixer(
             sequence_mixer, in_features, sequence_key

@@ -5,7 +5,7 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
-from discretax._features import check_function, check_samples
+from discretax._features import check_function, check_samples, check_size
 from discretax._stateful import check_state
 from discretax._timeseries import length_of, values_of, with_values
 from discretax.blocks._parts import (
@@ -81,6 +81,7 @@ class StandardBlock(AbstractBlock):
         `ValueError` for an unknown norm, a rate outside [0, 1), or mixers of widths that do not
         fit; `TypeError` for an activation that is no function.
         """
+        in_features = check_size("in_features", in_features)
         check_function("activation", activation)
         sequence_key, channel_key = jr.split(key)
         self.sequence_mixer, mixed_features = make_sequence_mixer(

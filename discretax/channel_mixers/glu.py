@@ -31,8 +31,8 @@ class GLU(AbstractChannelMixer):
         """**Arguments:** `in_features`; `key`; `out_features`, `in_features` if left out; `use_bias`
         of both maps."""
         out_features = in_features if out_features is None else out_features
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         w1_key, w2_key = jr.split(key)
         self.w1 = eqx.nn.Linear(in_features, out_features, use_bias, key=w1_key)
         self.w2 = eqx.nn.Linear(in_features, out_features, use_bias, key=w2_key)

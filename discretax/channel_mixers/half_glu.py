@@ -39,8 +39,8 @@ class HalfGLU(AbstractChannelMixer):
         `TypeError` for a gate activation that is no function.
         """
         out_features = in_features if out_features is None else out_features
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         if out_features != in_features:
             raise ValueError(
                 "`HalfGLU` gates its own input and cannot change the width; got in_features="

@@ -1,7 +1,7 @@
 import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_features
+from discretax._features import check_features, check_size
 from discretax.channel_mixers.base import AbstractChannelMixer
 
 
@@ -19,7 +19,8 @@ class IdentityChannelMixer(AbstractChannelMixer):
     ):
         """**Arguments:** `in_features`. `key` is there for the common signature.
 
-        **Raises:** `ValueError` if `out_features` is given and differs from `in_features`.
+        **Raises:** `ValueError` for a size below one, or if `out_features` is given and differs
+        from `in_features`.
         """
         del key
         if out_features not in (None, in_features):
@@ -27,7 +28,7 @@ class IdentityChannelMixer(AbstractChannelMixer):
                 "`IdentityChannelMixer` cannot change the width; got in_features="
                 f"{in_features} and out_features={out_features}. Use `MLPChannelMixer`."
             )
-        self.in_features = in_features
+        self.in_features = check_size("in_features", in_features)
 
     def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... features"]:
         check_features(self, x, self.in_features)

@@ -29,8 +29,8 @@ class MLPChannelMixer(AbstractChannelMixer):
         """
         check_name("non_linearity", non_linearity, NonLinearity)
         out_features = in_features if out_features is None else out_features
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         self.linear = eqx.nn.Linear(in_features, out_features, use_bias, key=key)
         self.in_features = in_features
         self.non_linearity = non_linearity

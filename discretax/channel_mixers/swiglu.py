@@ -61,12 +61,12 @@ class SwiGLU(AbstractChannelMixer):
         if hidden_ratio is not None and not hidden_ratio > 0:
             raise ValueError(f"`hidden_ratio` must be positive; got {hidden_ratio}.")
         out_features = in_features if out_features is None else out_features
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         if intermediate_dim is None:
             ratio = 4 if hidden_ratio is None else hidden_ratio
             intermediate_dim = 256 * math.ceil(round(in_features * ratio * 2 / 3, 6) / 256)
-        check_size("intermediate_dim", intermediate_dim)
+        intermediate_dim = check_size("intermediate_dim", intermediate_dim)
         gate_key, up_key, down_key = jr.split(key, 3)
         self.gate_proj = eqx.nn.Linear(in_features, intermediate_dim, use_bias, key=gate_key)
         self.up_proj = eqx.nn.Linear(in_features, intermediate_dim, use_bias, key=up_key)

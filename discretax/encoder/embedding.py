@@ -19,8 +19,8 @@ class EmbeddingEncoder(AbstractEncoder):
     def __init__(self, key: PRNGKeyArray, *, num_classes: int, out_features: int):
         """**Arguments:** `key`; `num_classes`, size of the vocabulary; `out_features`, width of the
         model."""
-        check_size("num_classes", num_classes)
-        check_size("out_features", out_features)
+        num_classes = check_size("num_classes", num_classes)
+        out_features = check_size("out_features", out_features)
         self.embedding = eqx.nn.Embedding(num_classes, out_features, key=key)
 
     def __call__(

@@ -19,8 +19,8 @@ class LinearEncoder(AbstractEncoder):
     ):
         """**Arguments:** `in_features`, width of the samples; `key`; `out_features`, width of the
         model; `use_bias`."""
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         self.linear = eqx.nn.Linear(in_features, out_features, use_bias, key=key)
 
     def __call__(

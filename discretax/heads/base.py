@@ -42,8 +42,8 @@ class PooledLinear(eqx.Module):
         reduce: bool,
         pooling: Kind,
     ):
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         if not reduce and pooling != "mean":
             raise ValueError(
                 f"`reduce=False` answers at every time step and pools nothing; got pooling="

@@ -35,8 +35,8 @@ class LanguageModelHead(AbstractHead):
         - `key`: for the initialisation.
         - `soft_cap`: the largest logit; none if left out.
         """
-        check_size("in_features", in_features)
-        check_size("out_features", out_features)
+        in_features = check_size("in_features", in_features)
+        out_features = check_size("out_features", out_features)
         if soft_cap is not None:
             check_positive("soft_cap", soft_cap)
         bound = in_features**-0.5

@@ -100,8 +100,8 @@ def standard_blocks(
     norm: Norm,
     activation: Callable[[Array], Array] | None = jax.nn.gelu,
 ) -> tuple[StandardBlock, ...]:
-    check_size("hidden_dim", hidden_dim)
-    check_size("num_blocks", num_blocks)
+    hidden_dim = check_size("hidden_dim", hidden_dim)
+    num_blocks = check_size("num_blocks", num_blocks)
     block = ft.partial(
         StandardBlock,
         hidden_dim,
@@ -127,9 +127,9 @@ def residual_blocks(
     norm: Norm,
 ) -> tuple[ResidualBlock, ...]:
     """One block for each of `sequence_mixers`, with a gated MLP."""
-    check_size("hidden_dim", hidden_dim)
+    hidden_dim = check_size("hidden_dim", hidden_dim)
     check_size("num_blocks", len(sequence_mixers))
-    check_size("expansion", expansion)
+    expansion = check_size("expansion", expansion)
     block = ft.partial(
         ResidualBlock,
         hidden_dim,

@@ -41,7 +41,7 @@ def chunked_cross_entropy(
 
     `ValueError` if shapes do not fit or targets are not whole numbers.
     """
-    check_size("chunk_size", chunk_size)
+    chunk_size = check_size("chunk_size", chunk_size)
     if x.ndim != 2 or not jnp.issubdtype(targets.dtype, jnp.integer):
         raise ValueError(
             "`x` must be (time, features) and `targets` (time,) whole numbers; got "

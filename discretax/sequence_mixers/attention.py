@@ -111,10 +111,10 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         `ValueError` if `num_heads` does not divide `in_features` and there is no `head_dim`, if
         `num_kv_heads` does not divide `num_heads`, or if the part to turn is not of even size.
         """
-        check_size("in_features", in_features)
-        check_size("num_heads", num_heads)
+        in_features = check_size("in_features", in_features)
+        num_heads = check_size("num_heads", num_heads)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        check_size("num_kv_heads", num_kv_heads)
+        num_kv_heads = check_size("num_kv_heads", num_kv_heads)
         if num_heads % num_kv_heads:
             raise ValueError(
                 f"`num_kv_heads` must divide num_heads={num_heads}; got {num_kv_heads}."
@@ -126,9 +126,9 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
                     f"`num_heads` must divide in_features={in_features}; got {num_heads}. Or give "
                     "`head_dim`."
                 )
-        check_size("head_dim", head_dim)
+        head_dim = check_size("head_dim", head_dim)
         if window is not None:
-            check_size("window", window)
+            window = check_size("window", window)
         rotary_dim = round(rotary_fraction * head_dim)
         if not 0 <= rotary_fraction <= 1 or rotary_dim % 2:
             raise ValueError(

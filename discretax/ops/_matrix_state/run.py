@@ -45,7 +45,7 @@ def matrix_state(
     r"""$S_t = (I - \beta_t k_t e_t^T) \mathrm{Diag}(\alpha_t) S_{t-1} + \beta_t k_t v_t^T$ and
     $y_t = S_t^T q_t$; with `erase_first`, $e_t$ acts on $S_{t-1}$ itself. Without `erase`, $e = 0$.
     """
-    check_size("chunk_size", chunk_size)
+    chunk_size = check_size("chunk_size", chunk_size)
     floating = [array for array in samples[:-1] if array is not None]
     dtype = accumulation_dtype(*floating, *([] if state is None else [state]))
     time, _, groups, heads, value = samples.v.shape

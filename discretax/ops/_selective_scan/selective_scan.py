@@ -100,7 +100,7 @@ def selective_scan(
     check_name("implementation", implementation, SelectiveImplementation)
     if chunk_size is None:
         chunk_size = checkpoint_every(A.shape[-1]) if jax.default_backend() == "gpu" else 32
-    check_size("chunk_size", chunk_size)
+    chunk_size = check_size("chunk_size", chunk_size)
     if x.ndim != 2 or A.ndim != 2:
         raise ValueError(
             "`x` must be (time, features) and `A` (features, state); got "

@@ -77,30 +77,29 @@ def check_options(
     step_rescale: float,
     *,
     pairs: bool = True,
-) -> int:
-    """Refuses sizes and names that do not fit; returns the number of trained systems."""
-    check_size("in_features", in_features)
-    check_size("state_dim", state_dim)
-    check_size("channels", channels)
+) -> tuple[int, int, int, int, int | None]:
+    """Refuses sizes and names that do not fit; returns the sizes, with the number of systems."""
+    in_features = check_size("in_features", in_features)
+    state_dim = check_size("state_dim", state_dim)
+    channels = check_size("channels", channels)
     check_name("real_transform", real_transform, Transform)
     check_name("imag_transform", imag_transform, Transform)
     check_name("dt_transform", dt_transform, StepTransform)
     if l_max is not None:
-        check_size("l_max", l_max)
+        l_max = check_size("l_max", l_max)
     if pairs and state_dim % 2:
         raise ValueError(
             "`state_dim` counts both states of each conjugate pair and must be even; got "
             f"{state_dim}."
         )
-    n_ssm = in_features if n_ssm is None else n_ssm
-    check_size("n_ssm", n_ssm)
+    n_ssm = check_size("n_ssm", in_features if n_ssm is None else n_ssm)
     if in_features % n_ssm:
         raise ValueError(
             "`n_ssm`, the number of systems that the features share, must divide `in_features`; "
             f"got n_ssm={n_ssm} and in_features={in_features}."
         )
     check_positive("step_rescale", step_rescale)
-    return n_ssm
+    return in_features, state_dim, channels, n_ssm, l_max
 
 
 def init_step(
@@ -202,7 +201,7 @@ class AbstractS4Mixer(AbstractContinuousMixer[Float[Array, "features 2 state"]])
 
     def compute_kernel(self, length: int) -> Float[Array, "time channels features"]:
         r"""$K_l = 2\,\mathrm{Re}(C \bar A^l \bar B)$, $l = 0, \dots$, length - 1: $y = K * x + D x$."""
-        check_size("length", length)
+        length = check_size("length", length)
         return self.discretize().kernel(length)
 
     def _continuous_system(self, timesteps: Timesteps | None) -> tuple[Array, Array, Array, Array]:

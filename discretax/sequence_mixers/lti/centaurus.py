@@ -112,8 +112,8 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
         `ValueError` for a `state_dim` other than `in_features` in mode `"dws"` or `in_features ** 2` in
         mode `"full"`, an unknown name, or `dt_min > dt_max`.
         """
-        check_size("in_features", in_features)
-        check_size("sub_state_dim", sub_state_dim)
+        in_features = check_size("in_features", in_features)
+        sub_state_dim = check_size("sub_state_dim", sub_state_dim)
         check_name("mode", mode, Mode)
         check_name("discretization", discretization, Discretization)
         check_name("route", route, Route)
@@ -125,7 +125,7 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
             )
         required = {"dws": in_features, "full": in_features**2}.get(mode)
         state_dim = (required or in_features) if state_dim is None else state_dim
-        check_size("state_dim", state_dim)
+        state_dim = check_size("state_dim", state_dim)
         if required is not None and state_dim != required:
             rule = "in_features" if mode == "dws" else "in_features ** 2"
             raise ValueError(
@@ -196,7 +196,7 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
     def compute_kernel(self, length: int) -> Array:
         r"""$K_{n,l} = \mathrm{Re} \sum_m E_{nm} \bar A_{nm}^l \gamma_{nm}$, `(length, channels)`; in the
         pointwise mode $\bar A^l$, complex, `(length, states)`."""
-        check_size("length", length)
+        length = check_size("length", length)
         system = self.discretize()
         if isinstance(system, DiagonalSystem):
             return system.powers(length)

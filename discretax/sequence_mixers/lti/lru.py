@@ -76,8 +76,8 @@ class LRUSequenceMixer(AbstractLTIMixer[Float[Array, "2 state"]]):
 
         `ValueError` if a size is below 1 or the ring is empty or leaves the unit disc.
         """
-        check_size("in_features", in_features)
-        check_size("state_dim", state_dim)
+        in_features = check_size("in_features", in_features)
+        state_dim = check_size("state_dim", state_dim)
         ring_key, B_re_key, B_im_key, C_re_key, C_im_key, D_key = jr.split(key, 6)
         self.nu_log, self.theta_log, self.gamma_log = ring(
             ring_key, state_dim, r_min, r_max, max_phase
@@ -117,5 +117,5 @@ class LRUSequenceMixer(AbstractLTIMixer[Float[Array, "2 state"]]):
         The whole kernel from input to output is $\mathrm{Re}(C\,\mathrm{diag}(K_l)\,\bar B)$, `features`
         times as large; a convolution route never builds it.
         """
-        check_size("length", length)
+        length = check_size("length", length)
         return self.discretize().powers(length)

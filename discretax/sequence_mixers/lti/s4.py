@@ -108,11 +108,11 @@ class S4SequenceMixer(s4.AbstractS4Mixer):
         `ValueError` for an odd `state_dim`, an `n_ssm` that does not divide `in_features`, a `rank` too
         small for `init`, an unknown name, or `dt_min > dt_max`.
         """
-        n_ssm = s4.check_options(
+        in_features, state_dim, channels, n_ssm, l_max = s4.check_options(
             in_features, state_dim, channels, n_ssm, l_max, real_transform, imag_transform,
             dt_transform, step_rescale,
         )  # fmt: skip
-        check_size("rank", rank)
+        rank = check_size("rank", rank)
         check_name("init", init, Measure)
         check_name("route", route, Route)
         step_key, C_key, D_key = jr.split(key, 3)

@@ -107,7 +107,7 @@ class S4DSequenceMixer(s4.AbstractS4Mixer):
         `ValueError` for an odd `state_dim`, an `n_ssm` that does not divide `in_features`, an unknown
         name, or `dt_min > dt_max`.
         """
-        n_ssm = s4.check_options(
+        in_features, state_dim, channels, n_ssm, l_max = s4.check_options(
             in_features, state_dim, channels, n_ssm, l_max, real_transform, imag_transform,
             dt_transform, step_rescale, pairs=not is_real,
         )  # fmt: skip

@@ -108,9 +108,9 @@ class S5SequenceMixer(AbstractContinuousMixer[Float[Array, "2 state"]]):
 
         `ValueError` for sizes that do not divide, an unknown name, or `dt_min > dt_max`.
         """
-        check_size("in_features", in_features)
-        check_size("state_dim", state_dim)
-        check_size("ssm_blocks", ssm_blocks)
+        in_features = check_size("in_features", in_features)
+        state_dim = check_size("state_dim", state_dim)
+        ssm_blocks = check_size("ssm_blocks", ssm_blocks)
         check_name("discretization", discretization, Discretization)
         check_name("C_init", C_init, OutputInit)
         if state_dim % ssm_blocks:
@@ -184,7 +184,7 @@ class S5SequenceMixer(AbstractContinuousMixer[Float[Array, "2 state"]]):
 
     def compute_kernel(self, length: int) -> Complex[Array, "time state"]:
         r"""$K_l = \bar\Lambda^l$, $l = 0, \dots$, length - 1: $h = K * (\bar B x)$."""
-        check_size("length", length)
+        length = check_size("length", length)
         return self.discretize().powers(length)
 
     def _transition(self, tau):

@@ -128,15 +128,15 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
         `ValueError` for sizes below one, an unknown name, `dt_min > dt_max`, or a `b_c_dt_rms_eps`
         that is not positive.
         """
-        check_size("in_features", in_features)
-        check_size("state_dim", state_dim)
-        check_size("conv_width", conv_width)
-        check_size("expand", expand)
+        in_features = check_size("in_features", in_features)
+        state_dim = check_size("state_dim", state_dim)
+        conv_width = check_size("conv_width", conv_width)
+        expand = check_size("expand", expand)
         check_name("discretization", discretization, SelectiveDiscretization)
         check_name("dt_init", dt_init, StepInit)
         if dt_rank == "auto":
             dt_rank = math.ceil(in_features / 16)
-        check_size("dt_rank", dt_rank)
+        dt_rank = check_size("dt_rank", dt_rank)
         if b_c_dt_rms_eps is not None:
             check_positive("b_c_dt_rms_eps", b_c_dt_rms_eps)
         in_key, conv_key, x_key, dt_key, step_key, event_key, out_key = jr.split(key, 7)

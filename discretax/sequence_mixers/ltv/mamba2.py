@@ -104,15 +104,12 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
 
         `ValueError` for sizes below one or that do not divide, or ranges that are none.
         """
-        for name, size in (
-            ("in_features", in_features),
-            ("state_dim", state_dim),
-            ("conv_width", conv_width),
-            ("expand", expand),
-            ("head_dim", head_dim),
-            ("num_groups", num_groups),
-        ):
-            check_size(name, size)
+        in_features = check_size("in_features", in_features)
+        state_dim = check_size("state_dim", state_dim)
+        conv_width = check_size("conv_width", conv_width)
+        expand = check_size("expand", expand)
+        head_dim = check_size("head_dim", head_dim)
+        num_groups = check_size("num_groups", num_groups)
         check_positive("norm_eps", norm_eps)
         inner = expand * in_features
         num_heads, rest = divmod(inner, head_dim)

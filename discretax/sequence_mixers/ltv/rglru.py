@@ -85,8 +85,8 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
         `ValueError` if `num_heads` does not divide `in_features`, or unless
         `0 < a_min <= a_max < 1`.
         """
-        check_size("in_features", in_features)
-        check_size("num_heads", num_heads)
+        in_features = check_size("in_features", in_features)
+        num_heads = check_size("num_heads", num_heads)
         width, remainder = divmod(in_features, num_heads)
         if remainder:
             raise ValueError(
@@ -239,10 +239,9 @@ class GriffinSequenceMixer(AbstractLTVMixer[GriffinCache]):
         `ValueError` for sizes below one, or `num_heads` that do not divide the width; `TypeError`
         for an activation that is no function.
         """
-        check_size("in_features", in_features)
-        check_size("conv_width", conv_width)
-        inner = in_features if lru_width is None else lru_width
-        check_size("lru_width", inner)
+        in_features = check_size("in_features", in_features)
+        conv_width = check_size("conv_width", conv_width)
+        inner = check_size("lru_width", in_features if lru_width is None else lru_width)
         check_function("activation", activation)
         x_key, y_key, conv_key, rg_lru_key, out_key = jr.split(key, 5)
         self.linear_x = eqx.nn.Linear(in_features, inner, use_bias, key=x_key)

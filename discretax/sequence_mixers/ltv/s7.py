@@ -75,8 +75,8 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
 
         `ValueError` for sizes below one, or unless `-1 <= a_min <= a_max < 1`.
         """
-        check_size("in_features", in_features)
-        check_size("state_dim", state_dim)
+        in_features = check_size("in_features", in_features)
+        state_dim = check_size("state_dim", state_dim)
         if not -1 <= a_min <= a_max < 1:
             raise ValueError(
                 f"the initial transition needs -1 <= a_min <= a_max < 1; got a_min={a_min} and "

@@ -79,15 +79,14 @@ class GatedSequenceMixer(AbstractSequenceMixer[Any]):
         if `bottleneck` does not divide `in_features`, or for a mixer of another width;
         `TypeError` for an activation that is no function.
         """
-        check_size("in_features", in_features)
+        in_features = check_size("in_features", in_features)
         if bottleneck is None and gate is None:
             raise ValueError(
                 "`GatedSequenceMixer` takes `bottleneck`, `gate` or both; got neither. Use the "
                 "sequence mixer itself."
             )
-        for name, size in (("bottleneck", bottleneck), ("gate", gate)):
-            if size is not None:
-                check_size(name, size)
+        bottleneck = None if bottleneck is None else check_size("bottleneck", bottleneck)
+        gate = None if gate is None else check_size("gate", gate)
         check_function("activation", activation)
         check_function("gate_activation", gate_activation)
         width, remainder = divmod(in_features, bottleneck or 1)
