@@ -6,7 +6,10 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
+
+from discretax._features import check_samples
+from discretax._timeseries import Timeseries, values_of
 
 
 class AbstractStreamingLayer(eqx.nn.StatefulLayer):
@@ -69,6 +72,16 @@ def read_state(state: eqx.nn.State, index: eqx.nn.StateIndex, layer: eqx.Module)
             "into the model later, it learns by "
             "`state = discretax.inference_state(model, state)`."
         ) from None
+
+
+def samples_of(
+    x: Array | Timeseries, state: Any, layer: eqx.Module, features: int
+) -> Float[Array, "time features"]:
+    """What `layer` computes with: the samples of `x`, if it can take them, and if there is a state."""
+    check_state(state, layer)
+    values = values_of(x)
+    check_samples(layer, values, features)
+    return values
 
 
 def check_cache(layer: eqx.Module, cache: PyTree, expected: PyTree) -> None:

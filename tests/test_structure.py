@@ -23,7 +23,7 @@ MAY_SEE = {
     "_timeseries": ("_types",),
     "_ensembles": (),
     "_features": ("_types",),
-    "_stateful": (),
+    "_stateful": ("_types", "_timeseries", "_features"),
     "ops": _COMMON,
     "init": _COMMON,
     "sequence_mixers": (*_COMMON, "ops", "init"),

@@ -1,4 +1,5 @@
 import abc
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import equinox as eqx
@@ -80,3 +81,20 @@ def normalise(
     if norm is not None:
         u = jax.vmap(norm)(u)
     return u, state
+
+
+def residual(
+    branch: Callable[[Values, eqx.nn.State], tuple[Values, eqx.nn.State]],
+    norm: NormLayer,
+    prenorm: bool,
+    u: Values,
+    state: eqx.nn.State,
+    length: Array | None,
+) -> tuple[Values, eqx.nn.State]:
+    """`u` and what `branch` makes of it, summed, with the norm before the branch or after the sum."""
+    skip = u
+    if prenorm:
+        u, state = normalise(norm, u, state, length)
+    u, state = branch(u, state)
+    u = skip + u
+    return (u, state) if prenorm else normalise(norm, u, state, length)

@@ -4,9 +4,9 @@ import equinox as eqx
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
-from discretax._features import check_samples, check_size
-from discretax._stateful import check_state
-from discretax._timeseries import length_of, values_of, with_values
+from discretax._features import check_size
+from discretax._stateful import samples_of
+from discretax._timeseries import length_of, with_values
 from discretax.blocks._parts import (
     Norm,
     NormLayer,
@@ -15,7 +15,7 @@ from discretax.blocks._parts import (
     make_norm,
     make_sequence_mixer,
 )
-from discretax.blocks.base import AbstractBlock, Samples, normalise
+from discretax.blocks.base import AbstractBlock, Samples, residual
 from discretax.channel_mixers import AbstractChannelMixer
 from discretax.sequence_mixers import AbstractSequenceMixer
 
@@ -97,10 +97,8 @@ class ResidualBlock(AbstractBlock):
     def __call__(
         self, x: Samples, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Samples, eqx.nn.State]:
-        check_state(state, self)
+        u = samples_of(x, state, self, self.in_features)
         self.check_inference()
-        u = values_of(x)
-        check_samples(self, u, self.in_features)
         mixer_key, *drop_keys = (None,) * 3 if key is None else jr.split(key, 3)
 
         def mix(u, state):
@@ -110,15 +108,6 @@ class ResidualBlock(AbstractBlock):
         def mix_channels(u, state):
             return self.drop(self.channel_mixer(u), drop_keys[1]), state
 
-        for norm, function in (
-            (self.sequence_norm, mix),
-            (self.channel_norm, mix_channels),
-        ):
-            skip = u
-            if self.prenorm:
-                u, state = normalise(norm, u, state, length_of(x))
-            u, state = function(u, state)
-            u = skip + u
-            if not self.prenorm:
-                u, state = normalise(norm, u, state, length_of(x))
+        for branch, norm in (mix, self.sequence_norm), (mix_channels, self.channel_norm):
+            u, state = residual(branch, norm, self.prenorm, u, state, length_of(x))
         return with_values(x, u), state

@@ -5,9 +5,9 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
-from discretax._features import check_function, check_samples, check_size
-from discretax._stateful import check_state
-from discretax._timeseries import length_of, values_of, with_values
+from discretax._features import check_function, check_size
+from discretax._stateful import samples_of
+from discretax._timeseries import length_of, with_values
 from discretax.blocks._parts import (
     Norm,
     NormLayer,
@@ -16,7 +16,7 @@ from discretax.blocks._parts import (
     make_norm,
     make_sequence_mixer,
 )
-from discretax.blocks.base import AbstractBlock, Samples, normalise
+from discretax.blocks.base import AbstractBlock, Samples, residual
 from discretax.channel_mixers import AbstractChannelMixer
 from discretax.sequence_mixers import AbstractSequenceMixer
 
@@ -102,18 +102,14 @@ class StandardBlock(AbstractBlock):
     def __call__(
         self, x: Samples, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Samples, eqx.nn.State]:
-        check_state(state, self)
+        u = samples_of(x, state, self, self.in_features)
         self.check_inference()
-        skip = values_of(x)
-        check_samples(self, skip, self.in_features)
         mixer_key, *drop_keys = (None,) * 3 if key is None else jr.split(key, 3)
-        u = skip
-        if self.prenorm:
-            u, state = normalise(self.norm, u, state, length_of(x))
-        u, state = self.mix(u, x, state, mixer_key)
-        u = self.drop(u if self.activation is None else self.activation(u), drop_keys[0])
-        u = self.drop(self.channel_mixer(u), drop_keys[1])
-        u = skip + u
-        if not self.prenorm:
-            u, state = normalise(self.norm, u, state, length_of(x))
+
+        def branch(u, state):
+            u, state = self.mix(u, x, state, mixer_key)
+            u = self.drop(u if self.activation is None else self.activation(u), drop_keys[0])
+            return self.drop(self.channel_mixer(u), drop_keys[1]), state
+
+        u, state = residual(branch, self.norm, self.prenorm, u, state, length_of(x))
         return with_values(x, u), state

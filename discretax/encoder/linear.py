@@ -3,9 +3,9 @@ from typing import Any
 import equinox as eqx
 from jaxtyping import Array, PRNGKeyArray
 
-from discretax._features import check_samples, check_size, linear
-from discretax._stateful import check_state
-from discretax._timeseries import Timeseries, values_of, with_values
+from discretax._features import check_size, linear
+from discretax._stateful import samples_of
+from discretax._timeseries import Timeseries, with_values
 from discretax.encoder.base import AbstractEncoder
 
 
@@ -27,7 +27,5 @@ class LinearEncoder(AbstractEncoder):
         self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Any, eqx.nn.State]:
         del key
-        check_state(state, self)
-        values = values_of(x)
-        check_samples(self, values, int(self.linear.in_features))
+        values = samples_of(x, state, self, int(self.linear.in_features))
         return with_values(x, linear(self.linear, values)), state

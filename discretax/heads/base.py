@@ -3,9 +3,9 @@ import abc
 import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_samples, check_size, linear
-from discretax._stateful import check_state
-from discretax._timeseries import Timeseries, values_of
+from discretax._features import check_size, linear
+from discretax._stateful import samples_of
+from discretax._timeseries import Timeseries
 from discretax.heads.pooling import Kind, Pooling
 
 
@@ -55,9 +55,7 @@ class PooledLinear(eqx.Module):
     def __call__(
         self, x: Array | Timeseries, state: eqx.nn.State, head: AbstractHead
     ) -> tuple[Float[Array, "... out"], eqx.nn.State]:
-        check_state(state, head)
-        values = values_of(x)
-        check_samples(head, values, int(self.linear.in_features))
+        values = samples_of(x, state, head, int(self.linear.in_features))
         if self.pooling is not None:
             values, state = self.pooling(x, state)
         return linear(self.linear, values), state

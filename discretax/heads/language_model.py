@@ -3,9 +3,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_positive, check_samples, check_size
-from discretax._stateful import check_state
-from discretax._timeseries import Timeseries, values_of
+from discretax._features import check_positive, check_size
+from discretax._stateful import samples_of
+from discretax._timeseries import Timeseries
 from discretax._types import Values, accumulation_dtype
 from discretax.heads.base import AbstractHead
 
@@ -52,10 +52,7 @@ class LanguageModelHead(AbstractHead):
         **Returns:** `(time, out_features)`, and `state`.
         """
         del key
-        check_state(state, self)
-        values = values_of(x)
-        check_samples(self, values, self.weight.shape[1])
-        return self.logits(values), state
+        return self.logits(samples_of(x, state, self, self.weight.shape[1])), state
 
     def logits(self, x: Values) -> Float[Array, "time tokens"]:
         weight = self.weight.astype(x.dtype)
