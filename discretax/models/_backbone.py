@@ -13,7 +13,7 @@ from discretax._stateful import check_state
 from discretax.blocks import AbstractBlock, ResidualBlock, StandardBlock
 from discretax.blocks._parts import Norm
 from discretax.blocks.base import Samples
-from discretax.channel_mixers import GLU, AbstractChannelMixer, SwiGLU
+from discretax.channel_mixers import GLU, AbstractChannelMixer, IdentityChannelMixer, SwiGLU
 from discretax.sequence_mixers import AbstractSequenceMixer
 
 
@@ -77,20 +77,19 @@ class Backbone(AbstractBackbone):
         """
         self.blocks = standard_blocks(
             key,
-            hidden_dim=hidden_dim,
-            sequence_mixer=sequence_mixer,
-            channel_mixer=channel_mixer,
-            num_blocks=num_blocks,
-            drop_rate=drop_rate,
-            prenorm=prenorm,
-            norm=norm,
-            activation=activation,
+            hidden_dim,
+            num_blocks,
+            sequence_mixer,
+            channel_mixer,
+            drop_rate,
+            prenorm,
+            norm,
+            activation,
         )
 
 
 def standard_blocks(
     key: PRNGKeyArray,
-    *,
     hidden_dim: int,
     num_blocks: int,
     sequence_mixer: Callable[..., AbstractSequenceMixer],
@@ -115,9 +114,23 @@ def standard_blocks(
     return tuple(block(block_key) for block_key in jr.split(key, num_blocks))
 
 
+def mixer_blocks(
+    key: PRNGKeyArray,
+    hidden_dim: int,
+    num_blocks: int,
+    mixer: Callable[..., AbstractSequenceMixer],
+    drop_rate: float,
+    prenorm: bool,
+    norm: Norm,
+) -> tuple[StandardBlock, ...]:
+    """Blocks of a mixer that has a gate and projections of its own: nothing follows it."""
+    return standard_blocks(
+        key, hidden_dim, num_blocks, mixer, IdentityChannelMixer, drop_rate, prenorm, norm, None
+    )
+
+
 def residual_blocks(
     key: PRNGKeyArray,
-    *,
     hidden_dim: int,
     sequence_mixers: Sequence[Callable[..., AbstractSequenceMixer]],
     expansion: int,

@@ -49,23 +49,18 @@ class Centaurus(AbstractBackbone):
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
         - `use_bias`: in the GLU.
         """
+        mixer = ft.partial(
+            sequence_mixers.Centaurus,
+            mode=mode,
+            state_dim=state_dim,
+            sub_state_dim=sub_state_dim,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            step_rescale=step_rescale,
+            discretization=discretization,
+            route=route,
+        )
+        channel_mixer = ft.partial(GLU, use_bias=use_bias)
         self.blocks = standard_blocks(
-            key,
-            hidden_dim=hidden_dim,
-            num_blocks=num_blocks,
-            sequence_mixer=ft.partial(
-                sequence_mixers.Centaurus,
-                mode=mode,
-                state_dim=state_dim,
-                sub_state_dim=sub_state_dim,
-                dt_min=dt_min,
-                dt_max=dt_max,
-                step_rescale=step_rescale,
-                discretization=discretization,
-                route=route,
-            ),
-            channel_mixer=ft.partial(GLU, use_bias=use_bias),
-            drop_rate=drop_rate,
-            prenorm=prenorm,
-            norm=norm,
+            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm
         )

@@ -63,14 +63,7 @@ class Griffin(AbstractBackbone):
             rotary_fraction=rotary_fraction,
             out_bias=use_bias,
         )
-        pattern = (recurrent, recurrent, attention)
+        mixers = [attention if i % 3 == 2 else recurrent for i in range(num_blocks)]
         self.blocks = residual_blocks(
-            key,
-            hidden_dim=hidden_dim,
-            sequence_mixers=tuple(pattern[i % 3] for i in range(num_blocks)),
-            expansion=expansion,
-            use_bias=use_bias,
-            drop_rate=drop_rate,
-            prenorm=prenorm,
-            norm=norm,
+            key, hidden_dim, mixers, expansion, use_bias, drop_rate, prenorm, norm
         )

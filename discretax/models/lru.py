@@ -40,19 +40,10 @@ class LRU(AbstractBackbone):
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
         - `use_bias`: in the GLU.
         """
+        mixer = ft.partial(
+            LRUSequenceMixer, state_dim=state_dim, r_min=r_min, r_max=r_max, max_phase=max_phase
+        )
+        channel_mixer = ft.partial(GLU, use_bias=use_bias)
         self.blocks = standard_blocks(
-            key,
-            hidden_dim=hidden_dim,
-            num_blocks=num_blocks,
-            sequence_mixer=ft.partial(
-                LRUSequenceMixer,
-                state_dim=state_dim,
-                r_min=r_min,
-                r_max=r_max,
-                max_phase=max_phase,
-            ),
-            channel_mixer=ft.partial(GLU, use_bias=use_bias),
-            drop_rate=drop_rate,
-            prenorm=prenorm,
-            norm=norm,
+            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm
         )

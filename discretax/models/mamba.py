@@ -5,8 +5,7 @@ from jaxtyping import PRNGKeyArray
 
 from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
-from discretax.channel_mixers import IdentityChannelMixer
-from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.models._backbone import AbstractBackbone, mixer_blocks
 from discretax.ops._selective_scan.selective_scan import SelectiveDiscretization
 from discretax.sequence_mixers import MambaSequenceMixer
 from discretax.sequence_mixers.ltv.mamba import StepInit
@@ -56,30 +55,21 @@ class Mamba(AbstractBackbone):
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][]. The paper
             drops nothing.
         """
-        self.blocks = standard_blocks(
-            key,
-            hidden_dim=hidden_dim,
-            num_blocks=num_blocks,
-            sequence_mixer=ft.partial(
-                MambaSequenceMixer,
-                state_dim=state_dim,
-                conv_width=conv_width,
-                expand=expand,
-                dt_rank=dt_rank,
-                dt_min=dt_min,
-                dt_max=dt_max,
-                dt_init=dt_init,
-                dt_scale=dt_scale,
-                dt_init_floor=dt_init_floor,
-                conv_bias=conv_bias,
-                use_bias=use_bias,
-                discretization=discretization,
-                event=event,
-                b_c_dt_rms_eps=b_c_dt_rms_eps,
-            ),
-            channel_mixer=IdentityChannelMixer,
-            drop_rate=drop_rate,
-            prenorm=prenorm,
-            norm=norm,
-            activation=None,
+        mixer = ft.partial(
+            MambaSequenceMixer,
+            state_dim=state_dim,
+            conv_width=conv_width,
+            expand=expand,
+            dt_rank=dt_rank,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init=dt_init,
+            dt_scale=dt_scale,
+            dt_init_floor=dt_init_floor,
+            conv_bias=conv_bias,
+            use_bias=use_bias,
+            discretization=discretization,
+            event=event,
+            b_c_dt_rms_eps=b_c_dt_rms_eps,
         )
+        self.blocks = mixer_blocks(key, hidden_dim, num_blocks, mixer, drop_rate, prenorm, norm)

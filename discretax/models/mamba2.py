@@ -5,8 +5,7 @@ from jaxtyping import PRNGKeyArray
 
 from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
-from discretax.channel_mixers import IdentityChannelMixer
-from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.models._backbone import AbstractBackbone, mixer_blocks
 from discretax.sequence_mixers import Mamba2SequenceMixer
 
 
@@ -52,29 +51,20 @@ class Mamba2(AbstractBackbone):
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][]. The paper
             drops nothing.
         """
-        self.blocks = standard_blocks(
-            key,
-            hidden_dim=hidden_dim,
-            num_blocks=num_blocks,
-            sequence_mixer=ft.partial(
-                Mamba2SequenceMixer,
-                state_dim=state_dim,
-                conv_width=conv_width,
-                expand=expand,
-                head_dim=head_dim,
-                num_groups=num_groups,
-                dt_min=dt_min,
-                dt_max=dt_max,
-                dt_init_floor=dt_init_floor,
-                dt_limit=dt_limit,
-                A_init_range=A_init_range,
-                norm_eps=norm_eps,
-                conv_bias=conv_bias,
-                use_bias=use_bias,
-            ),
-            channel_mixer=IdentityChannelMixer,
-            drop_rate=drop_rate,
-            prenorm=prenorm,
-            norm=norm,
-            activation=None,
+        mixer = ft.partial(
+            Mamba2SequenceMixer,
+            state_dim=state_dim,
+            conv_width=conv_width,
+            expand=expand,
+            head_dim=head_dim,
+            num_groups=num_groups,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init_floor=dt_init_floor,
+            dt_limit=dt_limit,
+            A_init_range=A_init_range,
+            norm_eps=norm_eps,
+            conv_bias=conv_bias,
+            use_bias=use_bias,
         )
+        self.blocks = mixer_blocks(key, hidden_dim, num_blocks, mixer, drop_rate, prenorm, norm)

@@ -43,24 +43,15 @@ class RGLRU(AbstractBackbone):
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.ResidualBlock`][]. The paper
             drops nothing.
         """
-        self.blocks = residual_blocks(
-            key,
-            hidden_dim=hidden_dim,
-            sequence_mixers=(
-                ft.partial(
-                    GriffinSequenceMixer,
-                    lru_width=lru_width,
-                    num_heads=num_heads,
-                    conv_width=conv_width,
-                    a_min=a_min,
-                    a_max=a_max,
-                    use_bias=use_bias,
-                ),
-            )
-            * num_blocks,
-            expansion=expansion,
+        mixer = ft.partial(
+            GriffinSequenceMixer,
+            lru_width=lru_width,
+            num_heads=num_heads,
+            conv_width=conv_width,
+            a_min=a_min,
+            a_max=a_max,
             use_bias=use_bias,
-            drop_rate=drop_rate,
-            prenorm=prenorm,
-            norm=norm,
+        )
+        self.blocks = residual_blocks(
+            key, hidden_dim, [mixer] * num_blocks, expansion, use_bias, drop_rate, prenorm, norm
         )

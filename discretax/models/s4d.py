@@ -4,9 +4,8 @@ from jaxtyping import PRNGKeyArray
 
 from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
-from discretax.channel_mixers import GLU
-from discretax.models._backbone import AbstractBackbone, standard_blocks
-from discretax.models._gated import gated
+from discretax.models._backbone import AbstractBackbone
+from discretax.models._gated import gated_blocks
 from discretax.ops import Route
 from discretax.sequence_mixers import S4DSequenceMixer
 from discretax.sequence_mixers.lti._s4_parameters import StepTransform, Transform
@@ -60,37 +59,25 @@ class S4D(AbstractBackbone):
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
         - `use_bias`: in the GLU.
         """
-        sequence_mixer, activation = gated(
-            ft.partial(
-                S4DSequenceMixer,
-                state_dim=state_dim,
-                init=init,
-                n_ssm=n_ssm,
-                channels=channels,
-                dt_min=dt_min,
-                dt_max=dt_max,
-                dt_tie=dt_tie,
-                dt_transform=dt_transform,
-                real_transform=real_transform,
-                imag_transform=imag_transform,
-                is_real=is_real,
-                deterministic=deterministic,
-                l_max=l_max,
-                step_rescale=step_rescale,
-                discretization=discretization,
-                route=route,
-            ),
-            bottleneck,
-            gate,
+        mixer = ft.partial(
+            S4DSequenceMixer,
+            state_dim=state_dim,
+            init=init,
+            n_ssm=n_ssm,
+            channels=channels,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_tie=dt_tie,
+            dt_transform=dt_transform,
+            real_transform=real_transform,
+            imag_transform=imag_transform,
+            is_real=is_real,
+            deterministic=deterministic,
+            l_max=l_max,
+            step_rescale=step_rescale,
+            discretization=discretization,
+            route=route,
         )
-        self.blocks = standard_blocks(
-            key,
-            hidden_dim=hidden_dim,
-            num_blocks=num_blocks,
-            sequence_mixer=sequence_mixer,
-            channel_mixer=ft.partial(GLU, use_bias=use_bias),
-            drop_rate=drop_rate,
-            prenorm=prenorm,
-            norm=norm,
-            activation=activation,
+        self.blocks = gated_blocks(
+            key, hidden_dim, num_blocks, mixer, bottleneck, gate, use_bias, drop_rate, prenorm, norm
         )

@@ -68,31 +68,25 @@ class S5(AbstractBackbone):
         - `activation`: see the table above.
         """
         check_name("activation", activation, Activation)
-        channel_mixers = {
+        channel_mixer = {
             "full_glu": ft.partial(GLU, use_bias=use_bias),
             "half_glu1": ft.partial(HalfGLU, use_bias=use_bias),
             "half_glu2": ft.partial(HalfGLU, use_bias=use_bias, gate_activation=jax.nn.gelu),
             "gelu": IdentityChannelMixer,
-        }
+        }[activation]
+        phi = None if activation == "half_glu2" else jax.nn.gelu
+        mixer = ft.partial(
+            BidirectionalS5 if bidirectional else S5SequenceMixer,
+            state_dim=state_dim,
+            ssm_blocks=ssm_blocks,
+            conj_sym=conj_sym,
+            C_init=C_init,
+            clip_eigs=clip_eigs,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            step_rescale=step_rescale,
+            discretization=discretization,
+        )
         self.blocks = standard_blocks(
-            key,
-            hidden_dim=hidden_dim,
-            num_blocks=num_blocks,
-            sequence_mixer=ft.partial(
-                BidirectionalS5 if bidirectional else S5SequenceMixer,
-                state_dim=state_dim,
-                ssm_blocks=ssm_blocks,
-                conj_sym=conj_sym,
-                C_init=C_init,
-                clip_eigs=clip_eigs,
-                dt_min=dt_min,
-                dt_max=dt_max,
-                step_rescale=step_rescale,
-                discretization=discretization,
-            ),
-            channel_mixer=channel_mixers[activation],
-            drop_rate=drop_rate,
-            prenorm=prenorm,
-            norm=norm,
-            activation=None if activation == "half_glu2" else jax.nn.gelu,
+            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm, phi
         )

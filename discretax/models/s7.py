@@ -4,8 +4,7 @@ from jaxtyping import PRNGKeyArray
 
 from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
-from discretax.channel_mixers import IdentityChannelMixer
-from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.models._backbone import AbstractBackbone, mixer_blocks
 from discretax.sequence_mixers import S7SequenceMixer
 
 
@@ -37,20 +36,7 @@ class S7(AbstractBackbone):
             [`discretax.sequence_mixers.S7SequenceMixer`][].
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
         """
-        self.blocks = standard_blocks(
-            key,
-            hidden_dim=hidden_dim,
-            num_blocks=num_blocks,
-            sequence_mixer=ft.partial(
-                S7SequenceMixer,
-                state_dim=state_dim,
-                a_min=a_min,
-                a_max=a_max,
-                use_bias=use_bias,
-            ),
-            channel_mixer=IdentityChannelMixer,
-            drop_rate=drop_rate,
-            prenorm=prenorm,
-            norm=norm,
-            activation=None,
+        mixer = ft.partial(
+            S7SequenceMixer, state_dim=state_dim, a_min=a_min, a_max=a_max, use_bias=use_bias
         )
+        self.blocks = mixer_blocks(key, hidden_dim, num_blocks, mixer, drop_rate, prenorm, norm)
