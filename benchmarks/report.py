@@ -1,4 +1,7 @@
-"""Tables, the page of the documentation, and figures."""
+"""Tables, the page of the documentation, and its figure.
+
+python -m benchmarks.report    # draws the figure again, from docs/performance.json
+"""
 
 import json
 import math
@@ -8,12 +11,16 @@ import platform
 import re
 from collections.abc import Iterable
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from discretax.sequence_mixers.ltv.rglru import CHUNK
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"
+RECORD = DOCS / "performance.json"
+FIGURE = DOCS / "figures" / "performance.png"
 NAMES = {
     "ours": "discretax",
     "ours_other": "discretax, the other way",
@@ -22,6 +29,18 @@ NAMES = {
     "memax_0_1": "memax 0.1.1",
     "mamba2_jax_1_1": "mamba2-jax 1.1.2",
     "transformers_torch": "transformers",
+}
+COLORS = {
+    "ours": "#0072b2",
+    "usual": "#a87400",
+    "discretax_0_3": "#d55e00",
+    "memax_0_1": "#008060",
+}
+DRAWN = {  # op, features and batch of each column of the figure
+    "LRU": ("LRU", 256, 1),
+    "S5": ("S5", 256, 1),
+    "S4D": ("S4D", 256, None),
+    "Mamba's scan": ("selective_scan", 256, None),
 }
 # Up to each threshold this library goes the first way, beyond it the second.
 WAYS = {
@@ -161,43 +180,65 @@ def write(tables: dict[str, dict], pages: dict[str, str]) -> None:
 
     A table that this machine cannot measure takes no place of one that another has measured.
     """
-    text, record = PAGE.read_text(), DOCS / "performance.json"
-    kept = json.loads(record.read_text()) if record.exists() else {}
+    text = PAGE.read_text()
+    kept = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     measured = lambda table: bool(table and table["cases"])
     tables = {k: table for k, table in tables.items() if measured(table) >= measured(kept.get(k))}
     for name in tables:
         new = pages[name]
         text = _marked(name).sub(lambda match, new=new: match[1] + new + match[2], text)
     PAGE.write_text(text)
-    record.write_text(json.dumps(kept | tables, indent=1) + "\n")
+    RECORD.write_text(json.dumps(kept | tables, indent=1) + "\n")
     if "mixers" in tables:
-        _draw(tables["mixers"]["cases"], DOCS / "figures" / "performance.svg")
+        draw(tables["mixers"]["cases"], FIGURE)
 
 
 def _marked(name: str) -> re.Pattern:
     return re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
 
 
-def _draw(outcomes: list[dict], path: pathlib.Path) -> None:
-    """Time and temporary memory against the length, both axes logarithmic."""
-    panels = {"LRU": 64, "S5": 64, "S4D": 256, "selective_scan": 256}
-    figure = Figure(figsize=(13, 6), layout="constrained")
-    axes = figure.subplots(2, len(panels), sharex=True)
-    for column, (op, features) in enumerate(panels.items()):
-        lines: dict[str, list] = {}
-        for outcome in outcomes:
+def draw(cases: list[dict], path: pathlib.Path) -> None:
+    """Time and temporary memory of one sequence against its length, all axes logarithmic."""
+    figure = Figure(figsize=(7.5, 4.4), layout="constrained", facecolor="white")
+    top, bottom = axes = figure.subplots(2, len(DRAWN), sharex=True, sharey="row")
+    for (title, (op, features, batch)), time, memory in zip(DRAWN.items(), *axes, strict=True):
+        points: dict[str, list] = {}
+        for outcome in cases:
             case = outcome["case"]
-            if (case["op"], case["features"], case["batch"]) == (op, features, 1):
+            if (case["op"], case["features"], case["batch"]) == (op, features, batch):
                 for name, result in outcome["subjects"].items():
-                    point = case["time"], result["median"] * 1e3, result["temporary_bytes"] / 2**20
-                    lines.setdefault(name, []).append(point)
-        for name, points in lines.items():
-            time, milliseconds, megabytes = zip(*sorted(points), strict=True)
-            axes[0, column].loglog(time, milliseconds, "o-", label=NAMES[name])
-            axes[1, column].loglog(time, megabytes, "o-")
-        axes[0, column].set(title=f"{op}, {features} features")
-        axes[0, column].legend(fontsize="small")
-        axes[1, column].set(xlabel="samples")
-    axes[0, 0].set(ylabel="forward and backward, ms")
-    axes[1, 0].set(ylabel="temporary memory, MB")
-    figure.savefig(path)
+                    sizes = result["median"] * 1e3, result["temporary_bytes"] / 2**20
+                    points.setdefault(name, []).append((case["time"], *sizes))
+        lines = {name: np.transpose(sorted(line)) for name, line in points.items()}
+        _draw_lines(time, {name: line[[0, 1]] for name, line in lines.items()}, "faster")
+        _draw_lines(memory, {name: line[[0, 2]] for name, line in lines.items()}, "less")
+        time.set(title=title)
+        memory.set(xlabel="samples")
+        memory.set_xticks([2**10, 2**12, 2**14], ["1024", "4096", "16384"])
+        memory.minorticks_off()
+    top[0].set(ylabel="forward and\nbackward, ms")
+    bottom[0].set(ylabel="temporary\nmemory, MB")
+    figure.legend(handles=top[0].lines, loc="outside upper center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=180)
+
+
+def _draw_lines(axes: Axes, lines: dict[str, np.ndarray], better: str) -> None:
+    """One line for each subject; at the longest, how far this library is below the lowest other."""
+    for name, (times, sizes) in lines.items():
+        wide = {"linewidth": 2.5, "zorder": 3} if name == "ours" else {"linewidth": 1.2}
+        label = "this library" if name == "ours" else NAMES[name]
+        options = {"color": COLORS[name], "label": label, "markersize": 4, **wide}
+        axes.loglog(times, sizes, "o-", **options)
+    longest, ours = lines["ours"][:, -1]
+    other = min(line[1, -1] for name, line in lines.items() if name != "ours")
+    axes.vlines(longest, ours, other, color="0.6", linestyle=":")
+    text = f"{other / ours:.{'1f' if other / ours < 10 else '0f'}}x {better}"
+    label = axes.text(0.98, 0.05, text, transform=axes.transAxes, ha="right")
+    label.set(color=COLORS["ours"], weight="bold")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+if __name__ == "__main__":
+    draw(json.loads(RECORD.read_text())["mixers"]["cases"], FIGURE)

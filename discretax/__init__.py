@@ -28,4 +28,4 @@ from discretax.inference import (
     streaming_mode as streaming_mode,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

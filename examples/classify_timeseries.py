@@ -23,6 +23,7 @@ import importlib.metadata
 import time
 from pathlib import Path
 
+import drawing
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -225,27 +226,32 @@ def final_accuracies(result: dict) -> np.ndarray:
 
 def draw(path: Path, results: dict, title: str) -> None:
     """Final accuracies, a dot per seed and a line for the mean; the curves, a line per seed."""
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    figure = Figure(figsize=(drawing.WIDTH, 3.8))
     figure.suptitle(title)
-    final, *curves = figure.subplots(1, 3)
-    for i, (name, result) in enumerate(results.items()):
-        last = final_accuracies(result)
-        final.plot(np.full(len(last), i), last, "o", color=f"C{i}", alpha=0.6)
-        final.plot(i, last.mean(), "_", color=f"C{i}", markersize=40)
-        for axes, key in zip(curves, ("accuracy", "loss"), strict=True):
-            for seed, history in enumerate(result["histories"]):
-                label = name if seed == 0 else None
-                values = [row[key] for row in history]
-                axes.plot(np.arange(len(values)) + 1, values, f"C{i}", alpha=0.6, label=label)
+    grid = figure.add_gridspec(2, 2, width_ratios=(3, 2))
+    final = figure.add_subplot(grid[:, 0])
+    panels = {key: figure.add_subplot(grid[i, 1]) for i, key in enumerate(("accuracy", "loss"))}
+    for i, result in enumerate(results.values()):
+        color, last = drawing.COLORS[i], 100 * final_accuracies(result)
+        final.plot(np.full(len(last), i), last, "o", color=color, alpha=0.6)
+        final.hlines(last.mean(), i - 0.3, i + 0.3, color)
+        at = (i, last.max())
+        mean = final.annotate(f"{last.mean():.1f}", at, (0, 7), textcoords="offset points")
+        mean.set(color=color, ha="center")
+        for key, scale in (("accuracy", 100), ("loss", 1)):
+            for history in result["histories"]:
+                values = [scale * row[key] for row in history]
+                epochs = np.arange(len(values)) + 1
+                panels[key].plot(epochs, values, color=color, alpha=0.6, linewidth=1)
     final.set_xticks(range(len(results)), results)
-    final.set(title="accuracy after the last epoch", xlim=(-0.6, len(results) - 0.4))
-    curves[0].set(title="accuracy", xlabel="epoch")
-    curves[1].set(title="training loss", xlabel="epoch", yscale="log")
-    curves[1].legend()
-    for axes in (final, *curves):
-        axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    for label, color in zip(final.get_xticklabels(), drawing.COLORS, strict=False):
+        label.set(color=color, size="small")
+    final.margins(y=0.15)
+    final.set(title="test accuracy after the last epoch, %", xlim=(-0.6, len(results) - 0.4))
+    panels["accuracy"].set(title="test accuracy, %")
+    panels["accuracy"].tick_params(labelbottom=False)
+    panels["loss"].set(title="training loss", xlabel="epoch", yscale="log")
+    drawing.save(figure, path)
 
 
 def parse(argv: list[str] | None):

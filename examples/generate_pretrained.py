@@ -2,7 +2,7 @@
 
     python examples/generate_pretrained.py ~/mamba-130m-hf --prompt "Mamba is"
     python examples/language_model.py --save runs/griffin     # or with weights of one's own
-    python examples/generate_pretrained.py runs/griffin --prompt "The"
+    python examples/generate_pretrained.py runs/griffin --prompt "The" --out runs/generated
 
 FOLDER is in Hugging Face's layout: `config.json`, `model.safetensors` or shards of it, and
 `tokenizer.json`, which `pip install tokenizers` reads. Without it a model of 256 tokens takes bytes,
@@ -17,11 +17,21 @@ import json
 import time
 from pathlib import Path
 
+import drawing
+import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
+import numpy as np
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 import discretax
 from discretax import pretrained
+
+GROUNDS = ("white", drawing.COLORS[4])  # of what was sure, of what came as a surprise
 
 
 class Tokenizer:
@@ -91,6 +101,41 @@ def stop_tokens(config: dict) -> list[int]:
     return stop if isinstance(stop, list) else [] if stop is None else [stop]
 
 
+def surprise(model, state, tokens: list[int]) -> np.ndarray:
+    """The bits that each token but the first costs, all read at once."""
+    logits, _ = eqx.nn.inference_mode(model)(jnp.array(tokens), state)
+    log_p = jax.nn.log_softmax(logits[:-1].astype(jnp.float32))
+    chosen = jnp.take_along_axis(log_p, jnp.array(tokens[1:])[:, None], axis=1)[:, 0]
+    return np.asarray(-chosen / jnp.log(2))
+
+
+def draw(path: Path, prompt: str, pieces: list[str], bits: np.ndarray, columns: int = 72) -> None:
+    """The text, the ground of each token the darker the less the model expected it."""
+    letters, row, column = [], 0, 0
+    for text, cost in [(prompt, None), *zip(pieces, bits, strict=True)]:
+        for letter in text:
+            if letter == "\n" or column == columns:
+                row, column = row + 1, 0
+            if letter != "\n":
+                letters.append((letter, row, column, cost))
+                column += 1
+    figure = Figure(figsize=(drawing.WIDTH, 1 + 0.21 * (row + 1)))
+    axes = figure.subplots()
+    colors = ScalarMappable(Normalize(0, 8), LinearSegmentedColormap.from_list("", GROUNDS))
+    for letter, row, column, cost in letters:
+        if cost is not None:
+            ground = colors.to_rgba(cost)
+            axes.add_patch(Rectangle((column, row), 1, 1, facecolor=ground, linewidth=0))
+        place, weight = (column + 0.5, row + 0.5), "bold" if cost is None else "normal"
+        text = axes.text(*place, letter, size=9.5, family="monospace", weight=weight)
+        text.set(ha="center", va="center")
+    axes.set(xlim=(0, columns), ylim=(row + 1, 0))
+    axes.axis("off")
+    label = "bits: how little each token was expected (bold: the prompt)"
+    figure.colorbar(colors, ax=axes, location="bottom", label=label, aspect=50, extend="max")
+    drawing.save(figure, path)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -104,6 +149,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=float)
     add("--seed", type=int, default=0)
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="to compute in")
+    add("--out", type=Path, help="folder for a figure of what the model was sure of")
     return parser.parse_args(argv)
 
 
@@ -129,18 +175,23 @@ def main(argv: list[str] | None = None) -> str:
         stop_tokens=stops,
     )
     print(options.prompt, end="", flush=True)
-    written, times = "", [time.perf_counter()]
+    new, pieces, times = [], [], [time.perf_counter()]
     for token in map(int, tokens):
         times.append(time.perf_counter())
         if token not in stops:
-            text = tokenizer.decode(token)
-            written += text
-            print(text, end="", flush=True)
+            new.append(token)
+            pieces.append(tokenizer.decode(token))
+            print(pieces[-1], end="", flush=True)
     begin, first, *_, last = times
     count = len(times) - 2
     speed = f", then {count / (last - first):.1f} tokens/s" if count else ""
     print(f"\n\nfirst token after {first - begin:.1f} s, compilation included{speed}")
-    return written
+    if options.out is not None:
+        figure = options.out / "text.png"
+        bits = surprise(model, state, [*prompt, *new])[len(prompt) - 1 :]
+        draw(figure, options.prompt, pieces, bits)
+        print(f"figure {figure}")
+    return "".join(pieces)
 
 
 if __name__ == "__main__":

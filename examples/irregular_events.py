@@ -30,6 +30,7 @@ import functools as ft
 from pathlib import Path
 
 import classify_timeseries
+import drawing
 import equinox as eqx
 import jax
 import jax.random as jr
@@ -188,27 +189,29 @@ def spread(fractions) -> str:
     return f"{percent.mean():.1f}{deviation}"
 
 
-def draw(path: Path, results: Results, dropped: float, title: str) -> None:
+def draw(path: Path, results: Results, dropped: float, guess: float, title: str) -> None:
     """Accuracy against the fraction dropped in the test: a line for the mean, a dot per seed."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(drawing.WIDTH, 3.6))
     figure.suptitle(title)
     titles = {
-        "thinned": f"trained with {100 * dropped:.0f} % of the samples dropped",
+        "thinned": f"trained with {100 * dropped:.0f} % dropped",
         "whole": "trained on whole series",
     }
     labels = {"true": "true gaps", "mean": "mean gap", "none": "no gaps"}
-    for axes, on in zip(figure.subplots(1, 2, sharey=True), TRAINED_ON, strict=True):
-        for i, gaps in enumerate(GAPS):
+    for axes, on in zip(figure.subplots(1, 2, sharey=True), ("whole", "thinned"), strict=True):
+        axes.set(title=titles[on], xlabel="samples dropped in the test, %", ylim=(0, 104))
+        axes.axhline(100 * guess, **drawing.GUESS)
+        lines = []
+        for gaps, color in zip(GAPS, drawing.COLORS, strict=False):
             fractions = list(results[on, gaps])
-            accuracies = np.array([results[on, gaps][fraction] for fraction in fractions])
-            axes.plot(fractions, accuracies, "o", color=f"C{i}", alpha=0.4, markersize=4)
-            axes.plot(fractions, accuracies.mean(1), color=f"C{i}", label=labels[gaps])
-        axes.set(title=titles[on], xlabel="fraction dropped in the test", ylim=(0, 1.03))
-        axes.grid(alpha=0.3)
-        axes.legend(loc="lower left")
-    figure.axes[0].set_ylabel("accuracy")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+            percent = 100 * np.array([results[on, gaps][fraction] for fraction in fractions])
+            dropped_percent = 100 * np.array(fractions)
+            axes.plot(dropped_percent, percent, "o", color=color, alpha=0.4, markersize=4)
+            axes.plot(dropped_percent, percent.mean(1), color=color)
+            lines.append((labels[gaps], percent[-1].mean(), color))
+        drawing.name_lines(axes, [*lines, ("a guess", 100 * guess, drawing.GUESS["color"])])
+    figure.axes[0].set_ylabel("test accuracy, %")
+    drawing.save(figure, path)
 
 
 def parse(argv: list[str] | None):
@@ -242,7 +245,9 @@ def main(argv: list[str] | None = None) -> Results:
     test_set = "held-out fifths of its training set" if options.validate else "its test set"
     title = f"{name}, {dataset}, tested on {test_set}, seeds: {seeds}"
     figure = options.out / f"{dataset}_{name}.png"
-    draw(figure, results, dropped, title)
+    labels = load(dataset, held_out=0 if options.validate else None)[1][1]
+    guess = float(np.bincount(labels).max() / len(labels))
+    draw(figure, results, dropped, guess, title)
     print(f"{title}\n{table(results)}\n\n{gains(results, dropped)}\nfigure {figure}")
     return results
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import drawing
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -234,20 +235,23 @@ def table(bounds: dict[str, float], results: dict) -> str:
 
 
 def draw(path: Path, bounds: dict[str, float], results: dict) -> None:
-    """Bits per byte against training steps: dashed for the text trained on, solid for the other."""
-    figure = Figure(figsize=(7, 4), layout="constrained")
+    """Bits per byte against training steps: thin for the text trained on."""
+    figure = Figure(figsize=(drawing.WIDTH, 3.6))
     axes = figure.subplots()
-    for i, (name, result) in enumerate(results.items()):
-        for key, style in (("training", "--"), ("validation", "-")):
+    axes.set(title="bits that a byte of the text costs", xlabel="step", ylim=(0, 5))
+    lines = []
+    for name in ("frequencies", "lzma", "bz2"):
+        axes.axhline(bounds[name], **drawing.GUESS)
+        lines.append((name, bounds[name], drawing.GUESS["color"]))
+    for (name, result), color in zip(results.items(), drawing.COLORS, strict=False):
+        for key, width in (("training", 0.8), ("validation", 2.2)):
             steps, bits = zip(*((row["step"], row[key]) for row in result["history"]), strict=True)
-            axes.plot(steps, bits, f"C{i}{style}", label=f"{name}, {key}")
-    for style, name in ((":", "lzma"), ("-.", "bz2")):
-        axes.axhline(bounds[name], color="0.4", linestyle=style, label=f"{name}, validation")
-    axes.set(xlabel="step", ylabel="bits per byte", ylim=(0, 5))
-    axes.grid(alpha=0.3)
-    axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+            axes.plot(steps, bits, color=color, linewidth=width)
+            lines.append((f"{name}, {key}", bits[-1], color))
+    axes.set_xlim(0, None)
+    axes.margins(x=0)
+    drawing.name_lines(axes, lines)
+    drawing.save(figure, path)
 
 
 def parse(argv: list[str] | None):

@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import drawing
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -191,21 +192,22 @@ def table(results: dict) -> str:
 
 def draw(path: Path, results: dict, title: str, config: Config) -> None:
     """Accuracies against training steps, a line per seed."""
-    figure = Figure(figsize=(11, 4), layout="constrained")
+    figure = Figure(figsize=(drawing.WIDTH, 3.6))
     figure.suptitle(title)
-    panels = dict(zip(("tokens", "sequences"), figure.subplots(1, 2, sharey=True), strict=True))
+    guesses = {"tokens": guess(config), "sequences": guess(config) ** config.num_tokens}
     steps = np.arange(config.every, config.steps + 1, config.every)
-    for key, axes in panels.items():
-        for i, (name, result) in enumerate(results.items()):
-            for seed, history in enumerate(result["histories"]):
-                label = name if seed == 0 else None
-                axes.plot(steps, [row[key] for row in history], f"C{i}", alpha=0.7, label=label)
-        axes.set(title=f"{key} written right", xlabel="step", ylim=(-0.02, 1.02))
-        axes.grid(alpha=0.3)
-    panels["tokens"].axhline(guess(config), color="0.5", linestyle=":", label="guess")
-    panels["tokens"].legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    for (key, chance), axes in zip(
+        guesses.items(), figure.subplots(1, 2, sharey=True), strict=True
+    ):
+        axes.set(title=f"{key} written right, %", xlabel="step", ylim=(-2, 102))
+        axes.axhline(100 * chance, **drawing.GUESS)
+        lines = [("a guess", 100 * chance, drawing.GUESS["color"])]
+        for (name, result), color in zip(results.items(), drawing.COLORS, strict=False):
+            percent = 100 * np.array([[row[key] for row in h] for h in result["histories"]])
+            axes.plot(steps, percent.T, color=color, alpha=0.8)
+            lines.append((name, percent[:, -1].mean(), color))
+        drawing.name_lines(axes, lines)
+    drawing.save(figure, path)
 
 
 def guess(config: Config) -> float:

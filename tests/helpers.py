@@ -1,5 +1,9 @@
 """What several test files share: the layers' mathematics in numpy, and a mixer written from scratch."""
 
+import contextlib
+import importlib
+import sys
+from pathlib import Path
 from typing import Any, ClassVar
 
 import equinox as eqx
@@ -7,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 from jax import lax
 from jaxtyping import Array
 
@@ -14,7 +19,18 @@ from discretax import Timeseries
 from discretax.sequence_mixers import AbstractSequenceMixer
 from discretax.sequence_mixers.base import check_call, check_step, zero_cache
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 TIME, FEATURES, STATE = 11, 4, 3
+
+
+@contextlib.contextmanager
+def imported_example(name):
+    """A script of `examples/`, as a module; what it imports from beside it goes with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLES)
+        yield importlib.import_module(name)
+    for path in EXAMPLES.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 def assert_close(actual, expected, rtol=1e-5):

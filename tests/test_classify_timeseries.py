@@ -1,30 +1,23 @@
 """The example, run small."""
 
 import functools as ft
-import importlib.util
 import re
 import statistics
-import sys
-from pathlib import Path
 
 import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import imported_example
 
-PATH = Path(__file__).parents[1] / "examples" / "classify_timeseries.py"
 SMALL = ("--hidden-dim=8", "--num-blocks=1", "--state-dim=8", "--epochs=15", "--batch-size=12")
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("classify_timeseries", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["classify_timeseries"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["classify_timeseries"]
+    with imported_example("classify_timeseries") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

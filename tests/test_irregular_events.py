@@ -1,8 +1,6 @@
 """The example, run small."""
 
 import re
-import sys
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -10,25 +8,19 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import assert_close, draw
+from helpers import assert_close, draw, imported_example
 
 from discretax import Timeseries
 from discretax.sequence_mixers import S5SequenceMixer
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 TIME, FEATURES = 20, 3
 LENGTH = np.array([TIME, 12, 1])
 
 
 @pytest.fixture(scope="module")
 def example():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(EXAMPLES)
-        import irregular_events
-
-        yield irregular_events
-    for name in ("irregular_events", "classify_timeseries"):
-        del sys.modules[name]
+    with imported_example("irregular_events") as module:
+        yield module
 
 
 def series():

@@ -1,10 +1,7 @@
 """The examples of language models, run small."""
 
-import importlib.util
 import math
 import re
-import sys
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -12,10 +9,10 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import imported_example
 
 import discretax
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SMALL = (
     "--pattern=griffin",
     "--hidden-dim=16",
@@ -28,24 +25,16 @@ SMALL = (
 )
 
 
-def load_example(name):
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
 def example():
-    yield load_example("language_model")
-    del sys.modules["language_model"]
+    with imported_example("language_model") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
 def generating():
-    yield load_example("generate_pretrained")
-    del sys.modules["generate_pretrained"]
+    with imported_example("generate_pretrained") as module:
+        yield module
 
 
 def test_topics_are_split_and_none_is_a_section_of_another(example):
@@ -129,13 +118,24 @@ def test_a_few_steps_teach_something_and_the_weights_write(
     bits = example.bits_per_byte(model, state, data[1])
     assert float(bits) == pytest.approx(history[-1]["validation"], rel=1e-5)
     new = generating.main(
-        [str(saved), "--prompt=the cat", "--max-new-tokens=12", "--temperature=0"]
+        [
+            *(str(saved), "--prompt=the cat", "--max-new-tokens=12", "--temperature=0"),
+            f"--out={tmp_path}",
+        ]
     )
     assert len(new) == 12
     assert f"----- written by griffin -----\nthe cat{new}\n-----\n" in printed
     told = capsys.readouterr().out
     assert f"no {saved / 'tokenizer.json'}: 256 tokens are taken for bytes" in told
     assert re.search(rf"\nthe cat{new}\n\nfirst token after .* s, .*, then .* tokens/s\n", told)
+    assert (tmp_path / "text.png").read_bytes().startswith(b"\x89PNG")
+
+    tokens = list(example.packed(["the cat" + new]))
+    costs = generating.surprise(model, state, tokens)
+    assert len(costs) == 19
+    assert costs.mean() == pytest.approx(
+        float(example.bits_per_byte(model, state, jnp.array(tokens))), rel=1e-5
+    )
 
 
 def test_every_pattern_can_be_trained(example):

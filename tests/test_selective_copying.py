@@ -1,10 +1,7 @@
 """The example, run small."""
 
-import importlib.util
 import math
 import re
-import sys
-from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -12,8 +9,8 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import imported_example
 
-PATH = Path(__file__).parents[1] / "examples" / "selective_copying.py"
 SMALL = (
     "--model=rglru",
     "--length=6",
@@ -29,12 +26,8 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("selective_copying", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["selective_copying"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules["selective_copying"]
+    with imported_example("selective_copying") as module:
+        yield module
 
 
 def test_sequences_hold_data_tokens_in_order_among_noise(example):

@@ -1,28 +1,21 @@
 """The example, run small."""
 
 import functools as ft
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from helpers import imported_example
 
-PATH = Path(__file__).parents[1] / "examples" / "train_mnist.py"
 SMALL = ("--train-size=40", "--batch-size=10", "--hidden-dim=4", "--num-blocks=1", "--epochs=2")
 
 
 @pytest.fixture(scope="module")
 def example():
-    spec = importlib.util.spec_from_file_location("train_mnist", PATH)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_mnist"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    module.mnist_data = ft.cache(module.mnist_data)  # seconds to parse, and run after run the same
-    yield module
-    del sys.modules["train_mnist"]
+    with imported_example("train_mnist") as module:
+        module.mnist_data = ft.cache(module.mnist_data)  # the same in each run; takes seconds
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +33,10 @@ def unbroken(run, tmp_path_factory):
     return out, run(out)
 
 
-def test_trains_and_writes_checkpoint_and_figure(unbroken):
+def test_trains_and_writes_checkpoint_and_figures(unbroken):
     out, result = unbroken
-    assert (out / "figure.png").read_bytes().startswith(b"\x89PNG")
+    for figure in ("stream.png", "training.png"):
+        assert (out / figure).read_bytes().startswith(b"\x89PNG")
     header = json.loads((out / "checkpoint.eqx").read_bytes().split(b"\n", 1)[0])
     assert header["epoch"] == 2
     assert header["config"]["hidden_dim"] == 4
@@ -50,7 +44,8 @@ def test_trains_and_writes_checkpoint_and_figure(unbroken):
     assert len(result["history"]) == 2
     assert result["accuracy"] == result["history"][-1]["test_accuracy"]
     assert all(0 < row["train_loss"] < 10 for row in result["history"])
-    assert sorted(path.name for path in out.iterdir()) == ["checkpoint.eqx", "figure.png"]
+    written = sorted(path.name for path in out.iterdir())
+    assert written == ["checkpoint.eqx", "stream.png", "training.png"]
 
 
 def test_streamed_answer_equals_the_parallel_one(unbroken):
@@ -71,7 +66,7 @@ def test_interrupted_and_resumed_equals_unbroken(example, run, unbroken, tmp_pat
             run(tmp_path)
     first_epoch = (tmp_path / "checkpoint.eqx").read_bytes()
     assert json.loads(first_epoch.split(b"\n", 1)[0])["epoch"] == 1
-    assert not (tmp_path / "figure.png").exists()
+    assert not (tmp_path / "stream.png").exists()
 
     resumed = run(tmp_path, "--resume")
     out, result = unbroken

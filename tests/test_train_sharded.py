@@ -52,8 +52,11 @@ def losses(process, returncode=0):
 
 
 @pytest.fixture(scope="module")
-def alone():
-    found, printed = losses(start("--devices=1"))
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    found, printed = losses(start("--devices=1", f"--out={out}"))
+    assert (out / "mesh.png").read_bytes().startswith(b"\x89PNG")
+    assert f"figure {out / 'mesh.png'}\n" in printed
     assert list(found) == [1, 2, 3, 4, 5, 6]
     assert found[6] < 0.97 * found[1]
     total, held = re.search(r"model: (\d+) parameters, (\d+) on each device", printed).groups()
@@ -125,11 +128,12 @@ def test_mamba_split_over_devices():
         ("--seq=5", "--seq must be a divisor of the 12 samples of a sequence; got 5"),
         ("--model=0", "--model must be above 0; got 0"),
         ("--steps=-1", "--steps must be above 0; got -1"),
+        ("--out=x --processes=2", "--processes must be 1 with --out"),
         ("--process=1", "--process must be below --processes, 1; got 1"),
     ],
 )
 def test_settings_out_of_range_are_refused(option, rule):
-    printed = losses(start(option), returncode=2)[1]
+    printed = losses(start(*option.split()), returncode=2)[1]
     assert rule in printed
 
 
