@@ -17,7 +17,7 @@ WIDTH = 7.5  # inches: at the width of a page, letters are as large as the text 
 rc("axes", grid=True, prop_cycle=cycler(color=COLORS), titlesize="medium")
 rc("axes.spines", right=False, top=False)
 rc("figure", facecolor="white", titlesize="medium")  # to be read on a dark page as well
-rc("figure.constrained_layout", use=True)
+rc("figure.constrained_layout", use=True, h_pad=0.1, w_pad=0.1)
 rc("font", size=11)
 rc("grid", alpha=0.25)
 rc("lines", linewidth=1.8)

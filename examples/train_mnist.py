@@ -235,7 +235,7 @@ def draw_stream(path: Path, images, labels, log_p, unit: str) -> None:
                 options = {"weight": "bold", "ha": "center", "va": "bottom", "color": color}
                 axes.annotate(str(digit), at, (0, 3), textcoords="offset points", **options)
         axes.set(xlim=(0, time), ylim=(0, 1.12), xlabel=f"{unit} read")
-        axes.set_xticks([i * time // 4 for i in range(5)])
+        axes.set_xticks([i * time // 4 for i in range(5)], ["0", "", str(time // 2), "", str(time)])
         axes.set_yticks([0, 0.5, 1])
     columns[0, 1].set_ylabel("probability of each digit")
     on_white = [Stroke(linewidth=3, foreground="white"), Normal()]
