@@ -52,6 +52,14 @@ def check_size(name: str, value: Any) -> int:
     return size
 
 
+def divided(what: str, size: int, name: str, parts: int) -> int:
+    """`size / parts`, a whole number."""
+    quotient, rest = divmod(size, parts)
+    if rest:
+        raise ValueError(f"`{name}` must divide {what} = {size}; got {parts}.")
+    return quotient
+
+
 def check_positive(name: str, value: float) -> None:
     if value <= 0:
         raise ValueError(f"`{name}` must be positive; got {value}.")

@@ -220,7 +220,7 @@ def test_the_inner_mixer_is_found():
     ("options", "error", "message"),
     [
         ({}, ValueError, "`bottleneck`, `gate` or both; got neither"),
-        ({"bottleneck": 3}, ValueError, "`bottleneck` must divide in_features=4; got 3"),
+        ({"bottleneck": 3}, ValueError, "`bottleneck` must divide in_features = 4; got 3"),
         ({"bottleneck": 0}, ValueError, "`bottleneck` must be .* at least 1; got 0"),
         ({"gate": 0}, ValueError, "`gate` must be .* at least 1; got 0"),
         ({"gate": 0.5}, ValueError, "`gate` must be a whole number .*; got 0.5"),

@@ -334,7 +334,7 @@ def test_models():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_heads": 3}, r"`num_heads` must divide the width of the recurrence, 8; got 3"),
+        ({"num_heads": 3}, r"`num_heads` must divide the width of the recurrence = 8; got 3"),
         ({"num_heads": 0}, r"`num_heads` must be a whole number of at least 1; got 0"),
         ({"a_min": 0.9, "a_max": 0.5}, "a_min <= a_max < 1; got a_min=0.9 and a_max=0.5"),
         ({"a_max": 1.0}, "got a_min=0.9 and a_max=1.0"),

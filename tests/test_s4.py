@@ -442,7 +442,7 @@ def test_single_precision_kernel_of_s4():
     ("options", "message"),
     [
         ({"state_dim": 5}, "both states of each conjugate pair and must be even; got 5"),
-        ({"n_ssm": 3}, "must divide `in_features`; got n_ssm=3 and in_features=4"),
+        ({"n_ssm": 3}, "`n_ssm` must divide in_features = 4; got 3"),
         ({"init": "hippo"}, "`init` must be one of .*; got 'hippo'"),
         ({"real_transform": "abs"}, "`real_transform` must be one of 'none', .*; got 'abs'"),
         ({"dt_transform": "none"}, "`dt_transform` must be one of 'exp', 'softplus'; got 'none'"),

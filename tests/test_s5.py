@@ -280,7 +280,7 @@ def test_no_discretization_takes_the_eigenvalues_as_they_are():
         ({"state_dim": 0}, "`state_dim` must be .*; got 0"),
         ({"state_dim": 7}, r"must be even; got 7 / 1 = 7. Or set conj_sym=False"),
         ({"state_dim": 6, "ssm_blocks": 2}, r"must be even; got 6 / 2 = 3"),
-        ({"state_dim": 8, "ssm_blocks": 3}, "multiple of `ssm_blocks`; got state_dim=8 .*=3"),
+        ({"state_dim": 8, "ssm_blocks": 3}, "`ssm_blocks` must divide state_dim = 8; got 3"),
         ({"dt_min": 0.2}, "0 < dt_min <= dt_max; got dt_min=0.2 and dt_max=0.1"),
         ({"dt_min": 0.0}, "0 < dt_min.*got dt_min=0.0"),
         ({"step_rescale": 0.0}, "`step_rescale` must be positive; got 0.0"),

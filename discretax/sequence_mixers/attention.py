@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from discretax._features import check_positive, check_size, linear
+from discretax._features import check_positive, check_size, divided, linear
 from discretax._timeseries import known
 from discretax._types import Length, Resets, Sample, Timesteps, Values
 from discretax.ops._attention import masked_attention
@@ -115,10 +115,7 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         num_heads = check_size("num_heads", num_heads)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         num_kv_heads = check_size("num_kv_heads", num_kv_heads)
-        if num_heads % num_kv_heads:
-            raise ValueError(
-                f"`num_kv_heads` must divide num_heads={num_heads}; got {num_kv_heads}."
-            )
+        divided("num_heads", num_heads, "num_kv_heads", num_kv_heads)
         if head_dim is None:
             head_dim, remainder = divmod(in_features, num_heads)
             if remainder:

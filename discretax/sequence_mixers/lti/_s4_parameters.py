@@ -11,7 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
-from discretax._features import check_name, check_positive, check_size
+from discretax._features import check_name, check_positive, check_size, divided
 from discretax._types import Timesteps
 from discretax.init import (
     Measure,
@@ -93,11 +93,7 @@ def check_options(
             f"{state_dim}."
         )
     n_ssm = check_size("n_ssm", in_features if n_ssm is None else n_ssm)
-    if in_features % n_ssm:
-        raise ValueError(
-            "`n_ssm`, the number of systems that the features share, must divide `in_features`; "
-            f"got n_ssm={n_ssm} and in_features={in_features}."
-        )
+    divided("in_features", in_features, "n_ssm", n_ssm)
     check_positive("step_rescale", step_rescale)
     return in_features, state_dim, channels, n_ssm, l_max
 

@@ -8,7 +8,7 @@ from jax import lax
 from jax.nn.initializers import lecun_normal
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
-from discretax._features import check_name, check_positive, check_size
+from discretax._features import check_name, check_positive, check_size, divided
 from discretax._types import Length, Resets, Timesteps, Values, widened
 from discretax.init import diagonalised_legs, log_uniform_step
 from discretax.ops import asynchronous, bilinear, dirac, zoh
@@ -113,12 +113,7 @@ class S5SequenceMixer(AbstractContinuousMixer[Float[Array, "2 state"]]):
         ssm_blocks = check_size("ssm_blocks", ssm_blocks)
         check_name("discretization", discretization, Discretization)
         check_name("C_init", C_init, OutputInit)
-        if state_dim % ssm_blocks:
-            raise ValueError(
-                "`state_dim` must be a multiple of `ssm_blocks`; got "
-                f"state_dim={state_dim} and ssm_blocks={ssm_blocks}."
-            )
-        block_size = state_dim // ssm_blocks
+        block_size = divided("state_dim", state_dim, "ssm_blocks", ssm_blocks)
         if conj_sym and block_size % 2:
             raise ValueError(
                 "with `conj_sym`, each block must hold pairs: `state_dim / ssm_blocks` must be "

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_positive, check_size, linear
+from discretax._features import check_positive, check_size, divided, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.init import short_convolution, step_bias
 from discretax.ops import depthwise_convolution, ssd
@@ -112,17 +112,9 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
         num_groups = check_size("num_groups", num_groups)
         check_positive("norm_eps", norm_eps)
         inner = expand * in_features
-        num_heads, rest = divmod(inner, head_dim)
-        if rest:
-            raise ValueError(
-                f"`head_dim` must divide the inner width, expand * in_features = {inner}; got "
-                f"{head_dim}."
-            )
-        if num_heads % num_groups:
-            raise ValueError(
-                "`num_groups` must divide the number of heads, expand * in_features / head_dim = "
-                f"{num_heads}; got {num_groups}."
-            )
+        num_heads = divided("the inner width, expand * in_features", inner, "head_dim", head_dim)
+        heads = "the number of heads, expand * in_features / head_dim"
+        divided(heads, num_heads, "num_groups", num_groups)
         if not 0 <= dt_limit[0] < dt_limit[1]:
             raise ValueError(
                 f"`dt_limit` must be (low, high) with 0 <= low < high; got {dt_limit}."

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from discretax._features import check_function, check_size, linear
+from discretax._features import check_function, check_size, divided, linear
 from discretax._types import Length, Resets, Timesteps, Values, widened
 from discretax.init import inverse_softplus
 from discretax.ops import depthwise_convolution
@@ -87,11 +87,7 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
         """
         in_features = check_size("in_features", in_features)
         num_heads = check_size("num_heads", num_heads)
-        width, remainder = divmod(in_features, num_heads)
-        if remainder:
-            raise ValueError(
-                f"`num_heads` must divide the width of the recurrence, {in_features}; got {num_heads}."
-            )
+        width = divided("the width of the recurrence", in_features, "num_heads", num_heads)
         if not 0 < a_min <= a_max < 1:
             raise ValueError(
                 f"the initial transition needs 0 < a_min <= a_max < 1; got a_min={a_min} and "

@@ -6,7 +6,14 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_function, check_samples, check_size, linear, out_features
+from discretax._features import (
+    check_function,
+    check_samples,
+    check_size,
+    divided,
+    linear,
+    out_features,
+)
 from discretax._timeseries import check_length, zero_padding
 from discretax._types import Length, Resets, Sample, Timesteps, Values
 from discretax.sequence_mixers.base import AbstractSequenceMixer, check_sample
@@ -89,11 +96,7 @@ class GatedSequenceMixer(AbstractSequenceMixer[Any]):
         gate = None if gate is None else check_size("gate", gate)
         check_function("activation", activation)
         check_function("gate_activation", gate_activation)
-        width, remainder = divmod(in_features, bottleneck or 1)
-        if remainder:
-            raise ValueError(
-                f"`bottleneck` must divide in_features={in_features}; got {bottleneck}."
-            )
+        width = divided("in_features", in_features, "bottleneck", bottleneck or 1)
         mixer_key, input_key, gate_key, output_key = jr.split(key, 4)
         if not isinstance(sequence_mixer, AbstractSequenceMixer):
             sequence_mixer = sequence_mixer(width, key=mixer_key)
