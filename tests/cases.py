@@ -4,6 +4,7 @@ A new mixer is one more `Case`. If it takes timesteps, cannot stream or has a ke
 so.
 """
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -22,9 +23,15 @@ from discretax.sequence_mixers import (
     Bidirectional,
     BidirectionalS5,
     Centaurus,
+    CombaSequenceMixer,
+    DeltaNetSequenceMixer,
     Discretized,
+    GatedDeltaNet2SequenceMixer,
+    GatedDeltaNetSequenceMixer,
+    GatedDeltaProductSequenceMixer,
     GatedSequenceMixer,
     GriffinSequenceMixer,
+    KimiDeltaAttentionSequenceMixer,
     LRUSequenceMixer,
     Mamba2SequenceMixer,
     MambaSequenceMixer,
@@ -195,6 +202,30 @@ def mamba2_size(mixer: Mamba2SequenceMixer) -> Array:
     return jnp.exp(-jnp.exp(mixer.A_log) * jnp.clip(steps, *mixer.dt_limit))
 
 
+def matrix_memories():
+    """Small heads of the delta rule, whose states forget within some samples."""
+    common = {"num_heads": 2, "head_dim": 3, "conv_width": 2}
+    decaying = {"A_init_range": (0.3, 2.0), "dt_min": 0.1, "dt_max": 1.0, **common}
+    grouped = {"num_value_heads": 4, "value_dim": 2, **decaying}
+    not_drawn = ("norm_weight",)
+    kinds = (
+        (DeltaNetSequenceMixer, {**common, "gate": True}),
+        (GatedDeltaNetSequenceMixer, {**grouped, "negative_eigenvalues": True}),
+        (KimiDeltaAttentionSequenceMixer, {**grouped, "lower_bound": -2.0}),
+        (GatedDeltaNet2SequenceMixer, decaying),
+        (GatedDeltaProductSequenceMixer, {**decaying, "value_dim": 2}),
+        (CombaSequenceMixer, grouped),
+    )
+    for mixer, options in kinds:
+        own = {
+            KimiDeltaAttentionSequenceMixer: ("A_log",),
+            CombaSequenceMixer: ("inner_decay", "correction"),
+        }.get(mixer, ())
+        yield Case(
+            mixer.__name__, ft.partial(mixer, FEATURES, **options), not_drawn=(*not_drawn, *own)
+        )
+
+
 def rg_lru_size(mixer: RGLRUSequenceMixer) -> Array:
     """For every opening of the gate."""
     openings = jnp.linspace(0, 1, 100)[:, None]
@@ -275,6 +306,7 @@ CASES = (
         transition_size=mamba2_size,
         not_drawn=("D", "norm_weight"),
     ),
+    *matrix_memories(),
     Case(
         "RGLRUSequenceMixer",
         lambda key: RGLRUSequenceMixer(FEATURES, key, num_heads=2, a_min=0.3, a_max=0.9),

@@ -11,6 +11,7 @@ from discretax.init._inverse_softplus import inverse_softplus as inverse_softplu
 from discretax.init._ring import ring as ring
 from discretax.init._short_convolution import short_convolution as short_convolution
 from discretax.init._timescale import (
+    log_rate as log_rate,
     log_spaced_step as log_spaced_step,
     log_uniform_step as log_uniform_step,
     step_bias as step_bias,

@@ -34,6 +34,20 @@ def step_bias(
     return inverse_softplus(jnp.maximum(steps, floor))
 
 
+def log_rate(
+    key: PRNGKeyArray, shape: tuple[int, ...], low: float, high: float
+) -> Float[Array, "..."]:
+    r"""Logarithms of rates that are uniform in $[\mathrm{low}, \mathrm{high}]$.
+
+    In a step $\Delta$ a state decays by $e^{-\Delta\,\mathrm{rate}}$. (Mamba-2, arXiv:2405.21060.)
+
+    **Raises:** `ValueError` unless $0 < \mathrm{low} \le \mathrm{high} < \infty$.
+    """
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"rates must start in a range 0 < low <= high; got ({low}, {high}).")
+    return jnp.log(jr.uniform(key, shape, minval=low, maxval=high))
+
+
 def log_spaced_step(num_steps: int, dt_min: float, dt_max: float) -> Float[Array, " step"]:
     r"""$\log\Delta$ evenly spread over $[\log\Delta_{min}, \log\Delta_{max}]$, in sample intervals.
 

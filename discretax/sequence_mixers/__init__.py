@@ -24,6 +24,24 @@ from discretax.sequence_mixers.lti.s5 import (
     BidirectionalS5 as BidirectionalS5,
     S5SequenceMixer as S5SequenceMixer,
 )
+from discretax.sequence_mixers.ltv.comba import (
+    CombaSequenceMixer as CombaSequenceMixer,
+)
+from discretax.sequence_mixers.ltv.delta_net import (
+    DeltaNetSequenceMixer as DeltaNetSequenceMixer,
+)
+from discretax.sequence_mixers.ltv.gated_delta_net import (
+    GatedDeltaNetSequenceMixer as GatedDeltaNetSequenceMixer,
+)
+from discretax.sequence_mixers.ltv.gated_delta_net2 import (
+    GatedDeltaNet2SequenceMixer as GatedDeltaNet2SequenceMixer,
+)
+from discretax.sequence_mixers.ltv.gated_delta_product import (
+    GatedDeltaProductSequenceMixer as GatedDeltaProductSequenceMixer,
+)
+from discretax.sequence_mixers.ltv.kimi_delta_attention import (
+    KimiDeltaAttentionSequenceMixer as KimiDeltaAttentionSequenceMixer,
+)
 from discretax.sequence_mixers.ltv.mamba import MambaSequenceMixer as MambaSequenceMixer
 from discretax.sequence_mixers.ltv.mamba2 import Mamba2SequenceMixer as Mamba2SequenceMixer
 from discretax.sequence_mixers.ltv.rglru import (

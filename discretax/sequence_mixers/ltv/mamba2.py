@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._features import check_positive, check_size, divided, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
-from discretax.init import short_convolution, step_bias
+from discretax.init import log_rate, short_convolution, step_bias
 from discretax.ops import depthwise_convolution, ssd
 from discretax.ops._rms import rms_normalised
 from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
@@ -119,11 +119,6 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
             raise ValueError(
                 f"`dt_limit` must be (low, high) with 0 <= low < high; got {dt_limit}."
             )
-        if not 0 < A_init_range[0] <= A_init_range[1] < math.inf:
-            raise ValueError(
-                "`A_init_range` must be (low, high) with 0 < low <= high, the rates being -A; got "
-                f"{A_init_range}."
-            )
         in_key, conv_key, bias_key, A_key, step_key, out_key = jr.split(key, 6)
         convolved = inner + 2 * num_groups * state_dim
 
@@ -134,8 +129,7 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
             conv_key, bias_key, convolved, conv_width, use_bias=conv_bias
         )
         self.dt_bias = step_bias(step_key, (num_heads,), dt_min, dt_max, dt_init_floor)
-        low, high = A_init_range
-        self.A_log = jnp.log(jr.uniform(A_key, (num_heads,), minval=low, maxval=high))
+        self.A_log = log_rate(A_key, (num_heads,), *A_init_range)
         self.D = jnp.ones(num_heads)
         self.norm_weight = jnp.ones(inner)
         self.out_proj = eqx.nn.Linear(inner, in_features, use_bias=use_bias, key=out_key)

@@ -1,0 +1,262 @@
+"""What the mixers with a matrix state share: how queries, keys and values are made, and the output."""
+
+import abc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from discretax._features import check_positive, check_size, linear
+from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
+from discretax.init import short_convolution
+from discretax.ops import depthwise_convolution
+from discretax.ops._rms import rms_normalised
+from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
+
+
+class MatrixCache(NamedTuple):
+    """The samples that the convolution still sees, oldest first, and the recurrence's state."""
+
+    window: Float[Array, "past convolved"]
+    state: Float[Array, "heads key value"]
+
+
+class AbstractMatrixMixer(AbstractLTVMixer[MatrixCache]):
+    """Queries, keys and values; what a mixer does with them; norm, gate and projection."""
+
+    projections: eqx.AbstractVar["Projections"]
+    output: eqx.AbstractVar["Output"]
+
+    @abc.abstractmethod
+    def attend(
+        self,
+        x: Values,
+        q: Float[Array, "time key_heads key"],
+        k: Float[Array, "time *steps key_heads key"],
+        v: Float[Array, "time *steps heads value"],
+        state: Float[Array, "heads key value"],
+        *,
+        length: Length | None,
+        resets: Resets | None,
+    ) -> tuple[Float[Array, "time heads value"], Float[Array, "heads key value"]]:
+        """What is read for each sample, and the state after the last: an operation on them."""
+
+    def allocate_inference_cache(
+        self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
+    ) -> MatrixCache:
+        del max_seqlen
+        return self.projections.allocate(batch_size, dtype)
+
+    def mix(
+        self,
+        x: Values,
+        cache: MatrixCache,
+        integration_timesteps: Timesteps | None,
+        length: Length | None,
+        resets: Resets | None,
+    ) -> tuple[Values, MatrixCache]:
+        refuse_timesteps(self, integration_timesteps, "how it forgets is the input's choice")
+        options = {"length": length, "resets": resets}
+        q, k, v, window = self.projections(x, cache.window, **options)
+        y, state = self.attend(x, q, k, v, cache.state, **options)
+        return self.output(y, x), MatrixCache(window, state)
+
+
+class Projections(eqx.Module):
+    """Queries, keys and values: a linear map, a short convolution and an activation each.
+
+    The convolution is one over all three, a filter for each feature. Several `steps` make several
+    keys and values of each sample.
+    """
+
+    q_proj: eqx.nn.Linear
+    k_proj: eqx.nn.Linear
+    v_proj: eqx.nn.Linear
+    conv_weight: Float[Array, "convolved width"] | None
+    conv_bias: Float[Array, " convolved"] | None
+    key_heads: int = eqx.field(static=True)
+    value_heads: int = eqx.field(static=True)
+    key_dim: int = eqx.field(static=True)
+    value_dim: int = eqx.field(static=True)
+    steps: int | None = eqx.field(static=True)
+    activation: Callable[[Array], Array] | None = eqx.field(static=True)
+
+    def __init__(
+        self,
+        in_features: int,
+        key: PRNGKeyArray,
+        *,
+        key_heads: int,
+        value_heads: int,
+        key_dim: int,
+        value_dim: int,
+        conv_width: int | None,
+        conv_bias: bool = False,
+        steps: int | None = None,
+        activation: Callable[[Array], Array] | None = jax.nn.silu,
+    ):
+        sizes = {
+            "in_features": in_features,
+            "num_heads": key_heads,
+            "num_value_heads": value_heads,
+            "head_dim": key_dim,
+            "value_dim": value_dim,
+            "conv_width": 1 if conv_width is None else conv_width,
+            "num_steps": 1 if steps is None else steps,
+        }
+        for name, size in sizes.items():
+            check_size(name, size)
+        if value_heads % key_heads:
+            raise ValueError(
+                "`num_value_heads` must be a multiple of `num_heads`, whose keys they share; got "
+                f"{value_heads} and {key_heads}."
+            )
+        q_key, k_key, v_key, conv_key, bias_key = jr.split(key, 5)
+        queries, each = key_heads * key_dim, 1 if steps is None else steps
+        keys, values = each * queries, each * value_heads * value_dim
+        project = lambda features, key: eqx.nn.Linear(
+            in_features, features, use_bias=False, key=key
+        )
+        self.q_proj = project(queries, q_key)
+        self.k_proj = project(keys, k_key)
+        self.v_proj = project(values, v_key)
+        self.conv_weight = self.conv_bias = None
+        if conv_width is not None:
+            self.conv_weight, self.conv_bias = short_convolution(
+                conv_key, bias_key, queries + keys + values, conv_width, use_bias=conv_bias
+            )
+        self.key_heads = key_heads
+        self.value_heads = value_heads
+        self.key_dim = key_dim
+        self.value_dim = value_dim
+        self.steps = steps
+        self.activation = activation
+
+    def allocate(self, batch_size: int | None, dtype: Any) -> MatrixCache:
+        past = (0, 0)
+        if self.conv_weight is not None:
+            convolved, width = self.conv_weight.shape
+            past = (width - 1, convolved)
+        state = self.value_heads, self.key_dim, self.value_dim
+        return MatrixCache(
+            zero_cache(batch_size, past, dtype), zero_cache(batch_size, state, dtype)
+        )
+
+    def __call__(
+        self,
+        x: Values,
+        window: Float[Array, "past convolved"],
+        length: Length | None,
+        resets: Resets | None,
+    ) -> tuple[Array, Array, Array, Float[Array, "past convolved"]]:
+        """`q` (time, key_heads, key), `k` and `v` (time, *steps, heads, key or value), and the window."""
+        maps = (self.q_proj, self.k_proj, self.v_proj)
+        u = jnp.concatenate([linear(layer, x) for layer in maps], axis=-1)
+        if self.conv_weight is not None:
+            u, window = depthwise_convolution(
+                u, self.conv_weight, self.conv_bias, window, length=length, resets=resets
+            )
+        if self.activation is not None:
+            u = self.activation(u)
+        queries = self.key_heads * self.key_dim
+        keys = self.k_proj.weight.shape[0]
+        q, k, v = jnp.split(u, (queries, queries + keys), axis=-1)
+        steps = () if self.steps is None else (self.steps,)
+        return (
+            q.reshape(len(x), self.key_heads, self.key_dim),
+            k.reshape(len(x), *steps, self.key_heads, self.key_dim),
+            v.reshape(len(x), *steps, self.value_heads, self.value_dim),
+            window,
+        )
+
+
+class LowRank(eqx.Module):
+    """Two linear maps, through fewer features."""
+
+    down: eqx.nn.Linear
+    up: eqx.nn.Linear
+
+    def __init__(
+        self, in_features: int, rank: int, out_features: int, key: PRNGKeyArray, *, use_bias: bool
+    ):
+        down_key, up_key = jr.split(key)
+        self.down = eqx.nn.Linear(in_features, rank, use_bias=False, key=down_key)
+        self.up = eqx.nn.Linear(rank, out_features, use_bias=use_bias, key=up_key)
+
+    def __call__(self, x: Values) -> Values:
+        return linear(self.up, linear(self.down, x))
+
+
+def projected(layer: eqx.nn.Linear | LowRank, x: Values) -> Values:
+    return layer(x) if isinstance(layer, LowRank) else linear(layer, x)
+
+
+class Output(eqx.Module):
+    r"""From what the heads read to the features: $W_o\, (w \odot \mathrm{rms}(y) \odot \phi(g(x)))$.
+
+    $\mathrm{rms}$ divides each head by the root of its mean square; $\phi$ is the `activation` of the
+    gate $g$. Without a `gate_proj` there is no gate, without a `norm_weight` no norm.
+    """
+
+    gate_proj: eqx.nn.Linear | LowRank | None
+    norm_weight: Float[Array, " value"] | None
+    out_proj: eqx.nn.Linear
+    norm_eps: float = eqx.field(static=True)
+    activation: Callable[[Array], Array] = eqx.field(static=True)
+
+    def __init__(
+        self,
+        heads: int,
+        value_dim: int,
+        out_features: int,
+        key: PRNGKeyArray,
+        *,
+        gate_proj: eqx.nn.Linear | LowRank | None,
+        activation: Callable[[Array], Array] = jax.nn.silu,
+        norm: bool = True,
+        norm_eps: float,
+    ):
+        check_positive("norm_eps", norm_eps)
+        self.gate_proj = gate_proj
+        self.norm_weight = jnp.ones(value_dim) if norm else None
+        self.out_proj = eqx.nn.Linear(heads * value_dim, out_features, use_bias=False, key=key)
+        self.norm_eps = norm_eps
+        self.activation = activation
+
+    def __call__(self, y: Float[Array, "time heads value"], x: Values) -> Values:
+        dtype = accumulation_dtype(y, self.out_proj.weight)
+        y = y.astype(dtype)
+        if self.norm_weight is not None:
+            y = rms_normalised(y, self.norm_eps) * self.norm_weight.astype(dtype)
+        y = y.reshape(len(x), -1) if len(x) else jnp.zeros((0, self.out_proj.in_features), dtype)
+        if self.gate_proj is not None:
+            y = y * self.activation(projected(self.gate_proj, x).astype(dtype))
+        return linear(self.out_proj, y.astype(x.dtype))
+
+
+def l2_normalised(x: Float[Array, "*lead key"]) -> Float[Array, "*lead key"]:
+    """`x` divided by its length, with 1e-6 added to its square; float32, or float64 if `x` is."""
+    wide = x.astype(accumulation_dtype(x))
+    return wide * lax.rsqrt(jnp.sum(wide**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def write_strength(raw: Array, negative_eigenvalues: bool) -> Array:
+    r"""$\sigma$, or $2\sigma$ by which what a key holds may change its sign."""
+    beta = jax.nn.sigmoid(raw.astype(accumulation_dtype(raw)))
+    return 2 * beta if negative_eigenvalues else beta
+
+
+def softplus_decay(raw: Array, A_log: Array, dt_bias: Array) -> Array:
+    r"""$-e^{\mathrm{A\_log}}\,\mathrm{softplus}(r + \mathrm{dt\_bias})$, the logarithm of a decay.
+
+    One `A_log` per head; `raw` (time, heads) or, for a decay per channel, (time, heads, key), with
+    `dt_bias` alike but for the time."""
+    dtype = accumulation_dtype(raw, A_log)
+    raw, A_log, dt_bias = (array.astype(dtype) for array in (raw, A_log, dt_bias))
+    rate = jnp.exp(A_log).reshape(-1, *(1,) * (raw.ndim - 2))
+    return -rate * jax.nn.softplus(raw + dt_bias)

@@ -1,0 +1,135 @@
+from collections.abc import Callable
+from typing import ClassVar
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, PRNGKeyArray
+
+from discretax._features import linear
+from discretax.ops import delta_rule
+from discretax.sequence_mixers.ltv._matrix_memory import (
+    AbstractMatrixMixer,
+    Output,
+    Projections,
+    l2_normalised,
+    write_strength,
+)
+
+
+class DeltaNetSequenceMixer(AbstractMatrixMixer):
+    r"""DeltaNet: a matrix for each head, in which a key's old value makes room for the new one.
+
+    $$[q, k, v] = \mathrm{silu}(\mathrm{conv}(W x)), \qquad \beta = \sigma(W_b x)$$
+    $$S_t = (I - \beta_t \bar k_t \bar k_t^T) S_{t-1} + \beta_t \bar k_t v_t^T, \qquad
+    y_t = W_o\, (w \odot \mathrm{rms}(c\, S_t^T \bar q_t))$$
+
+    with $\bar k = k / \lVert k \rVert$, $\bar q$ likewise, and $c$ the `scale`, $1/\sqrt{\mathrm{key}}$
+    if left out. Nothing decays: what is written stays until the same key is written to again
+    ([`discretax.ops.delta_rule`][], [The matrix state](../matrix-state.md)).
+
+    The cache holds the convolution's window, `(conv_width - 1, convolved)`, and the state, `(heads,
+    key, value)`.
+
+    ??? cite
+
+        Yang et al., Parallelizing Linear Transformers with the Delta Rule over Sequence Length,
+        NeurIPS 2024 (arXiv:2406.06484); negative eigenvalues: Grazzi et al., Unlocking
+        State-Tracking in Linear RNNs Through Negative Eigenvalues, ICLR 2025 (arXiv:2411.12537).
+    """
+
+    projections: Projections
+    beta_proj: eqx.nn.Linear
+    output: Output
+    in_features: int = eqx.field(static=True)
+    negative_eigenvalues: bool = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
+    key_norm: Callable[[Array], Array] = eqx.field(static=True)
+
+    recurrent_parameters: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(
+        self,
+        in_features: int,
+        key: PRNGKeyArray,
+        *,
+        num_heads: int = 4,
+        head_dim: int = 64,
+        value_dim: int | None = None,
+        conv_width: int | None = 4,
+        shared_beta: bool = False,
+        negative_eigenvalues: bool = False,
+        gate: bool = False,
+        norm: bool = True,
+        norm_eps: float = 1e-5,
+        scale: float | None = None,
+        activation: Callable[[Array], Array] | None = jax.nn.silu,
+        key_norm: Callable[[Array], Array] = l2_normalised,
+    ):
+        r"""**Arguments:**
+
+        - `in_features`: width of the input and of the output.
+        - `key`: for the initialisation.
+        - `num_heads`: matrices.
+        - `head_dim`: length of the keys of a head.
+        - `value_dim`: length of the values of a head; `head_dim` if left out.
+        - `conv_width`: how many samples the convolution sees, its own included; None for none.
+        - `shared_beta`: one $\beta$ for all heads instead of one each.
+        - `negative_eigenvalues`: $\beta$ up to 2 instead of 1.
+        - `gate`: multiplies what is read by $\mathrm{silu}(W_g x)$.
+        - `norm`, `norm_eps`: whether each head's output is normalised, and what is added to its mean
+            square.
+        - `scale`: $c$.
+        - `activation`: of queries, keys and values; None for none.
+        - `key_norm`: brings queries and keys to length one, a function of the last axis.
+
+        **Raises:**
+
+        `ValueError` for sizes below one.
+        """
+        value_dim = head_dim if value_dim is None else value_dim
+        projections_key, beta_key, gate_key, out_key = jr.split(key, 4)
+        self.projections = Projections(
+            in_features,
+            projections_key,
+            key_heads=num_heads,
+            value_heads=num_heads,
+            key_dim=head_dim,
+            value_dim=value_dim,
+            conv_width=conv_width,
+            activation=activation,
+        )
+        self.beta_proj = eqx.nn.Linear(
+            in_features, 1 if shared_beta else num_heads, use_bias=False, key=beta_key
+        )
+        gated = lambda: eqx.nn.Linear(
+            in_features, num_heads * value_dim, use_bias=False, key=gate_key
+        )
+        self.output = Output(
+            num_heads,
+            value_dim,
+            in_features,
+            out_key,
+            gate_proj=gated() if gate else None,
+            norm=norm,
+            norm_eps=norm_eps,
+        )
+        self.in_features = in_features
+        self.negative_eigenvalues = negative_eigenvalues
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.key_norm = key_norm
+
+    def attend(self, x, q, k, v, state, *, length, resets):
+        beta = write_strength(linear(self.beta_proj, x), self.negative_eigenvalues)
+        return delta_rule(
+            self.key_norm(q),
+            self.key_norm(k),
+            v,
+            jnp.broadcast_to(beta, v.shape[:2]),
+            None,
+            state,
+            scale=self.scale,
+            length=length,
+            resets=resets,
+        )
