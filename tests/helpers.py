@@ -161,7 +161,7 @@ class Leaky(AbstractSequenceMixer[dict[str, Array]]):
     ):
         zero = self.allocate_inference_cache()
         x, cache, gaps = check_call(self, x, cache, zero, integration_timesteps, length, resets)
-        time = x.shape[0]
+        time, rate = x.shape[0], self.rate.astype(jnp.result_type(float))
         gaps = jnp.ones(time) if gaps is None else gaps
         fresh = jnp.zeros(time, bool) if resets is None else resets
         valid = jnp.arange(time) < (time if length is None else length)
@@ -169,11 +169,11 @@ class Leaky(AbstractSequenceMixer[dict[str, Array]]):
         def move(cache, inputs):
             x_t, gap, is_fresh, is_valid = inputs
             h, count = (jnp.where(is_fresh, 0, cache[name]) for name in ("h", "count"))
-            moved = {"h": jnp.exp(-self.rate * gap) * h + x_t, "count": count + 1}
+            moved = {"h": jnp.exp(-rate * gap) * h + x_t, "count": count + 1}
             cache = {name: jnp.where(is_valid, moved[name], cache[name]) for name in cache}
             return cache, cache["h"]
 
-        cache, y = lax.scan(move, cache, (x.astype(self.rate.dtype), gaps, fresh, valid))
+        cache, y = lax.scan(move, cache, (x.astype(rate.dtype), gaps, fresh, valid))
         return y.astype(x.dtype), cache
 
     def step(self, x, cache, *, integration_timestep=None):

@@ -190,6 +190,18 @@ def test_a_block_streams_for_max_seqlen_samples():
     assert_close(jnp.concatenate([first, second]), whole)
 
 
+def test_gradients_of_narrow_parameters_are_added_up_in_float32():
+    """In their own type a sum over chunks would stop growing at 256 times what each adds."""
+    mixer = AttentionSequenceMixer(FEATURES, jr.key(0), window=2)
+    narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), mixer)
+    wide = jax.tree.map(lambda p: p.astype(jnp.float32), narrow)
+    x = jnp.ones((64 * 512, FEATURES))
+    gradient = jax.jit(jax.grad(lambda mixer: mixer(x)[0].sum()))
+    actual, expected = (gradient(either).out_proj.weight for either in (narrow, wide))
+    assert actual.dtype == jnp.bfloat16
+    assert_close(numbers(actual), expected, 2**-8)
+
+
 def test_memory_of_a_window_grows_linearly():
     mixer = AttentionSequenceMixer(FEATURES, jr.key(0), window=64)
     loss = jax.grad(lambda x: jnp.sum(mixer(x)[0] ** 2))

@@ -99,6 +99,20 @@ def test_loss_and_its_gradients(name, chunk_size):
     assert int(model.loss(tokens(1), state)[0].count) == 0
 
 
+def test_gradients_of_a_narrow_head_are_added_up_in_float32():
+    """In its own type a sum over chunks would stop growing at 256 times what each adds."""
+    model, state = make("griffin")
+    narrow = eqx.tree_at(lambda m: m.head.weight, model, replace_fn=lambda w: w.astype("bfloat16"))
+    wide = eqx.tree_at(lambda m: m.head.weight, narrow, replace_fn=lambda w: w.astype("float32"))
+    x = jnp.zeros(601, int)
+    loss = lambda model: model.loss(x, state, chunk_size=1)[0].total
+    actual, expected = (
+        eqx.filter_jit(eqx.filter_grad(loss))(either).head.weight for either in (narrow, wide)
+    )
+    assert actual.dtype == jnp.bfloat16
+    assert_close(np.asarray(actual, np.float64), expected, 2**-8)
+
+
 @pytest.mark.parametrize("time, chunk_size", [(7, 3), (6, 3), (2, 3), (0, 3)])
 def test_chunked_cross_entropy(time, chunk_size):
     with jax.enable_x64(True):

@@ -136,6 +136,11 @@ def batched_otherwise(y, x, rate):
     return y * jax.lax.stop_gradient(factor(jax.lax.stop_gradient(y[0, 0])))
 
 
+def untrained_if_narrow(y, x, rate):
+    rate = jax.lax.stop_gradient(rate) if rate.dtype == jnp.bfloat16 else rate
+    return y * rate.astype(y.dtype)
+
+
 @jax.custom_vjp
 def once_differentiable(y):
     return y**2
@@ -275,6 +280,18 @@ BROKEN = [
         output(lambda y, x, rate: y.astype(jnp.float32)),
         {},
         r"mixer\(bfloat16\(13, 4\)\) gives back an output of the kind of the samples; got float32",
+    ),
+    (
+        "narrow_parameters-float16",
+        output(lambda y, x, rate: y * jnp.exp(rate).astype(y.dtype)),
+        {"longest": 100},
+        "parameters in float16, against the same numbers in float32:",
+    ),
+    (
+        "gradients_of_narrow_parameters",
+        output(untrained_if_narrow),
+        {},
+        r"parameters in bfloat16, against .*:\n +mixer.mixer.rate at",
     ),
     (
         "stable_whatever_the_training",

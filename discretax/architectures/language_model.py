@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from discretax._features import check_size
 from discretax._stateful import check_state
 from discretax._timeseries import Timeseries, length_of, valid_samples, values_of, with_values
-from discretax._types import Values
+from discretax._types import Values, widened
 from discretax.blocks import AbstractBlock, ResidualBlock, StandardBlock
 from discretax.blocks._parts import Norm, NormLayer, make_norm
 from discretax.blocks.base import normalise
@@ -181,7 +181,7 @@ class LanguageModel(eqx.nn.StatefulLayer):
         """
         tokens = values_of(x)
         hidden, state = self._hidden(x, state, key)
-        head = self._head()
+        head = widened(self._head(), hidden)  # in which the gradients of all chunks are added up
         losses = chunked_cross_entropy(head.logits, hidden[:-1], tokens[1:], chunk_size=chunk_size)
         counted = jnp.ones(losses.shape, bool)
         if isinstance(x, Timeseries):

@@ -28,7 +28,8 @@ def chunked_cross_entropy(
 
     **Arguments:**
 
-    - `logits`: from some samples to their logits. It may close over parameters; they get gradients.
+    - `logits`: from some samples to their logits. It may close over parameters; they get gradients,
+        added up over the chunks in their type.
     - `x`: the samples.
     - `targets`: which class is right, in [0, classes).
     - `chunk_size`: samples whose logits exist together.

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from discretax._features import check_positive, check_size, divided, linear
 from discretax._timeseries import known
-from discretax._types import Length, Resets, Sample, Timesteps, Values
+from discretax._types import Length, Resets, Sample, Timesteps, Values, widened
 from discretax.ops._attention import masked_attention
 from discretax.ops._running.chunks import scan_chunks
 from discretax.sequence_mixers.base import (
@@ -281,6 +281,8 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
 
 @ft.partial(jax.jit, static_argnums=(0, 1))
 def _over_time(chunk_size, fresh, mixer, state, x, resets, length):
+    mixer = widened(mixer, x)  # the type in which the gradients of all chunks are added up
+
     def run(state, inputs, left):
         x, resets = inputs
         y, state = mixer._attend(x, resets, state, left, fresh)

@@ -1,4 +1,4 @@
-"""8. Activations of half the width. 9. Stable, however trained and however long."""
+"""8. Activations or parameters of half the width. 9. Stable, however trained and however long."""
 
 import equinox as eqx
 import jax
@@ -6,10 +6,11 @@ import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
 from discretax.testing._compare import at, kind, require, same
 from discretax.testing._law import law
-from discretax.testing._subject import Subject, call, floats, parameters
+from discretax.testing._subject import Subject, call, floats, parameters, weights
 
 
 @law()
@@ -37,6 +38,28 @@ def bfloat16_activations(subject: Subject):
         require(before.dtype == jnp.float32, f"mixer.{path} starts as {kind(before)}")
         require(new.dtype == jnp.float32, f"mixer.{path} becomes {kind(new)} in a training step")
         require(np.isfinite(new).all(), f"mixer.{path} is not finite after a training step")
+
+
+@law(variants=["bfloat16", "float16"])
+def narrow_parameters(subject: Subject, narrow: str):
+    """Parameters of half the width give what the same rounded numbers give in float32."""
+    mixer, _ = subject.single()
+    rounded = _cast(mixer, narrow)
+    x = subject.draw(subject.longest, seed=4)
+    expected = subject.run(_cast(rounded, "float32"), x)
+    of, to = f"parameters in {narrow}", "the same numbers in float32"
+    same(subject.run(rounded, x), expected, of=of, to=to)
+
+
+@law()
+def gradients_of_narrow_parameters(subject: Subject):
+    """Gradients of bfloat16 parameters are those of the same rounded numbers in float32, rounded."""
+    mixer, x = subject.single()
+    rounded = _cast(mixer, "bfloat16")
+    cotangent = weights(subject.run(mixer, x))
+    pull = lambda mixer: subject.pull(call, cotangent, mixer, x).gradients
+    of, to = "parameters in bfloat16", "the same numbers in float32"
+    same(pull(rounded), pull(_cast(rounded, "float32")), 1e-2, of=of, to=to)
 
 
 @law(lambda subject: subject.transition_size is not None)
@@ -79,3 +102,10 @@ def long_sequences_stay_finite(subject: Subject):
         require(np.isfinite(leaf).all(), f"{name} is not finite after {subject.longest} samples")
     largest = np.abs(outcome.output).max()
     require(largest < 1e3, f"an output of {largest:.3g} in {subject.longest} samples")
+
+
+def _cast(tree: PyTree, dtype: str) -> PyTree:
+    """`tree` with its floating arrays in another type."""
+    return jax.tree.map(
+        lambda leaf: leaf.astype(dtype) if eqx.is_inexact_array(leaf) else leaf, tree
+    )
