@@ -63,13 +63,16 @@ class BatchNorm(eqx.nn.StatefulLayer):
         del key
         check_state(state, self)
         u = zero_padding(x, length).astype(accumulation_dtype(x, self.weight))
-        running_mean, running_var, weight = read_state(state, self.statistics, self)
-        if running_mean.shape != self.weight.shape:
+        statistics = read_state(state, self.statistics, self)
+        if statistics[0].shape != self.weight.shape:
             raise ValueError(
                 f"the norm's statistics must have the shape {self.weight.shape} of one state; got "
-                f"{running_mean.shape}. A state with a batch axis goes through `jax.vmap`; make "
+                f"{statistics[0].shape}. A state with a batch axis goes through `jax.vmap`; make "
                 "one without by `discretax.inference_state(model, state)`."
             )
+        running_mean, running_var, weight, scale, shift = (
+            array.astype(u.dtype) for array in (*statistics, self.weight, self.bias)
+        )
         if self.inference:
             mean = running_mean / jnp.where(weight == 0, 1, weight)
             var = jnp.where(weight == 0, 1, running_var / jnp.where(weight == 0, 1, weight))
@@ -78,14 +81,9 @@ class BatchNorm(eqx.nn.StatefulLayer):
             blend = lambda old, new: jnp.where(
                 count > 0, self.momentum * old + (1 - self.momentum) * new, old
             )
-            new = (mean.astype(running_mean.dtype), var.astype(running_var.dtype), 1.0)
-            old = (running_mean, running_var, weight)
-            state = state.set(
-                self.statistics, tuple(blend(*pair) for pair in zip(old, new, strict=True))
-            )
-        mean, var, scale, shift = (
-            array.astype(u.dtype) for array in (mean, var, self.weight, self.bias)
-        )
+            blended = blend(running_mean, mean), blend(running_var, var), blend(weight, 1.0)
+            kept = (new.astype(old.dtype) for new, old in zip(blended, statistics, strict=True))
+            state = state.set(self.statistics, tuple(kept))
         y = (u - mean) * lax.rsqrt(var + self.eps) * scale + shift
         return y.astype(x.dtype), state
 
