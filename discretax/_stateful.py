@@ -50,6 +50,13 @@ class AbstractStreamingLayer(eqx.nn.StatefulLayer):
         return cache
 
 
+def found(tree: PyTree, kind: type) -> dict[str, Any]:
+    """The outermost nodes of a kind, by what leads to them: `{".blocks[0]": block}`."""
+    is_kind = lambda node: isinstance(node, kind)
+    nodes, _ = jax.tree.flatten_with_path(tree, is_leaf=is_kind)
+    return {jax.tree_util.keystr(path): node for path, node in nodes if is_kind(node)}
+
+
 def check_state(state: Any, layer: eqx.Module) -> None:
     if not isinstance(state, eqx.nn.State):
         # `eqx.nn.Sequential` passes a bare object where it was given no state.

@@ -18,8 +18,8 @@ class Pooling(AbstractStreamingLayer):
     it gives zeros.
 
     The mean's cache holds the sum of the samples with their number behind it, both in two parts: a
-    single float32 stops counting at 2**24. That of the others holds the sample, and a number that is
-    zero until there is one.
+    single float32 stops counting at 2**24. That of the others holds the sample, and a one behind it
+    once there is any.
     """
 
     cache_index: eqx.nn.StateIndex
@@ -70,9 +70,9 @@ class Pooling(AbstractStreamingLayer):
             after = self._after(jnp.where(begins_anew, 0, cache), summary.astype(cache.dtype))
             state = state.set(self.cache_index, after)
             summary = (after[0] if self.kind == "mean" else after).astype(u.dtype)
-        pooled, count = summary[:-1], summary[-1]
+        pooled, number = summary[:-1], summary[-1]
         if self.kind == "mean":
-            pooled = pooled / jnp.maximum(count, 1)
+            pooled = pooled / jnp.maximum(number, 1)
         return pooled.astype(values.dtype), state
 
     def _summary(
@@ -92,6 +92,7 @@ class Pooling(AbstractStreamingLayer):
             counted &= index >= start
             begins_anew = start >= 0
         count = counted.sum()
+        number = count if self.kind == "mean" else count > 0
         if self.kind == "mean":
             pooled = jnp.where(counted[:, None], u, 0).sum(0)
         elif self.kind == "last":
@@ -99,7 +100,7 @@ class Pooling(AbstractStreamingLayer):
         else:
             pooled = jnp.where(counted[:, None], u, -jnp.inf).max(0)
             pooled = jnp.where(count > 0, pooled, 0)
-        return jnp.append(pooled, count.astype(u.dtype)), begins_anew
+        return jnp.append(pooled, number.astype(u.dtype)), begins_anew
 
     def _after(self, cache: Array, summary: Float[Array, " summary"]) -> Array:
         """The cache, after the samples of `summary`."""

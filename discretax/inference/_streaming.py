@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from discretax._ensembles import check_one_member
-from discretax._stateful import AbstractStreamingLayer
+from discretax._stateful import AbstractStreamingLayer, found
 from discretax.sequence_mixers import AbstractLTIMixer, AbstractSequenceMixer, Discretized
 
 Model = TypeVar("Model", bound=PyTree)
@@ -97,15 +97,8 @@ def discretized(model: Model) -> Model:
     return jax.tree.map(precompute, model, is_leaf=is_lti)
 
 
-def _found(tree: PyTree, kind: type) -> list[tuple[str, Any]]:
-    """The outermost nodes of a kind, by what leads to them: `(".blocks[0]", block)`."""
-    is_kind = lambda node: isinstance(node, kind)
-    nodes, _ = jax.tree.flatten_with_path(tree, is_leaf=is_kind)
-    return [(jax.tree_util.keystr(path), node) for path, node in nodes if is_kind(node)]
-
-
 def streaming_layers(tree: PyTree) -> list[AbstractStreamingLayer]:
-    return [layer for _, layer in _found(tree, AbstractStreamingLayer)]
+    return list(found(tree, AbstractStreamingLayer).values())
 
 
 def _mixers(tree: PyTree) -> list[AbstractSequenceMixer]:
@@ -123,7 +116,7 @@ def _mixers(tree: PyTree) -> list[AbstractSequenceMixer]:
 
 def _check_caches_apart(model: PyTree) -> None:
     first = {}
-    for path, layer in _found(model, AbstractStreamingLayer):
+    for path, layer in found(model, AbstractStreamingLayer).items():
         other = first.setdefault(layer.cache_index.marker, path)
         if other != path:
             raise ValueError(
@@ -149,10 +142,12 @@ def _completed(
 ) -> eqx.nn.State:
     """With the initial values of layers that were put into the model later."""
     values, known = state.tree_flatten()
-    indices = _found(model, eqx.nn.StateIndex)
+    indices = found(model, eqx.nn.StateIndex)
     caches = {layer.cache_index.marker for layer in layers}
-    new = {index.marker: (path, index) for path, index in indices if index.marker not in known}
-    if len(new.keys() - caches) > 0 and all(index.marker in new for _, index in indices):
+    new = {
+        index.marker: (path, index) for path, index in indices.items() if index.marker not in known
+    }
+    if len(new.keys() - caches) > 0 and all(index.marker in new for index in indices.values()):
         raise ValueError(
             f"`state` must be the model's; got one that knows no layer of this "
             f"`{type(model).__name__}`. Take both from one call, "

@@ -10,7 +10,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
-from discretax._stateful import check_state
+from discretax._stateful import check_state, found
 from discretax.blocks import AbstractBlock
 from discretax.blocks.base import Samples
 from discretax.models._backbone import AbstractBackbone
@@ -121,7 +121,8 @@ def _pattern(blocks: Sequence[AbstractBlock], state: eqx.nn.State) -> tuple[int,
 def _form(block: AbstractBlock, state: eqx.nn.State) -> tuple[Any, Any]:
     """What two blocks must share for one's code to run the other's arrays."""
     of_state = jax.tree.leaves(_substate(block, state))
-    block = jax.tree.map(lambda node: None if _is_index(node) else node, block, is_leaf=_is_index)
+    is_index = lambda node: isinstance(node, eqx.nn.StateIndex)
+    block = jax.tree.map(lambda node: None if is_index(node) else node, block, is_leaf=is_index)
     arrays, static = eqx.partition(block, eqx.is_array)
     leaves = (*jax.tree.leaves(arrays), *of_state)
     shapes = [(leaf.shape, leaf.dtype, leaf.weak_type) for leaf in leaves]
@@ -131,12 +132,8 @@ def _form(block: AbstractBlock, state: eqx.nn.State) -> tuple[Any, Any]:
 def _substate(block: AbstractBlock, state: eqx.nn.State) -> eqx.nn.State:
     """What the state knows of a block. One that was put in later says itself what it needs."""
     _, known = state.tree_flatten()
-    indices = [node for node in jax.tree.leaves(block, is_leaf=_is_index) if _is_index(node)]
+    indices = found(block, eqx.nn.StateIndex).values()
     return state.substate([index for index in indices if index.marker in known])
-
-
-def _is_index(node: Any) -> bool:
-    return isinstance(node, eqx.nn.StateIndex)
 
 
 def _run_repeated(blocks, period, x, state, keys, remat):

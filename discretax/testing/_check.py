@@ -18,7 +18,7 @@ from discretax.testing import (
     _transformations,
     _views,
 )
-from discretax.testing._law import Law, MixerLaw
+from discretax.testing._law import Law, MixerLaw, hold
 from discretax.testing._subject import Subject
 
 # A new law is a function with `@law` above it, in the file of its family: it takes the `Subject`,
@@ -98,16 +98,7 @@ def check_mixer(
     mixer = make(jr.key(0))  # where this fails, no law is to blame
     if not isinstance(mixer, AbstractSequenceMixer):
         raise TypeError(f"`make` must give an `AbstractSequenceMixer`; got {type(mixer).__name__}.")
-    broken = []
-    for law in laws:
-        try:
-            law()
-        except AssertionError as error:
-            broken.append(error)
-    if broken:
-        report = "\n\n".join(map(str, broken))
-        count = f"{len(broken)} of {len(laws)} laws broken"
-        raise AssertionError(f"{count}\n\n{report}") from broken[0].__cause__
+    hold(laws)
 
 
 def mixer_laws(

@@ -5,10 +5,8 @@ import functools as ft
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import jax
-
 from discretax.testing._compare import LawError, first_line
-from discretax.testing._subject import RAISED_BY, Subject
+from discretax.testing._subject import RAISED_BY
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,8 +27,7 @@ class MixerLaw:
     def __call__(self) -> None:
         """**Raises:** `AssertionError` with the law, the numbers, and where they part."""
         try:
-            with jax.enable_x64(False):
-                self.check()
+            self.check()
         except LawError as broken:
             raise AssertionError(self._report(str(broken))) from broken.__cause__
         except Exception as error:
@@ -48,25 +45,30 @@ class Law:
     """A law of all mixers, or of those that it concerns."""
 
     check: Callable[..., None]
-    concerns: Callable[[Subject], bool]
+    concerns: Callable[[Any], bool]
     variants: dict[str, tuple[Any, ...]]
 
     @property
     def name(self) -> str:
         return self.check.__name__
 
-    def of(self, subject: Subject) -> list[MixerLaw]:
+    def of(self, subject: Any) -> list[MixerLaw]:
+        """Bound to a `Subject`, a mixer, or to a `Stream`, a model with its state."""
         if not self.concerns(subject):
             return []
         states = (self.check.__doc__ or "").splitlines()[0]
         return [
-            MixerLaw(f"{self.name}{variant}", states, ft.partial(self.check, subject, *values))
+            MixerLaw(f"{self.name}{variant}", states, ft.partial(self._check, subject, *values))
             for variant, values in self.variants.items()
         ]
 
+    def _check(self, subject: Any, *values: Any) -> None:
+        with subject.precision():
+            self.check(subject, *values)
+
 
 def law(
-    concerns: Callable[[Subject], bool] = lambda subject: True,
+    concerns: Callable[[Any], bool] = lambda subject: True,
     variants: Iterable[Any] | dict[str, tuple[Any, ...]] | None = None,
 ) -> Callable[[Callable[..., None]], Law]:
     """Makes a law of a function of the subject, whose docstring's first line states it.
@@ -81,3 +83,17 @@ def law(
         variants = {str(value): (value,) for value in variants}
     named = {f"-{name}": values for name, values in variants.items()}
     return lambda check: Law(check, concerns, named)
+
+
+def hold(laws: list[MixerLaw]) -> None:
+    """Calls each of them, and fails with a list of the broken ones."""
+    broken = []
+    for law in laws:
+        try:
+            law()
+        except AssertionError as error:
+            broken.append(error)
+    if broken:
+        report = "\n\n".join(map(str, broken))
+        count = f"{len(broken)} of {len(laws)} laws broken"
+        raise AssertionError(f"{count}\n\n{report}") from broken[0].__cause__

@@ -71,6 +71,9 @@ class Subject:
         self._made = {}
         self._used = {}
 
+    def precision(self) -> contextlib.AbstractContextManager:
+        return jax.enable_x64(False)
+
     def made(self, seed: int = 0, double: bool = False) -> tuple[Any, np.ndarray]:
         if (seed, double) not in self._made:
             with jax.enable_x64(double):
