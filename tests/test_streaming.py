@@ -26,12 +26,9 @@ from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead, Pooling
 from discretax.models import LRU, Backbone
 from discretax.sequence_mixers import Bidirectional, Discretized, LRUSequenceMixer
+from discretax.testing import check_streaming
 
 WIDTH, CLASSES, BATCH = 4, 3, 3
-NORMS = ("batch", "layer", "rms", None)
-CUTS = ((5, 6), (1, 6), tuple(range(1, TIME)))  # chunks of five and one: few to compile
-
-every_norm = pytest.mark.parametrize("norm", NORMS)
 
 
 def draw_batch():
@@ -138,27 +135,16 @@ def test_training_moved_the_statistics():
     assert np.abs(var / weight - 1).max() > 0.5
 
 
-@every_norm
-@pytest.mark.parametrize("cuts", CUTS, ids=str)
-def test_answers_so_far_are_those_of_the_whole(norm, cuts):
-    model, state = trained(norm)
-    live, x = streaming_mode(model), draw_batch()
-    stream_state = inference_state(model, state, batch_size=BATCH)
-    for start, end in edges(cuts):
-        y, stream_state = run_batch(live, stream_state, x[:, start:end])
-        assert_close(y, evaluate(model, state, x, jnp.asarray(end)))
+@pytest.mark.parametrize("norm", ["batch", "rms"])
+def test_answers_so_far_are_those_of_the_whole(norm):
+    check_streaming(*trained(norm), draw_batch()[1])
 
 
 @pytest.mark.parametrize(
-    "norm, prenorm", [(norm, True) for norm in NORMS] + [("batch", False), ("layer", False)]
+    "norm, prenorm", [("batch", True), ("layer", True), (None, True), ("batch", False)]
 )
-def test_concatenated_chunks_are_the_whole(norm, prenorm):
-    model, state = trained_per_step(norm, prenorm)
-    live, x = streaming_mode(model), draw_batch()[1]
-    whole, _ = run(model, state, x)
-    for cuts in CUTS[:2]:
-        ys, _ = stream(live, inference_state(model, state), x, cuts)
-        assert_close(jnp.concatenate(ys), whole)
+def test_answers_to_samples_are_those_of_the_whole(norm, prenorm):
+    check_streaming(*trained_per_step(norm, prenorm), draw_batch()[1])
 
 
 def test_eager_is_jit():
@@ -213,12 +199,11 @@ def test_bfloat16_activations_keep_float32_caches():
     assert_close(y, evaluate_arrays(model, state, x), rtol=2e-2)
 
 
-# Lengths and resets
+# Lengths
 
 
-@pytest.mark.parametrize("norm", ["batch", "rms"])
-def test_padded_chunks_of_a_stream(norm):
-    model, state = trained(norm)
+def test_streams_that_go_on_at_different_rates():
+    model, state = trained("batch")
     live, x = streaming_mode(model), draw_batch()
     stream_state = inference_state(model, state, batch_size=BATCH)
     so_far = jnp.zeros(BATCH, int)
@@ -231,32 +216,7 @@ def test_padded_chunks_of_a_stream(norm):
         assert_close(y, evaluate(model, state, x, so_far))
 
 
-@pytest.mark.parametrize("boundaries", [(5,), (2, 7), (0, 5, 6)], ids=str)
-def test_resets_within_and_between_chunks(boundaries):
-    model, state = trained_per_step("batch")
-    live, x = streaming_mode(model), draw_batch()[0]
-    resets = jnp.isin(jnp.arange(TIME), jnp.array(boundaries))
-    stream_state, ys = inference_state(model, state), []
-    for start, end in edges((5, 6)):
-        chunk = Timeseries(x[start:end], resets=resets[start:end])
-        y, stream_state = run(live, stream_state, chunk)
-        ys.append(y)
-    parts = [part for part in jnp.split(x, boundaries) if len(part)]
-    separately = [run(model, state, part)[0] for part in parts]
-    assert_close(jnp.concatenate(ys), jnp.concatenate(separately))
-
-
 # States
-
-
-def test_a_fresh_state_starts_over():
-    model, state = trained("batch")
-    live, x = streaming_mode(model), draw_batch()
-    first, used = stream(live, inference_state(model, state, BATCH), x)
-    from_used, _ = stream(live, inference_state(model, used, BATCH), x)
-    assert_equal(from_used, first)
-    going_on, _ = stream(live, used, x)
-    assert np.abs(going_on[0] - first[0]).max() > 1e-3
 
 
 @pytest.mark.parametrize("before, after", [(None, BATCH), (2, BATCH), (2, None), (1, 1)])
