@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
-from cases import CASES, TIME
-from helpers import assert_close, draw
+from cases import CASES
+from helpers import TIME, assert_close, draw
 
 import discretax
 from discretax.inspection import eigenvalues, frequency_response, impulse_response
