@@ -201,6 +201,7 @@ def test_comba_erases_before_the_decay():
             {"num_heads": 2, "num_value_heads": 3},
             "multiple of .*; got 3 and 2",
         ),
+        (GatedDeltaNetSequenceMixer, {"num_heads": 3}, r"must divide in_features = 4; got 3"),
         (
             GatedDeltaNetSequenceMixer,
             {"A_init_range": (0.0, 1.0)},

@@ -11,7 +11,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_positive, check_size, linear
+from discretax._features import check_positive, check_size, divided, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.init import short_convolution
 from discretax.ops import depthwise_convolution
@@ -79,6 +79,7 @@ class Projections(eqx.Module):
     v_proj: eqx.nn.Linear
     conv_weight: Float[Array, "convolved width"] | None
     conv_bias: Float[Array, " convolved"] | None
+    in_features: int = eqx.field(static=True)
     key_heads: int = eqx.field(static=True)
     value_heads: int = eqx.field(static=True)
     key_dim: int = eqx.field(static=True)
@@ -92,25 +93,29 @@ class Projections(eqx.Module):
         key: PRNGKeyArray,
         *,
         key_heads: int,
-        value_heads: int,
-        key_dim: int,
-        value_dim: int,
+        value_heads: int | None,
+        key_dim: int | None,
+        value_dim: int | None,
+        value_ratio: int = 1,
         conv_width: int | None,
         conv_bias: bool = False,
         steps: int | None = None,
         activation: Callable[[Array], Array] | None = jax.nn.silu,
     ):
-        sizes = {
-            "in_features": in_features,
-            "num_heads": key_heads,
-            "num_value_heads": value_heads,
-            "head_dim": key_dim,
-            "value_dim": value_dim,
-            "conv_width": 1 if conv_width is None else conv_width,
-            "num_steps": 1 if steps is None else steps,
-        }
-        for name, size in sizes.items():
-            check_size(name, size)
+        in_features = check_size("in_features", in_features)
+        key_heads = check_size("num_heads", key_heads)
+        value_heads = (
+            key_heads if value_heads is None else check_size("num_value_heads", value_heads)
+        )
+        key_dim = (
+            divided("in_features", in_features, "num_heads", key_heads)
+            if key_dim is None
+            else check_size("head_dim", key_dim)
+        )
+        value_dim = (
+            value_ratio * key_dim if value_dim is None else check_size("value_dim", value_dim)
+        )
+        steps = None if steps is None else check_size("num_steps", steps)
         if value_heads % key_heads:
             raise ValueError(
                 "`num_value_heads` must be a multiple of `num_heads`, whose keys they share; got "
@@ -127,9 +132,11 @@ class Projections(eqx.Module):
         self.v_proj = project(values, v_key)
         self.conv_weight = self.conv_bias = None
         if conv_width is not None:
+            width = check_size("conv_width", conv_width)
             self.conv_weight, self.conv_bias = short_convolution(
-                conv_key, bias_key, queries + keys + values, conv_width, use_bias=conv_bias
+                conv_key, bias_key, queries + keys + values, width, use_bias=conv_bias
             )
+        self.in_features = in_features
         self.key_heads = key_heads
         self.value_heads = value_heads
         self.key_dim = key_dim

@@ -68,7 +68,7 @@ class CombaSequenceMixer(AbstractMatrixMixer):
         *,
         num_heads: int = 4,
         num_value_heads: int | None = None,
-        head_dim: int = 64,
+        head_dim: int | None = None,
         value_dim: int | None = None,
         conv_width: int | None = 4,
         correction: float = 1.0,
@@ -85,7 +85,7 @@ class CombaSequenceMixer(AbstractMatrixMixer):
         - `num_heads`: of queries and keys.
         - `num_value_heads`: of values, decays and outputs, a multiple of `num_heads`, which it is if
             left out.
-        - `head_dim`: length of the keys of a head.
+        - `head_dim`: length of the keys of a head; `in_features / num_heads` if left out.
         - `value_dim`: length of the values of a head; twice `head_dim` if left out.
         - `conv_width`: how many samples the convolution sees, its own included; None for none.
         - `correction`: where $d$ starts; the authors take 1, and 0.02 for small models.
@@ -98,18 +98,18 @@ class CombaSequenceMixer(AbstractMatrixMixer):
 
         `ValueError` for sizes below one or that do not divide, or ranges that are none.
         """
-        heads = num_heads if num_value_heads is None else num_value_heads
-        value_dim = 2 * head_dim if value_dim is None else value_dim
         keys = jr.split(key, 7)
-        self.projections = Projections(
+        self.projections = sizes = Projections(
             in_features,
             keys[0],
             key_heads=num_heads,
-            value_heads=heads,
+            value_heads=num_value_heads,
             key_dim=head_dim,
             value_dim=value_dim,
+            value_ratio=2,
             conv_width=conv_width,
         )
+        in_features, heads = sizes.in_features, sizes.value_heads
         project = lambda features, key: eqx.nn.Linear(
             in_features, features, use_bias=False, key=key
         )
@@ -117,14 +117,14 @@ class CombaSequenceMixer(AbstractMatrixMixer):
         self.decay_proj = project(heads, keys[2])
         self.A_log = log_rate(keys[3], (heads,), *A_init_range)
         self.dt_bias = step_bias(keys[4], (heads,), dt_min, dt_max, dt_init_floor)
-        self.inner_decay = jnp.ones(num_heads)
-        self.correction = jnp.full(num_heads, correction, jnp.result_type(float))
+        self.inner_decay = jnp.ones(sizes.key_heads)
+        self.correction = jnp.full(sizes.key_heads, correction, jnp.result_type(float))
         self.output = Output(
             heads,
-            value_dim,
+            sizes.value_dim,
             in_features,
             keys[6],
-            gate_proj=project(heads * value_dim, keys[5]),
+            gate_proj=project(heads * sizes.value_dim, keys[5]),
             activation=jax.nn.sigmoid,
             norm_eps=norm_eps,
         )

@@ -55,7 +55,7 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
         key: PRNGKeyArray,
         *,
         num_heads: int = 4,
-        head_dim: int = 64,
+        head_dim: int | None = None,
         value_dim: int | None = None,
         conv_width: int | None = 4,
         shared_beta: bool = False,
@@ -72,7 +72,7 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
         - `in_features`: width of the input and of the output.
         - `key`: for the initialisation.
         - `num_heads`: matrices.
-        - `head_dim`: length of the keys of a head.
+        - `head_dim`: length of the keys of a head; `in_features / num_heads` if left out.
         - `value_dim`: length of the values of a head; `head_dim` if left out.
         - `conv_width`: how many samples the convolution sees, its own included; None for none.
         - `shared_beta`: one $\beta$ for all heads instead of one each.
@@ -86,29 +86,29 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
 
         **Raises:**
 
-        `ValueError` for sizes below one.
+        `ValueError` for sizes below one or that do not divide.
         """
-        value_dim = head_dim if value_dim is None else value_dim
         projections_key, beta_key, gate_key, out_key = jr.split(key, 4)
-        self.projections = Projections(
+        self.projections = sizes = Projections(
             in_features,
             projections_key,
             key_heads=num_heads,
-            value_heads=num_heads,
+            value_heads=None,
             key_dim=head_dim,
             value_dim=value_dim,
             conv_width=conv_width,
             activation=activation,
         )
+        in_features, heads = sizes.in_features, sizes.value_heads
         self.beta_proj = eqx.nn.Linear(
-            in_features, 1 if shared_beta else num_heads, use_bias=False, key=beta_key
+            in_features, 1 if shared_beta else heads, use_bias=False, key=beta_key
         )
         gated = lambda: eqx.nn.Linear(
-            in_features, num_heads * value_dim, use_bias=False, key=gate_key
+            in_features, heads * sizes.value_dim, use_bias=False, key=gate_key
         )
         self.output = Output(
-            num_heads,
-            value_dim,
+            heads,
+            sizes.value_dim,
             in_features,
             out_key,
             gate_proj=gated() if gate else None,
@@ -117,7 +117,7 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
         )
         self.in_features = in_features
         self.negative_eigenvalues = negative_eigenvalues
-        self.scale = head_dim**-0.5 if scale is None else scale
+        self.scale = sizes.key_dim**-0.5 if scale is None else scale
         self.key_norm = key_norm
 
     def attend(self, x, q, k, v, state, *, length, resets):

@@ -60,7 +60,7 @@ class GatedDeltaNet2SequenceMixer(AbstractMatrixMixer):
         key: PRNGKeyArray,
         *,
         num_heads: int = 4,
-        head_dim: int = 64,
+        head_dim: int | None = None,
         value_dim: int | None = None,
         conv_width: int | None = 4,
         negative_eigenvalues: bool = False,
@@ -75,7 +75,7 @@ class GatedDeltaNet2SequenceMixer(AbstractMatrixMixer):
         - `in_features`: width of the input and of the output.
         - `key`: for the initialisation.
         - `num_heads`: matrices.
-        - `head_dim`: length of the keys of a head.
+        - `head_dim`: length of the keys of a head; `in_features / num_heads` if left out.
         - `value_dim`: length of the values of a head, and the rank of $W_{f2} W_{f1}$ and
             $W_{g2} W_{g1}$; `head_dim` if left out.
         - `conv_width`: how many samples the convolution sees, its own included; None for none.
@@ -87,31 +87,31 @@ class GatedDeltaNet2SequenceMixer(AbstractMatrixMixer):
 
         **Raises:**
 
-        `ValueError` for sizes below one, or ranges that are none.
+        `ValueError` for sizes below one or that do not divide, or ranges that are none.
         """
-        value_dim = head_dim if value_dim is None else value_dim
         keys = jr.split(key, 8)
-        self.projections = Projections(
+        self.projections = sizes = Projections(
             in_features,
             keys[0],
             key_heads=num_heads,
-            value_heads=num_heads,
+            value_heads=None,
             key_dim=head_dim,
             value_dim=value_dim,
             conv_width=conv_width,
         )
-        keys_width, values_width = num_heads * head_dim, num_heads * value_dim
+        in_features, heads = sizes.in_features, sizes.value_heads
+        keys_width, values_width = heads * sizes.key_dim, heads * sizes.value_dim
         self.erase_proj = eqx.nn.Linear(in_features, keys_width, use_bias=False, key=keys[1])
         self.write_proj = eqx.nn.Linear(in_features, values_width, use_bias=False, key=keys[2])
-        self.decay_proj = LowRank(in_features, value_dim, keys_width, keys[3], use_bias=False)
-        self.A_log = log_rate(keys[4], (num_heads,), *A_init_range)
-        self.dt_bias = step_bias(keys[5], (num_heads, head_dim), dt_min, dt_max, dt_init_floor)
+        self.decay_proj = LowRank(in_features, sizes.value_dim, keys_width, keys[3], use_bias=False)
+        self.A_log = log_rate(keys[4], (heads,), *A_init_range)
+        self.dt_bias = step_bias(keys[5], (heads, sizes.key_dim), dt_min, dt_max, dt_init_floor)
         self.output = Output(
-            num_heads,
-            value_dim,
+            heads,
+            sizes.value_dim,
             in_features,
             keys[7],
-            gate_proj=LowRank(in_features, value_dim, values_width, keys[6], use_bias=True),
+            gate_proj=LowRank(in_features, sizes.value_dim, values_width, keys[6], use_bias=True),
             activation=jax.nn.sigmoid,
             norm_eps=norm_eps,
         )

@@ -60,7 +60,7 @@ class GatedDeltaProductSequenceMixer(AbstractMatrixMixer):
         num_steps: int = 2,
         num_heads: int = 4,
         num_value_heads: int | None = None,
-        head_dim: int = 64,
+        head_dim: int | None = None,
         value_dim: int | None = None,
         conv_width: int | None = 4,
         negative_eigenvalues: bool = True,
@@ -78,7 +78,7 @@ class GatedDeltaProductSequenceMixer(AbstractMatrixMixer):
         - `num_heads`: of queries and keys.
         - `num_value_heads`: of values, decays and outputs, a multiple of `num_heads`, which it is if
             left out.
-        - `head_dim`: length of the keys of a head.
+        - `head_dim`: length of the keys of a head; `in_features / num_heads` if left out.
         - `value_dim`: length of the values of a head; twice `head_dim` if left out.
         - `conv_width`: how many samples the convolution sees, its own included; None for none.
         - `negative_eigenvalues`: $\beta$ up to 2; False for up to 1.
@@ -91,32 +91,32 @@ class GatedDeltaProductSequenceMixer(AbstractMatrixMixer):
 
         `ValueError` for sizes below one or that do not divide, or ranges that are none.
         """
-        heads = num_heads if num_value_heads is None else num_value_heads
-        value_dim = 2 * head_dim if value_dim is None else value_dim
         keys = jr.split(key, 7)
-        self.projections = Projections(
+        self.projections = sizes = Projections(
             in_features,
             keys[0],
             key_heads=num_heads,
-            value_heads=heads,
+            value_heads=num_value_heads,
             key_dim=head_dim,
             value_dim=value_dim,
+            value_ratio=2,
             conv_width=conv_width,
             steps=num_steps,
         )
+        in_features, heads = sizes.in_features, sizes.value_heads
         project = lambda features, key: eqx.nn.Linear(
             in_features, features, use_bias=False, key=key
         )
-        self.beta_proj = project(num_steps * heads, keys[1])
+        self.beta_proj = project((sizes.steps or 1) * heads, keys[1])
         self.decay_proj = project(heads, keys[2])
         self.A_log = log_rate(keys[3], (heads,), *A_init_range)
         self.dt_bias = step_bias(keys[4], (heads,), dt_min, dt_max, dt_init_floor)
         self.output = Output(
             heads,
-            value_dim,
+            sizes.value_dim,
             in_features,
             keys[6],
-            gate_proj=project(heads * value_dim, keys[5]),
+            gate_proj=project(heads * sizes.value_dim, keys[5]),
             norm_eps=norm_eps,
         )
         self.in_features = in_features

@@ -65,7 +65,7 @@ class KimiDeltaAttentionSequenceMixer(AbstractMatrixMixer):
         *,
         num_heads: int = 4,
         num_value_heads: int | None = None,
-        head_dim: int = 64,
+        head_dim: int | None = None,
         value_dim: int | None = None,
         conv_width: int | None = 4,
         negative_eigenvalues: bool = False,
@@ -84,7 +84,7 @@ class KimiDeltaAttentionSequenceMixer(AbstractMatrixMixer):
         - `num_heads`: of queries and keys.
         - `num_value_heads`: of values, decays and outputs, a multiple of `num_heads`, which it is if
             left out.
-        - `head_dim`: length of the keys of a head.
+        - `head_dim`: length of the keys of a head; `in_features / num_heads` if left out.
         - `value_dim`: length of the values of a head, and the rank of $W_{f2} W_{f1}$ and
             $W_{g2} W_{g1}$; `head_dim` if left out.
         - `conv_width`: how many samples the convolution sees, its own included; None for none.
@@ -107,28 +107,31 @@ class KimiDeltaAttentionSequenceMixer(AbstractMatrixMixer):
                 "`lower_bound` is the least logarithm of a decay: negative, or None for none; got "
                 f"{lower_bound}."
             )
-        heads = num_heads if num_value_heads is None else num_value_heads
-        value_dim = head_dim if value_dim is None else value_dim
         keys = jr.split(key, 7)
-        self.projections = Projections(
+        self.projections = sizes = Projections(
             in_features,
             keys[0],
             key_heads=num_heads,
-            value_heads=heads,
+            value_heads=num_value_heads,
             key_dim=head_dim,
             value_dim=value_dim,
             conv_width=conv_width,
         )
+        in_features, heads = sizes.in_features, sizes.value_heads
         self.beta_proj = eqx.nn.Linear(in_features, heads, use_bias=False, key=keys[1])
-        self.decay_proj = LowRank(in_features, value_dim, heads * head_dim, keys[2], use_bias=False)
+        self.decay_proj = LowRank(
+            in_features, sizes.value_dim, heads * sizes.key_dim, keys[2], use_bias=False
+        )
         self.A_log = (
             log_rate(keys[3], (heads,), *A_init_range) if lower_bound is None else jnp.zeros(heads)
         )
-        self.dt_bias = step_bias(keys[4], (heads, head_dim), dt_min, dt_max, dt_init_floor)
-        gate = LowRank(in_features, value_dim, heads * value_dim, keys[5], use_bias=gate_bias)
+        self.dt_bias = step_bias(keys[4], (heads, sizes.key_dim), dt_min, dt_max, dt_init_floor)
+        gate = LowRank(
+            in_features, sizes.value_dim, heads * sizes.value_dim, keys[5], use_bias=gate_bias
+        )
         self.output = Output(
             heads,
-            value_dim,
+            sizes.value_dim,
             in_features,
             keys[6],
             gate_proj=gate,
