@@ -204,7 +204,7 @@ def mamba2_size(mixer: Mamba2SequenceMixer) -> Array:
 
 def matrix_memories():
     """Small heads of the delta rule, whose states forget within some samples."""
-    common = {"num_heads": 2, "head_dim": 3, "conv_width": 2}
+    common = {"num_heads": 2, "head_dim": 3, "conv_width": 2, "norm_eps": 0.1}
     decaying = {"A_init_range": (0.3, 2.0), "dt_min": 0.1, "dt_max": 1.0, **common}
     grouped = {"num_value_heads": 4, "value_dim": 2, **decaying}
     not_drawn = ("norm_weight",)
@@ -214,7 +214,7 @@ def matrix_memories():
         (KimiDeltaAttentionSequenceMixer, {**grouped, "lower_bound": -2.0}),
         (GatedDeltaNet2SequenceMixer, decaying),
         (GatedDeltaProductSequenceMixer, {**decaying, "value_dim": 2}),
-        (CombaSequenceMixer, grouped),
+        (CombaSequenceMixer, {**grouped, "value_dim": 3}),
     )
     for mixer, options in kinds:
         own = {

@@ -1,8 +1,7 @@
 """What the mixers with a matrix state share: how queries, keys and values are made, and the output."""
 
 import abc
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,12 +10,15 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_positive, check_size, divided, linear
+from discretax._features import check_name, check_positive, check_size, divided, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.init import short_convolution
 from discretax.ops import depthwise_convolution
 from discretax.ops._rms import rms_normalised
 from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
+
+Activation = Literal["silu", "sigmoid"]
+ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
 
 
 class MatrixCache(NamedTuple):
@@ -85,7 +87,7 @@ class Projections(eqx.Module):
     key_dim: int = eqx.field(static=True)
     value_dim: int = eqx.field(static=True)
     steps: int | None = eqx.field(static=True)
-    activation: Callable[[Array], Array] | None = eqx.field(static=True)
+    activation: Activation | None = eqx.field(static=True)
 
     def __init__(
         self,
@@ -100,8 +102,9 @@ class Projections(eqx.Module):
         conv_width: int | None,
         conv_bias: bool = False,
         steps: int | None = None,
-        activation: Callable[[Array], Array] | None = jax.nn.silu,
+        activation: Activation | None = "silu",
     ):
+        check_name("activation", activation, Activation | None)
         in_features = check_size("in_features", in_features)
         key_heads = check_size("num_heads", key_heads)
         value_heads = (
@@ -169,7 +172,7 @@ class Projections(eqx.Module):
                 u, self.conv_weight, self.conv_bias, window, length=length, resets=resets
             )
         if self.activation is not None:
-            u = self.activation(u)
+            u = ACTIVATIONS[self.activation](u)
         queries = self.key_heads * self.key_dim
         keys = self.k_proj.weight.shape[0]
         q, k, v = jnp.split(u, (queries, queries + keys), axis=-1)
@@ -214,7 +217,7 @@ class Output(eqx.Module):
     norm_weight: Float[Array, " value"] | None
     out_proj: eqx.nn.Linear
     norm_eps: float = eqx.field(static=True)
-    activation: Callable[[Array], Array] = eqx.field(static=True)
+    activation: Activation = eqx.field(static=True)
 
     def __init__(
         self,
@@ -224,7 +227,7 @@ class Output(eqx.Module):
         key: PRNGKeyArray,
         *,
         gate_proj: eqx.nn.Linear | LowRank | None,
-        activation: Callable[[Array], Array] = jax.nn.silu,
+        activation: Activation = "silu",
         norm: bool = True,
         norm_eps: float,
     ):
@@ -242,7 +245,7 @@ class Output(eqx.Module):
             y = rms_normalised(y, self.norm_eps) * self.norm_weight.astype(dtype)
         y = y.reshape(len(x), -1) if len(x) else jnp.zeros((0, self.out_proj.in_features), dtype)
         if self.gate_proj is not None:
-            y = y * self.activation(projected(self.gate_proj, x).astype(dtype))
+            y = y * ACTIVATIONS[self.activation](projected(self.gate_proj, x).astype(dtype))
         return linear(self.out_proj, y.astype(x.dtype))
 
 

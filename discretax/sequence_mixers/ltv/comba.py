@@ -125,7 +125,7 @@ class CombaSequenceMixer(AbstractMatrixMixer):
             in_features,
             keys[6],
             gate_proj=project(heads * sizes.value_dim, keys[5]),
-            activation=jax.nn.sigmoid,
+            activation="sigmoid",
             norm_eps=norm_eps,
         )
         self.in_features = in_features

@@ -1,8 +1,7 @@
 from collections.abc import Callable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
@@ -64,7 +63,7 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
         norm: bool = True,
         norm_eps: float = 1e-5,
         scale: float | None = None,
-        activation: Callable[[Array], Array] | None = jax.nn.silu,
+        activation: Literal["silu"] | None = "silu",
         key_norm: Callable[[Array], Array] = l2_normalised,
     ):
         r"""**Arguments:**
@@ -81,7 +80,7 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
         - `norm`, `norm_eps`: whether each head's output is normalised, and what is added to its mean
             square.
         - `scale`: $c$.
-        - `activation`: of queries, keys and values; None for none.
+        - `activation`: of queries, keys and values, `"silu"`; None for none.
         - `key_norm`: brings queries and keys to length one, a function of the last axis.
 
         **Raises:**

@@ -1,7 +1,6 @@
 from typing import ClassVar
 
 import equinox as eqx
-import jax
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -112,7 +111,7 @@ class GatedDeltaNet2SequenceMixer(AbstractMatrixMixer):
             in_features,
             keys[7],
             gate_proj=LowRank(in_features, sizes.value_dim, values_width, keys[6], use_bias=True),
-            activation=jax.nn.sigmoid,
+            activation="sigmoid",
             norm_eps=norm_eps,
         )
         self.in_features = in_features

@@ -135,7 +135,7 @@ class KimiDeltaAttentionSequenceMixer(AbstractMatrixMixer):
             in_features,
             keys[6],
             gate_proj=gate,
-            activation=jax.nn.sigmoid,
+            activation="sigmoid",
             norm_eps=norm_eps,
         )
         self.in_features = in_features
