@@ -6,22 +6,28 @@ import inspect
 from typing import Any, get_args
 
 import equinox as eqx
+import jax
 from jaxtyping import AbstractArray
 
 
 def check_one_member(layer: eqx.Module, remedy: str) -> None:
     """Refuses an ensemble where one layer is meant; sizes that happen to fit would hide it.
 
-    What arrays one layer has, the annotations of its fields say.
+    What arrays one layer has, the annotations of its fields say, and of those of the layers in it.
     """
-    shapes = {
-        name: (array.shape, rank)
-        for name, rank in _ranks(type(layer)).items()
-        if eqx.is_array(array := getattr(layer, name))
-    }
-    excess = {len(shape) - rank for shape, rank in shapes.values()}
+    shapes = []
+
+    def note(node):
+        if isinstance(node, eqx.Module):
+            for name, rank in _ranks(type(node)).items():
+                if eqx.is_array(array := getattr(node, name)):
+                    shapes.append((name, array.shape, rank))
+        return False
+
+    jax.tree.leaves(layer, is_leaf=note)
+    excess = {len(shape) - rank for _, shape, rank in shapes}
     if len(excess) == 1 and min(excess) > 0:
-        name, (shape, rank) = next(iter(shapes.items()))
+        name, shape, rank = shapes[0]
         raise ValueError(
             f"this takes one `{type(layer).__name__}`, not an ensemble: `{name}` of one has "
             f"{rank} {'axis' if rank == 1 else 'axes'}; got the shape {shape}. Map over the "

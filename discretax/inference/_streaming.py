@@ -59,7 +59,7 @@ def inference_state(
         )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"`batch_size` must be None (one stream) or at least 1; got {batch_size}.")
-    for mixer in _mixers(model):
+    for mixer in found(model, AbstractSequenceMixer).values():
         check_one_member(mixer, "eqx.filter_vmap(discretax.inference_state)(models, states)")
     layers = streaming_layers(model)
     _check_caches_apart(model)
@@ -99,19 +99,6 @@ def discretized(model: Model) -> Model:
 
 def streaming_layers(tree: PyTree) -> list[AbstractStreamingLayer]:
     return list(found(tree, AbstractStreamingLayer).values())
-
-
-def _mixers(tree: PyTree) -> list[AbstractSequenceMixer]:
-    """Those that others wrap as well."""
-    mixers = []
-
-    def visit(node):
-        if isinstance(node, AbstractSequenceMixer):
-            mixers.append(node)
-        return False
-
-    jax.tree.leaves(tree, is_leaf=visit)
-    return mixers
 
 
 def _check_caches_apart(model: PyTree) -> None:
