@@ -1,4 +1,4 @@
-"""One linear map over the last axis, and the checks of widths that every layer makes."""
+"""What layers do to the last axis, and the checks of widths that every layer makes."""
 
 import operator
 from collections.abc import Callable
@@ -16,6 +16,11 @@ def linear(layer: eqx.nn.Linear, x: Float[Array, "... in"]) -> Float[Array, "...
     """Applies `layer` to the last axis, in the type of `x`: activations choose the precision."""
     y = x @ layer.weight.T.astype(x.dtype)
     return y if layer.bias is None else y + layer.bias.astype(x.dtype)
+
+
+def soft_capped(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """`x`, bent so that its size stays below the cap if there is one."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def out_features(layer: Callable[[Array], Array], in_features: int) -> int:
@@ -58,6 +63,20 @@ def divided(what: str, size: int, name: str, parts: int) -> int:
     if rest:
         raise ValueError(f"`{name}` must divide {what} = {size}; got {parts}.")
     return quotient
+
+
+def size_of_head(name: str, size: Any, in_features: Any, num_heads: Any) -> int:
+    """The `size`, or each head's part of the features where it is None."""
+    if size is not None:
+        return check_size(name, size)
+    in_features = check_size("in_features", in_features)
+    size, rest = divmod(in_features, check_size("num_heads", num_heads))
+    if rest:
+        raise ValueError(
+            f"`num_heads` must divide in_features = {in_features}; got {num_heads}. Or give "
+            f"`{name}`."
+        )
+    return check_size(name, size)
 
 
 def check_positive(name: str, value: float) -> None:

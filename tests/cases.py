@@ -30,11 +30,15 @@ from discretax.sequence_mixers import (
     GatedDeltaNetSequenceMixer,
     GatedDeltaProductSequenceMixer,
     GatedSequenceMixer,
+    GLASequenceMixer,
     GriffinSequenceMixer,
+    HGRN2SequenceMixer,
     KimiDeltaAttentionSequenceMixer,
     LRUSequenceMixer,
     Mamba2SequenceMixer,
     MambaSequenceMixer,
+    MLSTMSequenceMixer,
+    RetentionSequenceMixer,
     RGLRUSequenceMixer,
     S4DSequenceMixer,
     S4SequenceMixer,
@@ -203,7 +207,7 @@ def mamba2_size(mixer: Mamba2SequenceMixer) -> Array:
 
 
 def matrix_memories():
-    """Small heads of the delta rule, whose states forget within some samples."""
+    """Small heads, whose states forget within some samples where they can."""
     common = {"num_heads": 2, "head_dim": 3, "conv_width": 2, "norm_eps": 0.1}
     decaying = {"A_init_range": (0.3, 2.0), "dt_min": 0.1, "dt_max": 1.0, **common}
     grouped = {"num_value_heads": 4, "value_dim": 2, **decaying}
@@ -215,11 +219,25 @@ def matrix_memories():
         (GatedDeltaNet2SequenceMixer, decaying),
         (GatedDeltaProductSequenceMixer, {**decaying, "value_dim": 2}),
         (CombaSequenceMixer, {**grouped, "value_dim": 3}),
+        (GLASequenceMixer, {**common, "value_dim": 4, "decay_rank": 2, "temperature": 2.0}),
+        (HGRN2SequenceMixer, {"num_heads": 2, "head_dim": 3, "lower_bound": 0.3}),
+        (RetentionSequenceMixer, {"num_heads": 2, "head_dim": 4, "value_dim": 3}),
+        (
+            MLSTMSequenceMixer,
+            {
+                "num_heads": 2,
+                "value_dim": 4,
+                "input_bias": 0.5,
+                "forget_bias": (-1.0, 2.0),
+                "norm_eps": 0.01,
+            },
+        ),
     )
     for mixer, options in kinds:
         own = {
             KimiDeltaAttentionSequenceMixer: ("A_log",),
             CombaSequenceMixer: ("inner_decay", "correction"),
+            MLSTMSequenceMixer: ("input_proj", "forget_proj"),
         }.get(mixer, ())
         yield Case(
             mixer.__name__, ft.partial(mixer, FEATURES, **options), not_drawn=(*not_drawn, *own)

@@ -216,7 +216,7 @@ def test_memory_of_a_window_grows_linearly():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_heads": 3}, "`num_heads` must divide in_features=8; got 3. Or give `head_dim`"),
+        ({"num_heads": 3}, "`num_heads` must divide in_features = 8; got 3. Or give `head_dim`"),
         ({"num_kv_heads": 3}, "`num_kv_heads` must divide num_heads = 4; got 3"),
         ({"window": 0}, "`window` must be a whole number of at least 1; got 0"),
         ({"head_dim": 0}, "`head_dim` must be .* at least 1; got 0"),

@@ -54,6 +54,7 @@ _TOOLS = ("_checks", "_rms", "_scaled", "_discretization")
 OPERATION_MAY_SEE = {
     **dict.fromkeys(_TOOLS, ()),
     "_attention": (),
+    "_rotary": (),
     "_running": (),
     "_cross_entropy": ("_running",),
     "_convolution": (*_TOOLS, "_running"),

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_positive, check_size
+from discretax._features import check_positive, check_size, soft_capped
 from discretax._stateful import samples_of
 from discretax._timeseries import Timeseries
 from discretax._types import Values, accumulation_dtype
@@ -57,4 +57,4 @@ class LanguageModelHead(AbstractHead):
     def logits(self, x: Values) -> Float[Array, "time tokens"]:
         weight = self.weight.astype(x.dtype)
         y = jnp.matmul(x, weight.T, preferred_element_type=accumulation_dtype(x))
-        return y if self.soft_cap is None else self.soft_cap * jnp.tanh(y / self.soft_cap)
+        return soft_capped(y, self.soft_cap)

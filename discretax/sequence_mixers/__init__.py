@@ -39,11 +39,17 @@ from discretax.sequence_mixers.ltv.gated_delta_net2 import (
 from discretax.sequence_mixers.ltv.gated_delta_product import (
     GatedDeltaProductSequenceMixer as GatedDeltaProductSequenceMixer,
 )
+from discretax.sequence_mixers.ltv.gla import GLASequenceMixer as GLASequenceMixer
+from discretax.sequence_mixers.ltv.hgrn2 import HGRN2SequenceMixer as HGRN2SequenceMixer
 from discretax.sequence_mixers.ltv.kimi_delta_attention import (
     KimiDeltaAttentionSequenceMixer as KimiDeltaAttentionSequenceMixer,
 )
 from discretax.sequence_mixers.ltv.mamba import MambaSequenceMixer as MambaSequenceMixer
 from discretax.sequence_mixers.ltv.mamba2 import Mamba2SequenceMixer as Mamba2SequenceMixer
+from discretax.sequence_mixers.ltv.mlstm import MLSTMSequenceMixer as MLSTMSequenceMixer
+from discretax.sequence_mixers.ltv.retention import (
+    RetentionSequenceMixer as RetentionSequenceMixer,
+)
 from discretax.sequence_mixers.ltv.rglru import (
     GriffinSequenceMixer as GriffinSequenceMixer,
     RGLRUSequenceMixer as RGLRUSequenceMixer,

@@ -5,14 +5,14 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from discretax._features import check_positive, check_size, divided, linear
+from discretax._features import check_positive, check_size, divided, linear, size_of_head
 from discretax._timeseries import known
 from discretax._types import Length, Resets, Sample, Timesteps, Values, widened
 from discretax.ops._attention import masked_attention
+from discretax.ops._rotary import count_after, counts_before, rotated
 from discretax.ops._running.chunks import scan_chunks
 from discretax.sequence_mixers.base import (
     AbstractSequenceMixer,
@@ -116,14 +116,7 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         num_kv_heads = check_size("num_kv_heads", num_kv_heads)
         divided("num_heads", num_heads, "num_kv_heads", num_kv_heads)
-        if head_dim is None:
-            head_dim, remainder = divmod(in_features, num_heads)
-            if remainder:
-                raise ValueError(
-                    f"`num_heads` must divide in_features={in_features}; got {num_heads}. Or give "
-                    "`head_dim`."
-                )
-        head_dim = check_size("head_dim", head_dim)
+        head_dim = size_of_head("head_dim", head_dim, in_features, num_heads)
         if window is not None:
             window = check_size("window", window)
         rotary_dim = round(rotary_fraction * head_dim)
@@ -199,16 +192,13 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         counts = (jnp.asarray(count, int) for count in (cache.position, cache.clock))
         cache = AttentionCache(cache.keys, cache.values, *counts)
         # Each sample's sequence and its position therein; what is cached belongs to sequence zero.
-        index = jnp.arange(time)
-        sequence = jnp.zeros(time, int)
-        positions, clocks = cache.position + index, cache.clock + index
-        if resets is not None:
-            sequence = jnp.cumsum(resets)
-            anew = index - lax.cummax(jnp.where(resets, index, 0))
-            positions, clocks = (jnp.where(sequence > 0, anew, t) for t in (positions, clocks))
+        sequence = jnp.zeros(time, int) if resets is None else jnp.cumsum(resets)
+        positions = counts_before(cache.position, time, resets)
+        clocks = counts_before(cache.clock, time, resets)
         heads = lambda layer, count: linear(layer, x).reshape(time, count, -1)
-        q = self._rotated(heads(self.q_proj, self.num_heads), clocks)
-        k = self._rotated(heads(self.k_proj, self.num_kv_heads), clocks)
+        turned = lambda heads: rotated(heads, clocks, self.rotary_dim, self.rotary_base)
+        q = turned(heads(self.q_proj, self.num_heads))
+        k = turned(heads(self.k_proj, self.num_kv_heads))
         v = heads(self.v_proj, self.num_kv_heads)
         if time == 1 and resets is None:
             moved = _moved_by_one(cache, k, v, left)
@@ -240,25 +230,6 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         position = jnp.minimum(moved.position, slots + moved.position % slots)
         moved = moved._replace(position=position)
         return in_types_of(given, (linear(self.out_proj, y.reshape(time, -1)), moved))
-
-    def _rotated(self, heads: Float[Array, "time heads head"], clocks: Int[Array, " time"]):
-        """Turned by each feature's angle after so many samples.
-
-        An integer of `bits` bits stands for an angle, its whole range for one turn: it runs over
-        where the angle does. In floating point late samples would lose the digits of theirs.
-        """
-        half = self.rotary_dim // 2
-        if half == 0:
-            return heads
-        bits = jnp.iinfo(clocks.dtype).bits
-        frequencies = self.rotary_base ** (-np.arange(half) / half)
-        turns = np.rint(frequencies / (2 * np.pi) * 2.0**bits) % 2.0**bits
-        counted = clocks[:, None] * turns.astype(np.uint64).astype(clocks.dtype)[None]
-        angles = (counted.astype(float) * (2 * np.pi / 2.0**bits))[:, None]
-        cos, sin = jnp.cos(angles).astype(heads.dtype), jnp.sin(angles).astype(heads.dtype)
-        first, second, rest = jnp.split(heads, (half, 2 * half), axis=-1)
-        turned = [first * cos - second * sin, second * cos + first * sin, rest]
-        return jnp.concatenate(turned, axis=-1)
 
     def _like(self, cache: Any) -> AttentionCache:
         """A cache that fits this mixer, with as many slots as `cache`."""
@@ -309,8 +280,8 @@ def _moved(
     """The cache after the first `left` of the samples, some of which may have `emptied` it."""
     time, slots = k.shape[0], cache.keys.shape[0]
     last = jnp.minimum(left, time) - 1
-    position = jnp.where(last < 0, cache.position, positions[last] + 1)
-    clock = jnp.where(last < 0, cache.clock, clocks[last] + 1)
+    position = count_after(cache.position, positions, left)
+    clock = count_after(cache.clock, clocks, left)
     wanted = _latest(position, slots)
     source = last - (position - 1 - wanted)  # the sample's index, negative if it came before
 

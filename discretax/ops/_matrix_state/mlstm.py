@@ -100,14 +100,19 @@ def _running_maximum(log_f, i, start, fresh):
         gain = jnp.where(fresh, -jnp.inf, log_f)
         own = jnp.where(fresh, jnp.maximum(log_f, i), i)
 
+    def unless_cut(gain, past, otherwise):
+        """A reset has a gain of -inf, and a NaN before it, to which that is added, does not pass."""
+        return past if fresh is None else jnp.where(gain == -jnp.inf, otherwise, past)
+
     def combine(earlier, later):
         (gain_i, m_i), (gain_j, m_j) = earlier, later
-        return gain_i + gain_j, jnp.maximum(m_i + gain_j, m_j)
+        m = jnp.maximum(m_i + gain_j, m_j)
+        return unless_cut(gain_j, gain_i + gain_j, gain_j), unless_cut(gain_j, m, m_j)
 
     gain, own = lax.associative_scan(combine, (gain, own))
     summary = lambda: (gain[-1], own[-1])
     resets = None if fresh is None else fresh[:, 0]
     start = incoming_state(start, summary, resets, jnp.add, jnp.maximum)
-    m = jnp.maximum(start + gain, own)
+    m = unless_cut(gain, jnp.maximum(start + gain, own), own)
     before = jnp.concatenate([start[None], m[:-1]])
     return m, before if fresh is None else jnp.where(fresh, 0, before)

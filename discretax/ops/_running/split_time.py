@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Inexact, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 
 @dataclasses.dataclass
@@ -56,12 +56,12 @@ def has_past() -> Bool[Array, ""] | bool:
 
 
 def incoming_state(
-    h0: Inexact[Array, "*state"],
-    summary: Callable[[], tuple[Inexact[Array, "*decay"], Inexact[Array, "*state"]]],
+    h0: Num[Array, "*state"],
+    summary: Callable[[], tuple[Num[Array, "*decay"], Num[Array, "*state"]]],
     resets: Bool[Array, " time"] | None,
     multiply: Callable[[Array, Array], Array] = jnp.multiply,
     add: Callable[[Array, Array], Array] = jnp.add,
-) -> Inexact[Array, "*state"]:
+) -> Num[Array, "*state"]:
     r"""The state before the device's samples, `h0` being the one before the whole sequence.
 
     Over the samples of a part, $h \mapsto p \odot h + q$: the `summary` is $p$, by what a state is

@@ -1,6 +1,7 @@
 """What the mixers with a matrix state share: how queries, keys and values are made, and the output."""
 
 import abc
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
@@ -10,7 +11,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_name, check_positive, check_size, divided, linear
+from discretax._features import check_name, check_positive, check_size, linear, size_of_head
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.init import short_convolution
 from discretax.ops import depthwise_convolution
@@ -110,11 +111,7 @@ class Projections(eqx.Module):
         value_heads = (
             key_heads if value_heads is None else check_size("num_value_heads", value_heads)
         )
-        key_dim = (
-            divided("in_features", in_features, "num_heads", key_heads)
-            if key_dim is None
-            else check_size("head_dim", key_dim)
-        )
+        key_dim = size_of_head("head_dim", key_dim, in_features, key_heads)
         value_dim = (
             value_ratio * key_dim if value_dim is None else check_size("value_dim", value_dim)
         )
@@ -160,10 +157,10 @@ class Projections(eqx.Module):
     def __call__(
         self,
         x: Values,
-        window: Float[Array, "past convolved"],
+        window: Float[Array, "past convolved"] | None,
         length: Length | None,
         resets: Resets | None,
-    ) -> tuple[Array, Array, Array, Float[Array, "past convolved"]]:
+    ) -> tuple[Array, Array, Array, Any]:
         """`q` (time, key_heads, key), `k` and `v` (time, *steps, heads, key or value), and the window."""
         maps = (self.q_proj, self.k_proj, self.v_proj)
         u = jnp.concatenate([linear(layer, x) for layer in maps], axis=-1)
@@ -206,16 +203,33 @@ def projected(layer: eqx.nn.Linear | LowRank, x: Values) -> Values:
     return layer(x) if isinstance(layer, LowRank) else linear(layer, x)
 
 
-class Output(eqx.Module):
-    r"""From what the heads read to the features: $W_o\, (w \odot \mathrm{rms}(y) \odot \phi(g(x)))$.
+Norm = Callable[[Float[Array, "time heads value"], float], Float[Array, "time heads value"]]
 
-    $\mathrm{rms}$ divides each head by the root of its mean square; $\phi$ is the `activation` of the
-    gate $g$. Without a `gate_proj` there is no gate, without a `norm_weight` no norm.
+
+def rms_of_all_heads(
+    y: Float[Array, "time heads value"], eps: float
+) -> Float[Array, "time heads value"]:
+    return rms_normalised(y, eps, (-2, -1))
+
+
+def layer_normalised(
+    y: Float[Array, "time heads value"], eps: float
+) -> Float[Array, "time heads value"]:
+    return rms_normalised(y - jnp.mean(y, axis=-1, keepdims=True), eps)
+
+
+class Output(eqx.Module):
+    r"""From what the heads read to the features: $W_o\, (w \odot \mathrm{norm}(y) \odot \phi(g(x)))$.
+
+    $\mathrm{norm}$ divides each head by the root of its mean square, its weights $w$ being those of
+    every head, unless it is another one; $\phi$ is the `activation` of the gate $g$. Without a
+    `gate_proj` there is no gate.
     """
 
     gate_proj: eqx.nn.Linear | LowRank | None
-    norm_weight: Float[Array, " value"] | None
+    norm_weight: Float[Array, "*heads value"] | None
     out_proj: eqx.nn.Linear
+    norm: Norm | None = eqx.field(static=True)
     norm_eps: float = eqx.field(static=True)
     activation: Activation = eqx.field(static=True)
 
@@ -228,12 +242,14 @@ class Output(eqx.Module):
         *,
         gate_proj: eqx.nn.Linear | LowRank | None,
         activation: Activation = "silu",
-        norm: bool = True,
+        norm: Norm | None = rms_normalised,
         norm_eps: float,
     ):
         check_positive("norm_eps", norm_eps)
+        weights = (value_dim,) if norm is rms_normalised else (heads, value_dim)
         self.gate_proj = gate_proj
-        self.norm_weight = jnp.ones(value_dim) if norm else None
+        self.norm_weight = None if norm is None else jnp.ones(weights)
+        self.norm = norm
         self.out_proj = eqx.nn.Linear(heads * value_dim, out_features, use_bias=False, key=key)
         self.norm_eps = norm_eps
         self.activation = activation
@@ -241,8 +257,8 @@ class Output(eqx.Module):
     def __call__(self, y: Float[Array, "time heads value"], x: Values) -> Values:
         dtype = accumulation_dtype(y, self.out_proj.weight)
         y = y.astype(dtype)
-        if self.norm_weight is not None:
-            y = rms_normalised(y, self.norm_eps) * self.norm_weight.astype(dtype)
+        if self.norm is not None and self.norm_weight is not None:
+            y = self.norm(y, self.norm_eps) * self.norm_weight.astype(dtype)
         y = y.reshape(len(x), -1) if len(x) else jnp.zeros((0, self.out_proj.in_features), dtype)
         if self.gate_proj is not None:
             y = y * ACTIVATIONS[self.activation](projected(self.gate_proj, x).astype(dtype))

@@ -8,6 +8,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from discretax._features import linear
 from discretax.ops import delta_rule
+from discretax.ops._rms import rms_normalised
 from discretax.sequence_mixers.ltv._matrix_memory import (
     AbstractMatrixMixer,
     Output,
@@ -111,7 +112,7 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
             in_features,
             out_key,
             gate_proj=gated() if gate else None,
-            norm=norm,
+            norm=rms_normalised if norm else None,
             norm_eps=norm_eps,
         )
         self.in_features = in_features
