@@ -27,6 +27,8 @@ from discretax.sequence_mixers import (
     LRUSequenceMixer,
     Mamba2SequenceMixer,
     MambaSequenceMixer,
+    MLSTMSequenceMixer,
+    RetentionSequenceMixer,
     S4DSequenceMixer,
     S4SequenceMixer,
     S5SequenceMixer,
@@ -61,6 +63,11 @@ def mixers():
         lambda key: Mamba2SequenceMixer(FEATURES, key, state_dim=STATE, head_dim=2, **common),
     )
     yield "Griffin", lambda key: GriffinSequenceMixer(FEATURES, key, num_heads=2)
+    yield "Retention", lambda key: RetentionSequenceMixer(FEATURES, key, num_heads=2)
+    yield (
+        "MLSTM",
+        lambda key: MLSTMSequenceMixer(FEATURES, key, value_dim=4, input_bias=0.0, norm_eps=0.01),
+    )
     yield "S7", lambda key: S7SequenceMixer(FEATURES, key, state_dim=STATE)
 
 

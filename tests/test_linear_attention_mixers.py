@@ -177,7 +177,7 @@ def test_lightning_attention_is_made_of_the_same_parts(dtype, tolerance):
     """The layer of MiniMax: constant decays, no positions, a norm over the heads together."""
     with jax.enable_x64(dtype == "float64"):
         golden = Golden("hf_minimax_lightning_L64", dtype)
-        sizes = {"value_heads": 3, "key_dim": 4, "value_dim": 4, "conv_width": None}
+        sizes = {"value_heads": None, "key_dim": 4, "value_dim": 4, "conv_width": None}
         projections = Projections(12, jr.key(0), key_heads=3, **sizes)
         gate = eqx.nn.Linear(12, 12, use_bias=False, key=jr.key(1))
         output = Output(
@@ -186,7 +186,7 @@ def test_lightning_attention_is_made_of_the_same_parts(dtype, tolerance):
             12,
             jr.key(2),
             gate_proj=gate,
-            activation=jax.nn.sigmoid,
+            activation="sigmoid",
             norm=rms_of_all_heads,
             norm_eps=1e-6,
         )
@@ -238,11 +238,19 @@ def test_only_distances_count_for_retention(clock):
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
-        (GLASequenceMixer, {"num_heads": 3}, "`num_heads` .* in_features=4; got 3. .*`value_dim`"),
+        (
+            GLASequenceMixer,
+            {"num_heads": 3},
+            "`num_heads` .* in_features = 4; got 3. .*`value_dim`",
+        ),
         (GLASequenceMixer, {"temperature": 0.0}, "`temperature` must be positive; got 0.0"),
         (GLASequenceMixer, {"decay_rank": 0}, "`decay_rank` must be .* at least 1; got 0"),
         (HGRN2SequenceMixer, {"lower_bound": 1.0}, "`lower_bound` .* below 1; got 1.0"),
-        (HGRN2SequenceMixer, {"num_heads": 3}, "`num_heads` .* in_features=4; got 3. .*`head_dim`"),
+        (
+            HGRN2SequenceMixer,
+            {"num_heads": 3},
+            "`num_heads` .* in_features = 4; got 3. .*`head_dim`",
+        ),
         (RetentionSequenceMixer, {"head_dim": 3}, "`head_dim` must be even.*; got 3"),
         (
             RetentionSequenceMixer,
