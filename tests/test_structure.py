@@ -110,6 +110,7 @@ def test_imports_point_one_way(path):
                 "contextlib",
                 "contextvars",
                 "dataclasses",
+                "fcntl",
                 "functools",
                 "importlib",
                 "inspect",
@@ -121,6 +122,7 @@ def test_imports_point_one_way(path):
                 "os",
                 "pathlib",
                 "re",
+                "reprlib",
                 "shutil",
                 "typing",
             }, f"{path} depends on {name}"

@@ -1,8 +1,11 @@
 """What a family of checkpoints is, and how its configuration is read: entry by entry, or not at all."""
 
+import re
+import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from discretax.architectures import LanguageModel
@@ -25,14 +28,27 @@ NO_EFFECT = (
     "use_cache",
 )
 REQUIRED = object()
+# What 32 bits hold: positions and counts of samples have no more.
+LARGEST_SIZE = 2**31 - 1
+LEAST, LARGEST = (float(value) for value in (np.finfo("f4").tiny, np.finfo("f4").max))
 
 
 class Config:
-    """The entries of a config.json, each to be asked for by name. What nobody asked for is refused."""
+    """The entries of a config.json, each to be asked for by name. What nobody asked for is refused.
 
-    def __init__(self, entries: Mapping[str, Any], where: str = "config.json"):
+    Sizes are compared to the `shapes` of the tensors as they are read, where these are given: what
+    is built from them is then no larger than the files.
+    """
+
+    def __init__(
+        self,
+        entries: Mapping[str, Any],
+        where: str = "config.json",
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+    ):
         self.entries = entries
         self.where = where
+        self.shapes = shapes
         self.unasked = dict.fromkeys(entries)
 
     def entry(self, name: str, default: Any = REQUIRED) -> Any:
@@ -42,42 +58,80 @@ class Config:
             raise ValueError(f"{self.where} has no entry {name!r}, which says what the model is.")
         return value
 
-    def size(self, name: str, default: Any = REQUIRED) -> int:
+    def size(self, name: str, default: Any = REQUIRED, *, of: tuple[str, int] | None = None) -> int:
+        """A whole number, and if it is one `of` a tensor, by name and axis, the tensor's own."""
         value = self.entry(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise self.refused(name, value, "a whole number of at least 1")
+        is_whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        if is_whole and of is not None:
+            self.fits(*of, value, **{name: value})
+        if not is_whole or value > LARGEST_SIZE:
+            raise self.refused(name, value, f"a whole number from 1 to {LARGEST_SIZE}")
         return value
+
+    def fits(self, tensor: str, axis: int, size: int, **entries: int) -> None:
+        """Refuses entries by which the first tensor that is called so would be of another size."""
+        if self.shapes is None:
+            return
+        found = next((name for name in self.shapes if name.endswith(tensor)), None)
+        shape = None if found is None else self.shapes[found]
+        if shape is None or shape[axis : axis + 1] != (size,):
+            has = ", ".join(f"{name!r}: {reprlib.repr(value)}" for name, value in entries.items())
+            raise ValueError(
+                f"{self.where} has {has}, so that the tensor {found or tensor!r} must be of size "
+                f"{reprlib.repr(size)} along axis {axis}; got {'none' if shape is None else shape}."
+            )
+
+    def layers(self, name: str, prefix: str) -> int:
+        """How many there are, which the tensors' names tell as well."""
+        if self.shapes is not None:
+            numbered = re.compile(rf"{re.escape(prefix)}(\d+)\.")
+            count = len({match[1] for match in map(numbered.match, self.shapes) if match})
+            value = self.entry(name)
+            if value != count or isinstance(value, bool):
+                raise self.refused(name, value, f"{count}, the number of layers of the tensors")
+        return self.size(name)
 
     def number(self, name: str, default: Any = REQUIRED) -> float:
         value = self.entry(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
-            raise self.refused(name, value, "a positive number")
+        if not is_number(value) or not LEAST <= value <= LARGEST:
+            raise self.refused(name, value, "a positive number within the range of float32")
         return float(value)
 
-    def flag(self, name: str, default: Any = REQUIRED) -> bool:
+    def flag(self, name: str, default: Any = REQUIRED, *, of: str | None = None) -> bool:
+        """True or false; if it says whether there is a tensor, as the tensors are."""
         value = self.entry(name, default)
         if not isinstance(value, bool):
             raise self.refused(name, value, "true or false")
+        if of is not None and self.shapes is not None:
+            there = any(tensor.endswith(of) for tensor in self.shapes)
+            if value != there:
+                rule = f"{there}, as there is {'a' if there else 'no'} tensor {of!r}"
+                raise self.refused(name, value, rule)
         return value
 
     def fixed(self, **only: Any) -> None:
         """Entries that may be missing, and have one value that is supported."""
         for name, value in only.items():
             received = self.entry(name, value)
-            if received != value:
+            if received != value or isinstance(received, bool) != isinstance(value, bool):
                 raise self.refused(name, received, repr(value), " Nothing else is supported.")
 
     def done(self, no_effect: Iterable[str] = ()) -> None:
         unknown = sorted(set(self.unasked) - {*NO_EFFECT, *no_effect})
         if unknown:
-            entries = ", ".join(f"{name}={self.entries[name]!r}" for name in unknown)
+            entries = ", ".join(f"{name}={reprlib.repr(self.entries[name])}" for name in unknown)
             raise ValueError(
                 f"{self.where} has entries that are not known here: {entries}. They may change what "
                 "the model computes. Delete those that do not."
             )
 
     def refused(self, name: str, value: Any, rule: str, why: str = "") -> ValueError:
-        return ValueError(f"{self.where}: {name!r} must be {rule}; got {value!r}.{why}")
+        received = reprlib.repr(value)  # of whatever length and depth
+        return ValueError(f"{self.where}: {name!r} must be {rule}; got {received}.{why}")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 class Family(NamedTuple):

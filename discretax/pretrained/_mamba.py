@@ -24,6 +24,7 @@ NO_EFFECT = (
     "fused_add_norm",
     "residual_in_fp32",
     "use_associative_scan",
+    "use_falcon_mambapy",
     "use_mambapy",
     # Names of the original code for what stands here under others, and its padding.
     "d_inner",
@@ -40,9 +41,9 @@ def backbone_options(
     config.fixed(hidden_act="silu", rms_norm=True, ssm_cfg={})
     return ft.partial(
         LanguageModel,
-        vocab_size=config.size("vocab_size"),
-        hidden_dim=config.size("hidden_size"),
-        num_blocks=config.size("num_hidden_layers"),
+        vocab_size=config.size("vocab_size", of=("embeddings.weight", 0)),
+        hidden_dim=hidden_size(config),
+        num_blocks=config.layers("num_hidden_layers", "backbone.layers."),
         pattern=(mixer,),
         norm=rms_norm(config.number("layer_norm_epsilon")),
         tie_embeddings=config.flag("tie_word_embeddings", tie_word_embeddings),
@@ -53,12 +54,20 @@ def rms_norm(eps: float) -> Callable[[int], eqx.nn.RMSNorm]:
     return ft.partial(eqx.nn.RMSNorm, eps=eps, use_bias=False)
 
 
+def hidden_size(config: Config) -> int:
+    return config.size("hidden_size", of=("embeddings.weight", 1))
+
+
 def expansion(config: Config) -> int:
     """Where the two entries differ, as in Falcon Mamba 7B, the inner width is what holds."""
-    hidden = config.size("hidden_size")
-    inner = config.size("intermediate_size", hidden * config.size("expand", 2))
+    hidden, expand = hidden_size(config), config.size("expand", 2)
+    if "intermediate_size" not in config.entries:
+        config.fits("mixer.A_log", 0, expand * hidden, expand=expand, hidden_size=hidden)
+        return expand
+    inner = config.size("intermediate_size")
     if inner % hidden:
         raise config.refused("intermediate_size", inner, f"a multiple of hidden_size={hidden}")
+    config.fits("mixer.A_log", 0, inner, intermediate_size=inner)
     return inner // hidden
 
 
@@ -68,12 +77,14 @@ def build_with(
     rank = config.entry("time_step_rank", "auto")
     mixer = ft.partial(
         MambaSequenceMixer,
-        state_dim=config.size("state_size"),
-        conv_width=config.size("conv_kernel"),
+        state_dim=config.size("state_size", of=("mixer.A_log", 1)),
+        conv_width=config.size("conv_kernel", of=("mixer.conv1d.weight", 2)),
         expand=expansion(config),
-        dt_rank=rank if rank == "auto" else config.size("time_step_rank"),
-        conv_bias=config.flag("use_conv_bias"),
-        use_bias=config.flag("use_bias"),
+        dt_rank=rank
+        if rank == "auto"
+        else config.size("time_step_rank", of=("mixer.dt_proj.weight", 1)),
+        conv_bias=config.flag("use_conv_bias", of="mixer.conv1d.bias"),
+        use_bias=config.flag("use_bias", of="mixer.in_proj.bias"),
         b_c_dt_rms_eps=b_c_dt_rms_eps,
     )
     make = backbone_options(config, mixer, tie_word_embeddings=True)

@@ -8,12 +8,13 @@ from typing import Any
 from jaxtyping import Array, PRNGKeyArray
 
 from discretax.architectures import LanguageModel
-from discretax.pretrained._family import Config, Family
+from discretax.pretrained._family import LARGEST, Config, Family, is_number
 from discretax.pretrained._mamba import (
     NO_EFFECT,
     backbone_options,
     describe_backbone,
     first_mixer,
+    hidden_size,
     tensors_with,
 )
 from discretax.sequence_mixers import Mamba2SequenceMixer
@@ -22,21 +23,32 @@ INFINITY = {"__float__": "Infinity"}
 
 
 def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
-    expand, head_dim = config.size("expand"), config.size("head_dim")
-    inner = expand * config.size("hidden_size")
+    hidden, expand = hidden_size(config), config.size("expand")
+    inner = expand * hidden
+    config.fits("mixer.norm.weight", 0, inner, expand=expand, hidden_size=hidden)
+    head_dim, state_dim = config.size("head_dim"), config.size("state_size")
+    num_heads, rest = divmod(inner, head_dim)
+    if rest:
+        raise config.refused("head_dim", head_dim, f"a divisor of expand * hidden_size = {inner}")
+    config.fits("mixer.A_log", 0, num_heads, head_dim=head_dim)
+    num_groups = config.size("n_groups")
+    if num_heads % num_groups:
+        raise config.refused("n_groups", num_groups, f"a divisor of the {num_heads} heads")
+    convolved = inner + 2 * num_groups * state_dim
+    config.fits("conv1d.weight", 0, convolved, n_groups=num_groups, state_size=state_dim)
     # What is redundant must agree.
-    config.fixed(intermediate_size=inner, num_heads=inner // head_dim)
+    config.fixed(intermediate_size=inner, num_heads=num_heads)
     mixer = ft.partial(
         Mamba2SequenceMixer,
-        state_dim=config.size("state_size"),
-        conv_width=config.size("conv_kernel"),
+        state_dim=state_dim,
+        conv_width=config.size("conv_kernel", of=("conv1d.weight", 2)),
         expand=expand,
         head_dim=head_dim,
-        num_groups=config.size("n_groups"),
+        num_groups=num_groups,
         dt_limit=step_limit(config),
         norm_eps=config.number("layer_norm_epsilon"),
-        conv_bias=config.flag("use_conv_bias"),
-        use_bias=config.flag("use_bias"),
+        conv_bias=config.flag("use_conv_bias", of="mixer.conv1d.bias"),
+        use_bias=config.flag("use_bias", of="mixer.in_proj.bias"),
     )
     make = backbone_options(config, mixer, tie_word_embeddings=False)
     # transformers reads no `norm_before_gate`: the gate comes first, whatever published files say.
@@ -47,8 +59,9 @@ def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
 def step_limit(config: Config) -> tuple[float, float]:
     limit = config.entry("time_step_limit", [0.0, math.inf])
     values = [math.inf if v == INFINITY else v for v in limit] if isinstance(limit, list) else []
-    if len(values) != 2 or not all(type(v) in (int, float) for v in values):
-        raise config.refused("time_step_limit", limit, "two numbers")
+    are_two = len(values) == 2 and all(map(is_number, values))
+    if not are_two or not 0 <= values[0] < values[1] or LARGEST < values[1] < math.inf:
+        raise config.refused("time_step_limit", limit, "two numbers, 0 <= low < high")
     return float(values[0]), float(values[1])
 
 

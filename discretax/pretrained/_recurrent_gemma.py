@@ -19,45 +19,37 @@ BLOCK_TYPES = {"recurrent": GriffinSequenceMixer, "attention": AttentionSequence
 
 
 def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
-    hidden = config.size("hidden_size")
-    num_heads = config.size("num_attention_heads")
+    hidden = config.size("hidden_size", of=("embed_tokens.weight", 1))
+    num_blocks = config.layers("num_hidden_layers", "model.layers.")
+    kinds = block_types(config)
     config.fixed(
         attention_dropout=0.0,
         embeddings_scale_by_sqrt_dim=True,
         hidden_activation="gelu_pytorch_tanh",
         rope_scaling=None,
     )
+    num_heads = config.size("num_attention_heads")
+    # A kind of block that does not occur has no tensors.
+    occurring = kinds[:num_blocks]
     mixers = {
-        "recurrent": ft.partial(
-            GriffinSequenceMixer,
-            lru_width=config.size("lru_width", hidden),
-            num_heads=num_heads,
-            conv_width=config.size("conv1d_width", 4),
-        ),
-        "attention": ft.partial(
-            AttentionSequenceMixer,
-            num_heads=num_heads,
-            num_kv_heads=config.size("num_key_value_heads", num_heads),
-            head_dim=config.size("head_dim", hidden // num_heads),
-            window=config.size("attention_window_size", 2048),
-            use_bias=config.flag("attention_bias", False),
-            out_bias=True,
-            **rotary(config),
-        ),
+        "recurrent": recurrent_mixer(config, hidden, num_heads, "recurrent" in occurring),
+        "attention": attention_mixer(config, hidden, num_heads, "attention" in occurring),
     }
     both_branches = config.size("intermediate_size")
     if both_branches % 2:
         raise config.refused(
             "intermediate_size", both_branches, "even, twice the width of each branch of the MLP"
         )
+    width = both_branches // 2
+    config.fits("gate_proj.weight", 0, width, intermediate_size=both_branches)
     make = ft.partial(
         LanguageModel,
-        vocab_size=config.size("vocab_size"),
+        vocab_size=config.size("vocab_size", of=("embed_tokens.weight", 0)),
         hidden_dim=hidden,
-        num_blocks=config.size("num_hidden_layers"),
-        pattern=[mixers[kind] for kind in block_types(config)],
+        num_blocks=num_blocks,
+        pattern=[mixers[kind] for kind in kinds],
         channel_mixer=ft.partial(
-            SwiGLU, intermediate_dim=both_branches // 2, use_bias=True, non_linearity="gelu"
+            SwiGLU, intermediate_dim=width, use_bias=True, non_linearity="gelu"
         ),
         norm=ft.partial(OffsetRMSNorm, eps=config.number("rms_norm_eps")),
         tie_embeddings=config.flag("tie_word_embeddings", True),
@@ -71,13 +63,59 @@ def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
 
 def block_types(config: Config) -> list[str]:
     default = config.entry("_block_types", ["recurrent", "recurrent", "attention"])
+    name = "block_types" if "block_types" in config.entries else "_block_types"
     kinds = config.entry("block_types", default)
-    if not isinstance(kinds, list) or not kinds or not set(kinds) <= set(BLOCK_TYPES):
-        raise config.refused("block_types", kinds, f"a list of names among {list(BLOCK_TYPES)}")
+    known = isinstance(kinds, list) and all(kind in list(BLOCK_TYPES) for kind in kinds)
+    if not known or not kinds:
+        raise config.refused(name, kinds, f"a list of names among {list(BLOCK_TYPES)}")
+    config.fixed(_block_types=kinds)  # they must agree if both are there
     return kinds
 
 
-def rotary(config: Config) -> dict[str, float]:
+def recurrent_mixer(
+    config: Config, hidden: int, num_heads: int, occurs: bool
+) -> Callable[..., GriffinSequenceMixer]:
+    lru_width = config.size("lru_width", hidden)
+    conv_width = config.size("conv1d_width", 4)
+    if occurs:
+        gates = "rg_lru.recurrent_gate_weight"
+        config.fits(gates, 0, num_heads, num_attention_heads=num_heads)
+        config.fits("rg_lru.recurrent_param", 0, lru_width, lru_width=lru_width)
+        config.fits("conv_1d.weight", 2, conv_width, conv1d_width=conv_width)
+        if lru_width % num_heads:
+            rule = f"a divisor of lru_width={lru_width}"
+            raise config.refused("num_attention_heads", num_heads, rule)
+    return ft.partial(
+        GriffinSequenceMixer, lru_width=lru_width, num_heads=num_heads, conv_width=conv_width
+    )
+
+
+def attention_mixer(
+    config: Config, hidden: int, num_heads: int, occurs: bool
+) -> Callable[..., AttentionSequenceMixer]:
+    num_kv_heads = config.size("num_key_value_heads", num_heads)
+    head_dim = config.size("head_dim", max(1, hidden // num_heads))
+    if occurs:
+        names = {"num_attention_heads": num_heads, "head_dim": head_dim}
+        config.fits("q_proj.weight", 0, num_heads * head_dim, **names)
+        names = {"num_key_value_heads": num_kv_heads, "head_dim": head_dim}
+        config.fits("k_proj.weight", 0, num_kv_heads * head_dim, **names)
+        if num_heads % num_kv_heads:
+            rule = f"a divisor of num_attention_heads={num_heads}"
+            raise config.refused("num_key_value_heads", num_kv_heads, rule)
+    return ft.partial(
+        AttentionSequenceMixer,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        window=config.size("attention_window_size", 2048),
+        use_bias=config.flag("attention_bias", False, of="q_proj.bias" if occurs else None),
+        out_bias=True,
+        **rotary(config, head_dim),
+    )
+
+
+def rotary(config: Config, head_dim: int) -> dict[str, float]:
     """One entry with all, or, in files of transformers 4, an entry for each."""
     rope = config.entry("rope_parameters", None)
     if rope is None:
@@ -87,10 +125,12 @@ def rotary(config: Config) -> dict[str, float]:
         rope.fixed(rope_type="default")
     else:
         raise config.refused("rope_parameters", rope, "an object")
-    options = {
-        "rotary_fraction": rope.number("partial_rotary_factor", 0.5),
-        "rotary_base": rope.number("rope_theta", 10_000.0),
-    }
+    fraction = rope.number("partial_rotary_factor", 0.5)
+    pairs = fraction * head_dim / 2
+    if fraction > 1 or abs(pairs - round(pairs)) > 1e-6:
+        rule = f"at most 1, for an even number of head_dim={head_dim} features"
+        raise rope.refused("partial_rotary_factor", fraction, rule)
+    options = {"rotary_fraction": fraction, "rotary_base": rope.number("rope_theta", 10_000.0)}
     if rope is not config:
         rope.done()
     return options
