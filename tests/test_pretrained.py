@@ -463,7 +463,7 @@ header = lambda change: ft.partial(change_header, change=change)
         (
             header(lambda h: h[EMBEDDING].update(shape=[16, 61])),
             ValueError,
-            r"backbone.embeddings.weight: got shape \(16, 61\), expected \(61, 16\)",
+            r"'hidden_size': 16, so that .*embeddings.weight' must be of size 16 .* 1; got \(16, 61\)",
         ),
         (
             weights(backbone__norm_f__weight=None, backbone__layers__1__mixer__D=None),
@@ -471,16 +471,15 @@ header = lambda change: ft.partial(change_header, change=change)
             r"missing: backbone.layers.1.mixer.D\nmissing: backbone.norm_f.weight",
         ),
         (
-            weights(backbone__layers__2__mixer__D=np.ones(3), backbone__norm_f__weight=None),
+            weights(backbone__layers__1__mixer__E=np.ones(3), backbone__norm_f__weight=None),
             ValueError,
-            r"missing: backbone.norm_f.weight\nleft over: backbone.layers.2.mixer.D",
+            r"missing: backbone.norm_f.weight\nleft over: backbone.layers.1.mixer.E",
         ),
         (
-            weights(backbone__layers__0__mixer__conv1d__weight=np.ones((32, 4))),
+            weights(backbone__layers__1__mixer__conv1d__weight=np.ones((32, 4))),
             ValueError,
-            r"0.mixer.conv1d.weight: got shape \(32, 4\), expected \(32, 1, 4\)",
+            r"1.mixer.conv1d.weight: got shape \(32, 4\), expected \(32, 1, 4\)",
         ),
-        (config(state_size=5), ValueError, r"A_log: got shape \(32, 4\), expected \(32, 5\)"),
         (config(tie_word_embeddings=False), ValueError, r"missing: lm_head.weight"),
         (
             config(model_type="llama"),
@@ -524,7 +523,7 @@ def test_what_is_not_loaded(tamper, error, message, folder):
         ({"rope_parameters": {"factor": 2}}, "rope_parameters has entries .*not known.*factor=2"),
         ({"rope_parameters": 3}, "'rope_parameters' must be an object; got 3"),
         ({"attention_dropout": 0.1}, "'attention_dropout' must be 0.0; got 0.1"),
-        ({"logits_soft_cap": None}, "'logits_soft_cap' must be a positive number; got None"),
+        ({"logits_soft_cap": None}, "'logits_soft_cap' must be a positive number .*; got None"),
     ],
 )
 def test_what_is_not_a_recurrent_gemma(entries, message):

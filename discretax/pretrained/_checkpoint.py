@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +16,16 @@ from jaxtyping import Array
 from discretax.architectures import LanguageModel
 from discretax.pretrained._falcon_mamba import FALCON_MAMBA
 from discretax.pretrained._family import Config, Family, stored_shape
-from discretax.pretrained._files import CONFIG, Tensors, locate, open_tensors, read_config, write
+from discretax.pretrained._files import (
+    CONFIG,
+    WEIGHTS,
+    Tensors,
+    locate,
+    open_tensors,
+    parsed,
+    read_config,
+    write,
+)
 from discretax.pretrained._mamba import MAMBA
 from discretax.pretrained._mamba2 import MAMBA2
 from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
@@ -37,9 +47,10 @@ def load(
     The folder holds `config.json` and `model.safetensors`, or shards of it with
     `model.safetensors.index.json`. Of `config.json`, `model_type` must be `"mamba"`, `"mamba2"`,
     `"falcon_mamba"` or `"recurrent_gemma"`, and every other entry must be known: one that might
-    change what the model computes is never passed over. Tensors are read one by one, each straight
-    to its place, after all names and shapes have been found right: memory holds about one copy.
-    Pickled weights are not opened.
+    change what the model computes is never passed over. Sizes are compared to the tensors before
+    anything is built from them. Tensors are read one by one, each straight to its place, after all
+    names and shapes have been found right: memory holds about one copy. Pickled weights are not
+    opened.
 
     Numbers differ from transformers' by rounding alone. RecurrentGemma's embeddings are multiplied
     by the root of the width rounded to bfloat16, as they are there.
@@ -66,19 +77,23 @@ def load(
     - `FileNotFoundError` for a folder or file that is missing.
     - `ValueError` for files cut off or corrupt, another `model_type`, entries of the configuration
         that are unknown or have a value that is not supported, tensors that are missing, left over
-        or of another shape, and for a `dtype` that is not floating.
+        or of another shape or type, weights that were saved with another configuration, and for a
+        `dtype` that is not floating.
     - `ImportError` if a package for reading is missing.
     """
     dtype = None if dtype is None else _floating(jnp.dtype(dtype), "`dtype`")
     folder = locate(source)
-    family, make = _family(read_config(folder), str(folder / CONFIG))
-    model, state = eqx.filter_eval_shape(eqx.nn.make_with_state(make), jr.key(0))
-    leaves = family.leaves(model)
+    text = read_config(folder)
     with open_tensors(folder) as tensors:
+        family, make = _family(parsed(text, folder / CONFIG), str(folder / CONFIG), tensors.shapes)
+        model, state = eqx.filter_eval_shape(eqx.nn.make_with_state(make), jr.key(0))
+        _check_pair(text, model, tensors, folder)
+        leaves = family.leaves(model)
         _check_names(leaves, tensors, family, model.tie_embeddings)
+        stored = {name: tensors.dtype(name) for name in leaves}
         structs = {
             name: jax.ShapeDtypeStruct(
-                leaf.shape, dtype or _floating(tensors.dtype(name), f"tensor {name!r}")
+                leaf.shape, dtype or _floating(stored[name], f"tensor {name!r}")
             )
             for name, leaf in leaves.items()
         }
@@ -99,6 +114,10 @@ def save(
     Every tensor is written as it is, bit by bit and in its own type. A model need not have been
     loaded: one that was built here can be saved if it is what one of the families would build.
 
+    Whenever it is interrupted, the folder holds the old model or the new one, or two files that
+    [`discretax.pretrained.load`][] does not take for a pair. Of several processes that save into one
+    folder at once, one waits for the other, and the last one's model stays.
+
     **Arguments:**
 
     - `model`: a [`discretax.architectures.LanguageModel`][].
@@ -106,8 +125,9 @@ def save(
     - `entries`: more of `config.json`, which do not change what the model computes:
         `{"eos_token_id": 2}`.
 
-    **Raises:** `TypeError` for another kind of model; `ValueError` for one that belongs to no family,
-    with the fields in which it differs, and for `entries` that are not of that kind.
+    **Raises:** `TypeError` for another kind of model, and for `entries` that JSON cannot hold;
+    `ValueError` for a model that belongs to no family, with the fields in which it differs, and for
+    `entries` that are not of that kind.
     """
     if not isinstance(model, LanguageModel):
         raise TypeError(
@@ -136,9 +156,13 @@ def save(
         raise ValueError(
             f"`entries` may not hold {', '.join(clash)}: the model says what they are."
         )
-    config |= entries or {}
-    like = eqx.filter_eval_shape(_family(config, "`save`")[1], jr.key(0))
-    found = [line for part in _parts(model, like) for line in _differences(*part)]
+    text = json.dumps(config | dict(entries or {}), indent=2, default=_plain) + "\n"
+    like = eqx.filter_eval_shape(_family(json.loads(text), "`save`")[1], jr.key(0))
+    found = [
+        f"{name}: {ours!r}, where the family has {theirs!r}"
+        for parts in _parts(model, like)
+        for name, ours, theirs in _differences(*parts)
+    ]
     if found:
         raise ValueError(
             f"`save` takes this model for one of the family {family.model_type}, but then the "
@@ -148,11 +172,13 @@ def save(
         name: np.ascontiguousarray(leaf).reshape(stored_shape(name, leaf.shape))
         for name, leaf in family.leaves(model).items()
     }
-    write(pathlib.Path(folder).expanduser(), config, tensors)
+    write(pathlib.Path(folder).expanduser(), text, tensors)
 
 
-def _family(entries: dict[str, Any], where: str) -> tuple[Family, Callable[..., LanguageModel]]:
-    config = Config(entries, where)
+def _family(
+    entries: dict[str, Any], where: str, shapes: Mapping[str, tuple[int, ...]] | None = None
+) -> tuple[Family, Callable[..., LanguageModel]]:
+    config = Config(entries, where, shapes)
     model_type = config.entry("model_type")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise config.refused("model_type", model_type, f"one of {', '.join(FAMILIES)}")
@@ -161,9 +187,29 @@ def _family(entries: dict[str, Any], where: str) -> tuple[Family, Callable[..., 
     return family, family.build(config)
 
 
+def _check_pair(text: str, model: LanguageModel, tensors: Tensors, folder: pathlib.Path) -> None:
+    """The weights say with which configuration they were saved, if they were saved here."""
+    if tensors.config in (None, text):
+        return
+    where = f"the metadata of {folder / WEIGHTS}"
+    _, make = _family(parsed(tensors.config, where), where, tensors.shapes)
+    saved = eqx.filter_eval_shape(make, jr.key(0))
+    found = [
+        f"{name}: {ours!r} by {CONFIG}, {theirs!r} when the weights were saved"
+        for parts in _parts(model, saved)
+        for name, ours, theirs in _differences(*parts)
+    ]
+    if found:
+        raise ValueError(
+            f"{folder / CONFIG} is not the configuration that {WEIGHTS} was saved with, as when a "
+            "save was cut short, or it was changed since:\n" + "\n".join(found) + "\nSave the "
+            "model again, or undo the change."
+        )
+
+
 def _check_names(leaves: dict[str, Array], tensors: Tensors, family: Family, is_tied: bool) -> None:
     """All that does not fit, together."""
-    stored = set(tensors.file_of)
+    stored = set(tensors.shapes)
     twice = is_tied and HEAD in stored
     if twice:
         stored.remove(HEAD)
@@ -171,8 +217,8 @@ def _check_names(leaves: dict[str, Array], tensors: Tensors, family: Family, is_
     found += [f"left over: {name}" for name in sorted(stored - set(leaves))]
     for name in sorted(set(leaves) & stored):
         expected = stored_shape(name, leaves[name].shape)
-        if tensors.shape(name) != expected:
-            found.append(f"{name}: got shape {tensors.shape(name)}, expected {expected}")
+        if tensors.shapes[name] != expected:
+            found.append(f"{name}: got shape {tensors.shapes[name]}, expected {expected}")
     if found:
         raise ValueError(
             f"the tensors are not those of a {family.architecture} with this configuration:\n"
@@ -211,7 +257,7 @@ def _parts(model: LanguageModel, like: LanguageModel) -> Iterator[tuple[Any, Any
         yield getattr(model, name), getattr(like, name), name
 
 
-def _differences(a: Any, b: Any, where: str) -> Iterator[str]:
+def _differences(a: Any, b: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
     if type(a) is type(b) and dataclasses.is_dataclass(a):
         for field in dataclasses.fields(a):
             if field.name not in OWN:
@@ -222,7 +268,13 @@ def _differences(a: Any, b: Any, where: str) -> Iterator[str]:
         for i, (left, right) in enumerate(zip(a, b, strict=True)):
             yield from _differences(left, right, f"{where}[{i}]")
     elif _shown(a) != _shown(b):
-        yield f"{where}: {_shown(a)!r}, where the family has {_shown(b)!r}"
+        yield where, _shown(a), _shown(b)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"`entries` must hold what JSON can; got {value!r}.")
 
 
 def _shown(value: Any) -> Any:

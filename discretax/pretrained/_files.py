@@ -8,13 +8,20 @@ import pathlib
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
+
+try:
+    import fcntl
+except ImportError:  # where there is none, two processes must not save into one folder at once
+    fcntl = None
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+SAVED_WITH = "discretax.config"  # in the metadata of weights saved here: their configuration
+PARTIAL = ".partial"
 # As the files call them; jax.numpy's names are numpy's with ml_dtypes, which JAX brings along.
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -46,21 +53,30 @@ def optional(module: str, purpose: str) -> Any:
         ) from error
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def parsed(text: str, where: Any) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise ValueError(f"{where} is not JSON: {error}.") from error
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply to be read.") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object; got {type(content).__name__}.")
+        raise ValueError(f"{where} must hold a JSON object; got {type(content).__name__}.")
     return content
 
 
-def read_config(folder: pathlib.Path) -> dict[str, Any]:
+def read_text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+
+
+def read_config(folder: pathlib.Path) -> str:
     path = folder / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no {CONFIG}, which says what the weights belong to.")
-    return read_json(path)
+    return read_text(path)
 
 
 class Tensors:
@@ -70,9 +86,11 @@ class Tensors:
         self.file_of = {name: file for file in files.values() for name in file.keys()}  # noqa: SIM118
         if len(self.file_of) < sum(len(file.keys()) for file in files.values()):
             raise ValueError(f"a tensor stands in more than one of the files {', '.join(files)}.")
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self.file_of[name].get_slice(name).get_shape())
+        self.shapes = {
+            name: tuple(file.get_slice(name).get_shape()) for name, file in self.file_of.items()
+        }
+        metadata = [file.metadata() or {} for file in files.values()]
+        self.config = next((m[SAVED_WITH] for m in metadata if SAVED_WITH in m), None)
 
     def dtype(self, name: str) -> np.dtype:
         stored = self.file_of[name].get_slice(name).get_dtype()
@@ -84,6 +102,7 @@ class Tensors:
         return np.dtype(DTYPES[stored])
 
     def read(self, name: str) -> np.ndarray:
+        self.dtype(name)  # refuses what NumPy may not have
         return self.file_of[name].get_tensor(name)
 
 
@@ -116,7 +135,7 @@ def shards(folder: pathlib.Path) -> list[str]:
             "write safetensors, `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`, "
             "where you trust the file."
         )
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = parsed(read_text(folder / INDEX), folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(name, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", name)
         for name in weight_map.values()
@@ -127,15 +146,71 @@ def shards(folder: pathlib.Path) -> list[str]:
     return sorted(set(weight_map.values()))
 
 
-def write(folder: pathlib.Path, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> None:
-    """Each file whole or not at all: a model may be saved over the one that it was loaded from."""
+def write(folder: pathlib.Path, config: str, tensors: dict[str, np.ndarray]) -> None:
+    """The two files, each whole or not at all: a model may be saved over the one that it was loaded
+    from. Both hold the configuration, so that one beside an older other is recognised."""
     safetensors = optional("safetensors.numpy", "to write weights")
     folder.mkdir(parents=True, exist_ok=True)
-    partial = {name: folder / f"{name}.partial" for name in (WEIGHTS, CONFIG)}
-    # transformers reads nothing without this entry.
-    safetensors.save_file(tensors, partial[WEIGHTS], metadata={"format": "pt"})
-    partial[CONFIG].write_text(json.dumps(config, indent=2) + "\n")
-    # safetensors writes for the owner alone.
-    shutil.copymode(partial[CONFIG], partial[WEIGHTS])
-    for name, path in partial.items():
-        os.replace(path, folder / name)
+    with _alone_in(folder / PARTIAL) as partial:
+        # transformers reads nothing without the first entry.
+        metadata = {"format": "pt", SAVED_WITH: config}
+        safetensors.save_file(tensors, partial / WEIGHTS, metadata=metadata)
+        (partial / CONFIG).write_text(config)
+        # safetensors writes for the owner alone.
+        shutil.copymode(partial / CONFIG, partial / WEIGHTS)
+        # Between the two replacements nothing is to be written out or freed, which takes a while.
+        with contextlib.suppress(OSError):  # nothing there, or a file system without links
+            os.link(folder / WEIGHTS, partial / "old")
+        for name in (WEIGHTS, CONFIG):
+            with (partial / name).open("r+b") as file:
+                os.fsync(file.fileno())
+        for name in (WEIGHTS, CONFIG):
+            os.replace(partial / name, folder / name)
+
+
+@contextlib.contextmanager
+def _alone_in(place: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder for one process at a time, empty at first and gone in the end; others wait.
+
+    The system takes the lock from a process that is killed. What that one left is removed here.
+    """
+    lock = place / "lock"
+    while True:
+        with contextlib.suppress(FileExistsError):
+            place.mkdir()
+        try:
+            file = lock.open("a")
+        except FileNotFoundError:  # whoever was here has just removed the folder
+            continue
+        _wait_for(file)
+        if _is_at(lock, file):
+            break
+        file.close()
+    with file:
+        try:
+            _empty(place, lock)
+            yield place
+        finally:
+            _empty(place, lock)
+            lock.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # the next one is in already
+                place.rmdir()
+
+
+def _is_at(path: pathlib.Path, file: IO[str]) -> bool:
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _wait_for(file: IO[str]) -> None:
+    if fcntl is not None:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def _empty(place: pathlib.Path, lock: pathlib.Path) -> None:
+    for path in place.iterdir():
+        if path != lock:
+            path.unlink()
