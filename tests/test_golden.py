@@ -1,10 +1,10 @@
 """Outputs and gradients of the original implementations, from their parameters."""
 
 import equinox as eqx
+import helpers
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import pytest
 from golden_file import Golden
 
@@ -23,8 +23,7 @@ LRU_FIELDS = ("nu_log", "theta_log", "gamma_log", "B_re", "B_im", "C_re", "C_im"
 
 
 def assert_close(actual, expected, dtype):
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=TOLERANCE[dtype] * scale)
+    helpers.assert_close(actual, expected, TOLERANCE[dtype])
 
 
 def value_and_gradients(run, model, golden):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import FEATURES, Leaky
+from helpers import FEATURES, Leaky, assert_close
 
 from discretax import resampled
 from discretax.inspection import eigenvalues, frequency_response, impulse_response
@@ -50,11 +50,6 @@ MIXERS = {
 }
 every_mixer = pytest.mark.parametrize("make", MIXERS.values(), ids=MIXERS.keys())
 precisions = pytest.mark.parametrize(("x64", "rtol"), [(False, 1e-5), (True, 1e-12)])
-
-
-def assert_close(actual, expected, rtol):
-    assert np.shape(actual) == np.shape(expected)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=rtol * np.abs(expected).max())
 
 
 @precisions

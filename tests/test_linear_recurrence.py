@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from helpers import assert_close
 
 from discretax.ops import diagonal_ssm, linear_recurrence
 from discretax.ops._running.split_time import split_time
@@ -32,11 +33,6 @@ def draw(dtype, constant, seed=0):
     return a, jr.normal(keys[1], (TIME, *STATE), dtype), jr.normal(keys[2], STATE, dtype)
 
 
-def assert_close(actual, expected, rtol=1e-12):
-    for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, e, rtol=0, atol=rtol * np.abs(e).max())
-
-
 def weights(shape, dtype):
     """Fixed numbers, all different."""
     w = jnp.cos(jnp.arange(np.prod(shape), dtype=float)).reshape(shape)
@@ -58,13 +54,13 @@ def test_states_and_gradients(dtype, constant, resets, reverse, implementation):
             linear_recurrence, resets=resets, reverse=reverse, implementation=implementation
         )
         reference = lambda a, b, h0: loop(a, b, h0, resets, reverse)
-        assert_close(jax.jit(ours)(*arguments), reference(*arguments))
+        assert_close(jax.jit(ours)(*arguments), reference(*arguments), 1e-12)
 
         def gradients(f):
             loss = lambda *args: jnp.sum(w * f(*args)).real
             return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arguments)
 
-        assert_close(gradients(ours), gradients(reference))
+        assert_close(gradients(ours), gradients(reference), 1e-12)
 
 
 @pytest.mark.parametrize("constant", [True, False], ids=["constant", "varying"])
@@ -222,8 +218,8 @@ def test_diagonal_ssm(varying, resets, chunk_size, length):
 
             return jax.jit(jax.grad(loss, argnums=tuple(range(5))))(*arguments)
 
-        assert_close(ours(*arguments), jax.jit(reference)(*arguments))
-        assert_close(gradients(ours), gradients(reference))
+        assert_close(ours(*arguments), jax.jit(reference)(*arguments), 1e-12)
+        assert_close(gradients(ours), gradients(reference), 1e-12)
 
 
 @pytest.mark.parametrize("chunk_size", [None, 3], ids=lambda size: f"chunk_{size}")

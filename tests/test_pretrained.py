@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from golden_file import FOLDER, Golden
-from helpers import assert_equal
+from helpers import assert_close, assert_equal
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
@@ -36,11 +36,6 @@ EMBEDDING, HEAD = "backbone.embeddings.weight", "lm_head.weight"
 
 def folder_of(name):
     return FOLDER / "hf" / name
-
-
-def assert_close(actual, expected, tolerance):
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
 
 
 def tensors(model):
