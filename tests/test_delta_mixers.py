@@ -7,6 +7,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from golden_file import Golden
+from helpers import assert_close
 
 from discretax.sequence_mixers import (
     CombaSequenceMixer,
@@ -148,11 +149,6 @@ def test_is_the_original(name, dtype, tolerance):
         assert expected
         for n, stored in expected.items():
             assert_close(d_params[n], stored, tolerance)
-
-
-def assert_close(actual, expected, tolerance):
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)
 
 
 def test_one_step_of_the_product_is_the_gated_delta_net():

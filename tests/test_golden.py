@@ -40,6 +40,14 @@ def value_and_gradients(run, model, golden):
     return y, *gradients
 
 
+def golden_gradients(run, model, golden, dtype):
+    """Those in the model. Output and gradient in the input are compared with the golden ones here."""
+    y, d_model, d_x = value_and_gradients(run, model, golden)
+    assert_close(y, golden["y"], dtype)
+    assert_close(d_x, golden["g.x"], dtype)
+    return d_model
+
+
 def load_lru(mixer, golden, prefix=""):
     arrays = golden.fields("p", prefix)
     return eqx.tree_at(
@@ -80,11 +88,9 @@ def test_lru(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         golden = Golden(name, dtype)
         mixer = load_lru(LRUSequenceMixer(6, jr.key(0), state_dim=8), golden)
-        y, d_mixer, d_x = value_and_gradients(
-            jax.vmap(lambda m, x: m(x)[0], in_axes=(None, 0)), mixer, golden
+        d_mixer = golden_gradients(
+            jax.vmap(lambda m, x: m(x)[0], in_axes=(None, 0)), mixer, golden, dtype
         )
-        assert_close(y, golden["y"], dtype)
-        assert_close(d_x, golden["g.x"], dtype)
         for field in LRU_FIELDS:
             assert_close(getattr(d_mixer, field), golden[f"g.p.{field}"], dtype)
 
@@ -123,9 +129,7 @@ def test_block(prenorm, dtype):
         )
         block = eqx.tree_at(block_leaves, block, golden_block(golden, "p"))
         run = jax.vmap(lambda block, x: block(x, state)[0], in_axes=(None, 0))
-        y, d_block, d_x = value_and_gradients(run, block, golden)
-        assert_close(y, golden["y"], dtype)
-        assert_close(d_x, golden["g.x"], dtype)
+        d_block = golden_gradients(run, block, golden, dtype)
         for actual, expected in zip(
             block_leaves(d_block), golden_block(golden, "g.p"), strict=True
         ):
@@ -161,9 +165,7 @@ def test_classifier(dtype):
         model, state = eqx.nn.make_with_state(build)()
         model = eqx.tree_at(leaves, model, golden_leaves("p"))
         run = jax.vmap(lambda model, x: model(x, state)[0], in_axes=(None, 0))
-        y, d_model, d_x = value_and_gradients(run, model, golden)
-        assert_close(y, golden["y"], dtype)
-        assert_close(d_x, golden["g.x"], dtype)
+        d_model = golden_gradients(run, model, golden, dtype)
         for actual, expected in zip(leaves(d_model), golden_leaves("g.p"), strict=True):
             assert_close(actual, expected, dtype)
 
@@ -221,9 +223,7 @@ def test_s5_layer(name, dtype):
             series = Timeseries(x, timesteps=timesteps)
             return jax.vmap(lambda x: block(x, state)[0].values)(series)
 
-        y, (d_block, d_timesteps), d_x = value_and_gradients(run, (block, timesteps), golden)
-        assert_close(y, golden["y"], dtype)
-        assert_close(d_x, golden["g.x"], dtype)
+        d_block, d_timesteps = golden_gradients(run, (block, timesteps), golden, dtype)
         for actual, expected in zip(
             s5_layer_leaves(d_block), golden_s5_layer(golden, "g.p", *names), strict=True
         ):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_file import Golden
+from helpers import assert_close
 
 from discretax.ops import delta_rule, gated_linear_attention, mlstm
 
@@ -132,11 +133,6 @@ def test_is_the_original(name, dtype, tolerance):
         else:
             expected = golden["final_state"]
         assert_close(y, golden["y"], tolerance)
-        jax.tree.map(lambda a, e: assert_close(a, e, tolerance), state, expected)
+        assert_close(state, expected, tolerance)
         for n, gradient in gradients.items():
             assert_close(gradient, golden[f"g.{n}"], tolerance)
-
-
-def assert_close(actual, expected, tolerance):
-    scale = np.abs(expected).max()
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * scale)

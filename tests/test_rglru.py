@@ -7,7 +7,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from golden_file import Golden
-from test_golden import assert_close, both_precisions, value_and_gradients
+from test_golden import assert_close, both_precisions, golden_gradients, value_and_gradients
 
 from discretax import inference_state, streaming_mode
 from discretax.blocks import ResidualBlock
@@ -100,9 +100,7 @@ def test_golden_recurrent_block(kind, dtype):
         golden = Golden(f"rg_recurrentblock_{kind}_L56", dtype)
         mixer = GriffinSequenceMixer(6, jr.key(0), lru_width=8, num_heads=2)
         mixer = load(mixer, golden, RECURRENT_BLOCK)
-        y, d_mixer, d_x = value_and_gradients(over_documents(golden), mixer, golden)
-        assert_close(y, golden["y"], dtype)
-        assert_close(d_x, golden["g.x"], dtype)
+        d_mixer = golden_gradients(over_documents(golden), mixer, golden, dtype)
         assert_gradients(d_mixer, golden, RECURRENT_BLOCK, dtype)
 
 
