@@ -1,8 +1,8 @@
-"""What layers do to the last axis, and the checks of widths that every layer makes."""
+"""What layers do to the last axis, and the checks that every layer makes of its arguments."""
 
 import operator
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import equinox as eqx
 import jax
@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from discretax._types import conversion
+
+Kind = TypeVar("Kind")
 
 
 def linear(layer: eqx.nn.Linear, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
@@ -84,13 +86,55 @@ def check_positive(name: str, value: float) -> None:
         raise ValueError(f"`{name}` must be positive; got {value}.")
 
 
+def made(argument: str, maker: Any, kind: type[Kind], width: int, **options: Any) -> Kind:
+    """`maker`, if it is of the `kind`, or what it makes of the width and the options."""
+    if isinstance(maker, kind):
+        return maker
+    check_maker(argument, maker, kind)
+    instance = maker(width, **options)
+    check_instance(f"{argument}(in_features, key=key)", instance, kind)
+    return instance
+
+
+def check_maker(argument: str, maker: Any, kind: type) -> None:
+    """Refuses what makes nothing of the `kind`, such as one that is made."""
+    is_other = isinstance(maker, type) and not issubclass(maker, kind)
+    if is_layer(maker) or is_other or not callable(maker):
+        shared = ", whose arrays all blocks would share" if isinstance(maker, kind) else ""
+        raise TypeError(
+            f"`{argument}` must be a function `(in_features, *, key)` that makes an "
+            f"`{kind.__name__}`; got {described(maker)}{shared}. Give the class, or "
+            "`functools.partial` of the class and its other arguments."
+        )
+
+
+def check_instance(argument: str, value: Any, kind: type) -> None:
+    if not isinstance(value, kind):
+        is_class = isinstance(value, type) and issubclass(value, kind)
+        remedy = f" Make one: `{value.__name__}(in_features, key)`." if is_class else ""
+        raise TypeError(
+            f"`{argument}` must be an `{kind.__name__}`; got {described(value)}.{remedy}"
+        )
+
+
+def is_layer(value: Any) -> bool:
+    """A module, but for the one that is a function with some of its arguments."""
+    return isinstance(value, eqx.Module) and not isinstance(value, eqx.Partial)
+
+
+def described(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class `{value.__name__}`"
+    return f"an instance of `{type(value).__name__}`" if is_layer(value) else repr(value)
+
+
 def check_function(argument: str, value: Any) -> None:
     """Refuses what is neither None nor a function of an array, without parameters of its own."""
     has_parameters = any(map(eqx.is_array, jax.tree.leaves(value)))
     if value is not None and (not callable(value) or isinstance(value, type) or has_parameters):
         raise TypeError(
             f"`{argument}` must be None or a function of an array, such as `jax.nn.gelu`, without "
-            f"parameters; got {value!r}."
+            f"parameters; got {described(value)}."
         )
 
 

@@ -532,7 +532,11 @@ def test_activation(activation, formula):
         ),
         ({"activation": "gelu"}, TypeError, "`activation` must be None or a .*; got 'gelu'"),
         ({"activation": GLU}, TypeError, "`activation` must be None or a .*; got .*GLU"),
-        ({"activation": eqx.nn.PReLU()}, TypeError, "without parameters; got PReLU"),
+        (
+            {"activation": eqx.nn.PReLU()},
+            TypeError,
+            "without parameters; got an instance of `PReLU`",
+        ),
     ],
 )
 def test_options_that_are_refused(options, error, message):

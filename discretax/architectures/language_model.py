@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_size
+from discretax._features import check_maker, check_size, described
 from discretax._stateful import check_state
 from discretax._timeseries import Timeseries, length_of, valid_samples, values_of, with_values
 from discretax._types import Values, widened
@@ -106,11 +106,21 @@ class LanguageModel(eqx.nn.StatefulLayer):
 
         **Raises:**
 
-        `ValueError` for an empty pattern, or sizes below one.
+        `ValueError` for an empty pattern, or sizes below one; `TypeError` for mixers that are made
+        already, which several blocks would share.
         """
         vocab_size = check_size("vocab_size", vocab_size)
         hidden_dim = check_size("hidden_dim", hidden_dim)
         num_blocks = check_size("num_blocks", num_blocks)
+        if not isinstance(pattern, Sequence) or isinstance(pattern, str):
+            raise TypeError(
+                "`pattern` must be a sequence of functions that make a sequence mixer, such as "
+                f"`(MambaSequenceMixer,)`; got {described(pattern)}."
+            )
+        for i, mixer in enumerate(pattern):
+            check_maker(f"pattern[{i}]", mixer, AbstractSequenceMixer)
+        if channel_mixer is not None:
+            check_maker("channel_mixer", channel_mixer, AbstractChannelMixer)
         if not pattern:
             raise ValueError(
                 "`pattern` must have a function that makes a sequence mixer for at least one "

@@ -1,12 +1,12 @@
 """What blocks are made of."""
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
-from discretax._features import out_features
+from discretax._features import described, is_layer, made, out_features
 from discretax.blocks._batch_norm import BatchNorm
 from discretax.blocks._offset_rms_norm import OffsetRMSNorm
 from discretax.channel_mixers import AbstractChannelMixer
@@ -26,12 +26,22 @@ def make_norm(norm: Norm, in_features: int) -> NormLayer:
         return eqx.nn.RMSNorm(in_features, eps=1e-6, use_bias=False)
     if norm is None:
         return None
-    if callable(norm):
-        return norm(in_features)
+    if callable(norm) and not is_layer(norm):
+        layer = norm(in_features)
+        _check_layer(layer)
+        return layer
     raise ValueError(
         "`norm` must be 'batch', 'layer', 'rms', None or a function of the width that makes a "
-        f"layer; got {norm!r}."
+        f"layer; got {described(norm)}."
     )
+
+
+def _check_layer(layer: Any) -> None:
+    if layer is not None and (isinstance(layer, type) or not callable(layer)):
+        raise TypeError(
+            "`norm(in_features)` must be a layer, such as `equinox.nn.LayerNorm(in_features)`, or "
+            f"None; got {described(layer)}."
+        )
 
 
 def make_dropout(drop_rate: float) -> eqx.nn.Dropout:
@@ -46,8 +56,7 @@ def make_sequence_mixer(
     key: PRNGKeyArray,
 ) -> tuple[AbstractSequenceMixer, int]:
     """The mixer, and the width of what it puts out."""
-    if not isinstance(mixer, AbstractSequenceMixer):
-        mixer = mixer(in_features, key=key)
+    mixer = made("sequence_mixer", mixer, AbstractSequenceMixer, in_features, key=key)
     if mixer.in_features != in_features:
         raise ValueError(
             f"`sequence_mixer` must have the block's width, in_features={in_features}; got "
@@ -63,9 +72,8 @@ def make_channel_mixer(
     key: PRNGKeyArray,
 ) -> AbstractChannelMixer:
     """A mixer from the width of what it is given to the width of the residual stream."""
-    if not isinstance(mixer, AbstractChannelMixer):
-        widths = {} if mixed_features == in_features else {"out_features": in_features}
-        mixer = mixer(mixed_features, key=key, **widths)
+    widths = {} if mixed_features == in_features else {"out_features": in_features}
+    mixer = made("channel_mixer", mixer, AbstractChannelMixer, mixed_features, key=key, **widths)
     if mixer.in_features != mixed_features:
         raise ValueError(
             "`channel_mixer` must have the width of what the sequence mixer puts out, "

@@ -8,7 +8,7 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
-from discretax._features import check_size
+from discretax._features import check_instance, check_maker, check_size, described
 from discretax._stateful import check_state
 from discretax.blocks import AbstractBlock, ResidualBlock, StandardBlock
 from discretax.blocks._parts import Norm
@@ -44,7 +44,17 @@ class BlockStack(AbstractBackbone):
     blocks: tuple[AbstractBlock, ...]
 
     def __init__(self, blocks: Sequence[AbstractBlock]):
-        """**Arguments:** `blocks`, of the same `in_features`."""
+        """**Arguments:** `blocks`, of the same `in_features`.
+
+        **Raises:** `TypeError` for anything but a sequence of blocks.
+        """
+        if not isinstance(blocks, Sequence) or isinstance(blocks, str):
+            raise TypeError(
+                f"`blocks` must be a sequence of blocks, `[block, other_block]`; got "
+                f"{described(blocks)}."
+            )
+        for i, block in enumerate(blocks):
+            check_instance(f"blocks[{i}]", block, AbstractBlock)
         self.blocks = tuple(blocks)
 
 
@@ -74,7 +84,11 @@ class Backbone(AbstractBackbone):
             called once per block.
         - `num_blocks`: how many blocks to stack.
         - `drop_rate`, `prenorm`, `norm`, `activation`: as in [`discretax.blocks.StandardBlock`][].
+
+        **Raises:** `TypeError` for mixers that are made already, which all blocks would share.
         """
+        check_maker("sequence_mixer", sequence_mixer, AbstractSequenceMixer)
+        check_maker("channel_mixer", channel_mixer, AbstractChannelMixer)
         self.blocks = standard_blocks(
             key,
             hidden_dim,

@@ -10,6 +10,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import PRNGKeyArray, PyTree
 
+from discretax._features import check_instance
 from discretax._stateful import check_state, found
 from discretax.blocks import AbstractBlock
 from discretax.blocks.base import Samples
@@ -54,6 +55,9 @@ class DeepBackbone(eqx.nn.StatefulLayer):
     backbone: AbstractBackbone
     scan: bool = eqx.field(static=True, default=False)
     remat: bool = eqx.field(static=True, default=False)
+
+    def __check_init__(self):
+        check_instance("backbone", self.backbone, AbstractBackbone)
 
     @property
     def blocks(self) -> tuple[AbstractBlock, ...]:

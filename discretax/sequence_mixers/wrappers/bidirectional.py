@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from discretax._features import check_instance
 from discretax._timeseries import check_length, check_resets, check_timesteps
 from discretax._types import Length, Resets, Timesteps, Values
 from discretax.sequence_mixers.base import AbstractSequenceMixer, refuse_to_stream
@@ -27,8 +28,16 @@ class Bidirectional(AbstractSequenceMixer[None]):
     def __init__(self, forward: AbstractSequenceMixer, backward: AbstractSequenceMixer):
         """**Arguments:** `forward` and `backward`: two mixers of one width, made with two keys.
 
-        **Raises:** `ValueError` if their widths differ.
+        **Raises:** `ValueError` if their widths differ, or if the two are one; `TypeError` for what
+        is no mixer.
         """
+        check_instance("forward", forward, AbstractSequenceMixer)
+        check_instance("backward", backward, AbstractSequenceMixer)
+        if forward is backward:
+            raise ValueError(
+                "`forward` and `backward` must be two mixers; got one for both, whose parameters "
+                "training would part. Make two, with two keys."
+            )
         if forward.in_features != backward.in_features:
             raise ValueError(
                 "`forward` and `backward` must have the same `in_features`; got "

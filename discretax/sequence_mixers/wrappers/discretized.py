@@ -4,6 +4,7 @@ import equinox as eqx
 from jaxtyping import Array, PyTree
 
 from discretax._ensembles import check_one_member
+from discretax._features import check_instance
 from discretax._types import Timesteps
 from discretax.sequence_mixers.base import AbstractLTIMixer
 
@@ -25,8 +26,10 @@ class Discretized(AbstractLTIMixer[Any]):
     def __init__(self, mixer: AbstractLTIMixer):
         """**Arguments:** `mixer`: the mixer whose parameters will not change any more.
 
-        **Raises:** `ValueError` for an ensemble of mixers.
+        **Raises:** `TypeError` for what is no time-invariant mixer; `ValueError` for an ensemble of
+        mixers.
         """
+        check_instance("mixer", mixer, AbstractLTIMixer)
         check_one_member(mixer, "eqx.filter_vmap(discretax.discretized)(ensemble)")
         self.mixer = mixer
         self.system = mixer.discretize()

@@ -12,6 +12,7 @@ from discretax._features import (
     check_size,
     divided,
     linear,
+    made,
     out_features,
 )
 from discretax._timeseries import check_length, zero_padding
@@ -98,8 +99,9 @@ class GatedSequenceMixer(AbstractSequenceMixer[Any]):
         check_function("gate_activation", gate_activation)
         width = divided("in_features", in_features, "bottleneck", bottleneck or 1)
         mixer_key, input_key, gate_key, output_key = jr.split(key, 4)
-        if not isinstance(sequence_mixer, AbstractSequenceMixer):
-            sequence_mixer = sequence_mixer(width, key=mixer_key)
+        sequence_mixer = made(
+            "sequence_mixer", sequence_mixer, AbstractSequenceMixer, width, key=mixer_key
+        )
         if sequence_mixer.in_features != width:
             raise ValueError(
                 f"`sequence_mixer` must be of width in_features // bottleneck = {width}; got "

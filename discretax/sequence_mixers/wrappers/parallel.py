@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import PRNGKeyArray, PyTree
 
+from discretax._features import check_instance
 from discretax._types import Length, Resets, Sample, Timesteps, Values
 from discretax.ops._running.split_time import split_time
 from discretax.sequence_mixers.base import AbstractSequenceMixer, check_call
@@ -72,8 +73,10 @@ class SequenceParallel(AbstractSequenceMixer[Any]):
         """**Arguments:** `mixer`, causal and made of the operations of [`discretax.ops`][]; `mesh`,
         whose axes are of `AxisType.Auto`; `axis_name`, the axis of the mesh that time is split over.
 
-        **Raises:** `ValueError` for a mixer that needs the future, or a mesh that does not fit.
+        **Raises:** `ValueError` for a mixer that needs the future, or a mesh that does not fit;
+        `TypeError` for what is no mixer.
         """
+        check_instance("mixer", mixer, AbstractSequenceMixer)
         if axis_name not in mesh.shape or set(mesh.axis_types) != {AxisType.Auto}:
             raise ValueError(
                 f"`mesh` must have an axis {axis_name!r}, and all of type Auto; got {mesh}. Make it "
