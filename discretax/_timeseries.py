@@ -55,7 +55,7 @@ class Timeseries(eqx.Module):
 
         `ValueError` for shapes that do not match and, where the numbers are known (outside
         `jax.jit`), for a length outside [0, time] and for timesteps that are negative or not
-        finite, unless they are padding.
+        finite, unless they are padding. Under `jit` such a timestep makes its sample a NaN.
         """
         self.values = jnp.asarray(values)
         self.timesteps = None if timesteps is None else jnp.asarray(timesteps)
