@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from discretax._timeseries import Timeseries, resets_of
+
 Tree = TypeVar("Tree", bound=PyTree)
 State = TypeVar("State", bound=PyTree)
 Flags = Bool[Array, "..."]
@@ -56,6 +58,19 @@ def sample_by_sample(
     """`function(*samples)`, which makes an output of each sample by itself."""
     broken = ft.reduce(operator.or_, (is_broken(each, each.ndim - 1) for each in samples))
     return spoilt(function(*map(mended, samples)), broken)
+
+
+def each_sample(
+    x: Array | Timeseries,
+    function: Callable[..., Float[Array, "*lead out"]],
+    *samples: Float[Array, "*lead _"],
+) -> Float[Array, "*lead out"]:
+    """`function(*samples)`, sample by sample where resets part the sequences of `x`.
+
+    There a loss may look at the sequences beside a broken one alone. Elsewhere it costs nothing.
+    """
+    guarded = resets_of(x) is not None
+    return sample_by_sample(function, *samples) if guarded else function(*samples)
 
 
 def contained(

@@ -118,6 +118,10 @@ def length_of(x: Array | Timeseries) -> Int[Array, ""] | None:
     return x.length if isinstance(x, Timeseries) else None
 
 
+def resets_of(x: Array | Timeseries) -> Bool[Array, " time"] | None:
+    return x.resets if isinstance(x, Timeseries) else None
+
+
 def zero_padding(values: Array, length: Length | None) -> Array:
     """Selects zero at and past `length`; a NaN in the padding does not get through."""
     return _with_padding(values, length, 0)

@@ -24,7 +24,7 @@ MAY_SEE = {
     "_ensembles": (),
     "_features": ("_types",),
     "_stateful": ("_types", "_timeseries", "_features"),
-    "_broken": (),
+    "_broken": ("_timeseries",),
     "ops": _COMMON,
     "init": _COMMON,
     "sequence_mixers": (*_COMMON, "ops", "init"),
