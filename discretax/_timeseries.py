@@ -55,7 +55,7 @@ class Timeseries(eqx.Module):
 
         `ValueError` for shapes that do not match and, where the numbers are known (outside
         `jax.jit`), for a length outside [0, time] and for timesteps that are negative or not
-        finite, unless they are padding.
+        finite, unless they are padding. Under `jit` such a timestep makes its sample a NaN.
         """
         self.values = jnp.asarray(values)
         self.timesteps = None if timesteps is None else jnp.asarray(timesteps)
@@ -116,6 +116,10 @@ def with_values(x: Array | Timeseries, values: Array) -> Any:
 
 def length_of(x: Array | Timeseries) -> Int[Array, ""] | None:
     return x.length if isinstance(x, Timeseries) else None
+
+
+def resets_of(x: Array | Timeseries) -> Bool[Array, " time"] | None:
+    return x.resets if isinstance(x, Timeseries) else None
 
 
 def zero_padding(values: Array, length: Length | None) -> Array:

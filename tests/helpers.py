@@ -169,7 +169,10 @@ class Leaky(AbstractSequenceMixer[dict[str, Array]]):
         def move(cache, inputs):
             x_t, gap, is_fresh, is_valid = inputs
             h, count = (jnp.where(is_fresh, 0, cache[name]) for name in ("h", "count"))
-            moved = {"h": jnp.exp(-rate * gap) * h + x_t, "count": count + 1}
+            is_finite = jnp.isfinite(h) & jnp.isfinite(x_t)
+            h, x_t = (jnp.where(is_finite, value, 0) for value in (h, x_t))
+            h = jnp.where(is_finite, jnp.exp(-rate * gap) * h + x_t, jnp.nan)
+            moved = {"h": h, "count": count + 1}
             cache = {name: jnp.where(is_valid, moved[name], cache[name]) for name in cache}
             return cache, cache["h"]
 

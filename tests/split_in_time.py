@@ -10,7 +10,7 @@ import jax.random as jr
 import numpy as np
 import optax
 import pytest
-from helpers import Leaky, assert_close, changed, draw, parameters
+from helpers import Leaky, assert_close, assert_equal, changed, draw, parameters
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 
 from discretax import Timeseries, ops, sharding
@@ -125,11 +125,25 @@ def test_no_valid_samples_leave_the_cache(mesh):
     assert_close(split(draw(TIME, FEATURES), cache, length=0)[1], cache)
 
 
-def test_nan_before_a_reset_does_not_leak(mesh):
-    mixer = MIXERS["Mamba2"](jr.key(0))
-    x = draw(TIME, FEATURES).at[1].set(jnp.nan)
-    y, cache = eqx.filter_jit(SequenceParallel(mixer, mesh))(x, resets=RESETS)
-    assert_close((y[2:], cache), (lambda y, cache: (y[2:], cache))(*mixer(x, resets=RESETS)))
+@pytest.mark.parametrize("name", ["LRU", "S4D", "Mamba2"])
+@pytest.mark.parametrize("resets", [None, RESETS], ids=["", "resets"])
+def test_a_broken_sample_reaches_the_parts_behind_it(name, resets, mesh):
+    mixer = MIXERS[name](jr.key(0))
+    x = draw(TIME, FEATURES).at[5, 0].set(jnp.nan)
+    on_finite = lambda out: jax.tree.map(
+        lambda y, w: jnp.where(jnp.isfinite(y), w, 0), out, cotangents(out)
+    )
+    arguments = x, mixer.allocate_inference_cache(), on_finite
+    (whole, gradients), (split, split_gradients) = (
+        pulled(m, *arguments, resets=resets) for m in (mixer, SequenceParallel(mixer, mesh))
+    )
+    broken = jnp.isnan(whole[0]).any(1)
+    assert_equal(
+        broken, (jnp.arange(TIME) >= 5) & (jnp.arange(TIME) < (TIME if resets is None else 12))
+    )
+    assert_equal(*(jax.tree.map(jnp.isnan, out) for out in (split, whole)))
+    assert_close(*(jax.tree.map(jnp.nan_to_num, out) for out in (split, whole)))
+    assert_close(split_gradients, gradients)
 
 
 @pytest.mark.parametrize("planes", [False, True])
@@ -181,12 +195,13 @@ def compiled(mixer, mesh, time, derivative):
 
 
 def test_communication_is_that_of_the_formula(mesh):
-    """n (|p| + |q|) numbers for the states, and the rows that the convolution sees."""
+    """n (|p| + |q|) numbers for the states, and the rows that the convolution sees, with n flags for
+    resets, and of mixers with maps around their operation n for broken samples."""
     lru, mamba = MIXERS["LRU"](jr.key(0)), MIXERS["Mamba"](jr.key(0))
     flags = PARTS
     assert sent(compiled(lru, mesh, TIME, False)) == PARTS * 4 * 2 * 2 * STATE + flags
     inner = 2 * FEATURES
-    states = PARTS * 4 * 2 * inner * STATE + flags
+    states = PARTS * 4 * 2 * inner * STATE + 2 * flags
     assert sent(compiled(mamba, mesh, TIME, False)) == states + 4 * 3 * inner
 
 

@@ -17,13 +17,14 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "discretax"
 
 # Each room sees the rooms before it in its row, and nothing else of the library.
-_COMMON = ("_types", "_timeseries", "_ensembles", "_features", "_stateful")
+_COMMON = ("_types", "_timeseries", "_ensembles", "_features", "_stateful", "_broken")
 MAY_SEE = {
     "_types": (),
     "_timeseries": ("_types",),
     "_ensembles": (),
     "_features": ("_types",),
     "_stateful": ("_types", "_timeseries", "_features"),
+    "_broken": ("_timeseries",),
     "ops": _COMMON,
     "init": _COMMON,
     "sequence_mixers": (*_COMMON, "ops", "init"),

@@ -110,6 +110,13 @@ def coarse_timesteps(mixer, x, cache, integration_timesteps=None, **options):
     return mixer(x, cache, integration_timesteps=integration_timesteps, **options)
 
 
+def later_timesteps(mixer, x, cache, integration_timesteps=None, resets=None, **options):
+    if integration_timesteps is not None and resets is not None:
+        integration_timesteps = jnp.roll(integration_timesteps, 1)
+    options = {"integration_timesteps": integration_timesteps, "resets": resets, **options}
+    return mixer(x, cache, **options)
+
+
 def gradient_of_padding(mixer, x, cache, length=None, **options):
     y, cache = mixer(x, cache, length=length, **options)
     valid = jnp.arange(len(x))[:, None] < (len(x) if length is None else length)
@@ -219,12 +226,48 @@ BROKEN = [
         r"ConcretizationTypeError: .*\n.*raised by mixer\(float32\(13, 4\), cache, length=int32\(\)\), traced",
     ),
     ("resets_are_separate_runs-(0,)", but(resets=None), {}, r"output at .*\n.*first at time 0"),
+    (
+        "resets_begin_with_their_own_timestep",
+        altered(called=later_timesteps),
+        {"takes_timesteps": True},
+        r"each piece alone, against the whole with resets at \(1, 2, 7, 8\):\n +output",
+    ),
     ("resets_gradients", but(resets=None), {}, "gradients.samples at time"),
     (
         "nan_before_a_reset_does_not_leak",
         output(lambda y, x, rate: y + 0 * jnp.cumsum(x, axis=0)),
         {},
         "output at time 0, feature 0: nan, not",
+    ),
+    (
+        "nan_before_a_reset_does_not_leak",
+        output(lambda y, x, rate: y + 0 * rate * x),
+        {},
+        "gradients of what follows a NaN at 6 and a reset at 8, .*\n.*rate at .*nan",
+    ),
+    (
+        "a_broken_sample_is_causal-nan",
+        output(lambda y, x, rate: y + 0 * jnp.roll(x, -1, axis=0)),
+        {},
+        "output at time 5, feature 0: nan, not",
+    ),
+    (
+        "a_broken_sample_is_causal-inf",
+        output(lambda y, x, rate: y + 0 * rate * x),
+        {},
+        "gradients of what is before a sample of inf, .*\n.*rate at .*nan",
+    ),
+    (
+        "a_broken_sample_is_causal-nan",
+        altered(called=lambda mixer, x, cache, **o: mixer(jnp.nan_to_num(x), cache, **o)),
+        {},
+        "a sample of nan at time 6 gives an output that is finite",
+    ),
+    (
+        "a_broken_sample_in_pieces-steps",
+        altered(stepped=lambda mixer, x, cache: mixer.step(jnp.nan_to_num(x), cache)),
+        {},
+        r"a sample of nan at time 2: in steps and in the whole, .* at time \[2\]",
     ),
     (
         "timesteps",

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._broken import each_sample
 from discretax._features import check_maker, check_size, described
 from discretax._stateful import check_state
-from discretax._timeseries import Timeseries, length_of, valid_samples, values_of, with_values
+from discretax._timeseries import Timeseries, valid_samples, values_of, with_values
 from discretax._types import Values, widened
 from discretax.blocks import AbstractBlock, ResidualBlock, StandardBlock
 from discretax.blocks._parts import Norm, NormLayer, make_norm
@@ -168,7 +169,7 @@ class LanguageModel(eqx.nn.StatefulLayer):
         **Returns:** the logits of the token after each, and the new state.
         """
         hidden, state = self._hidden(x, state, key)
-        return self._head().logits(hidden), state
+        return each_sample(x, self._head().logits, hidden), state
 
     def loss(
         self,
@@ -210,7 +211,7 @@ class LanguageModel(eqx.nn.StatefulLayer):
         values = values_of(x)
         values = values if self.dtype is None else values.astype(self.dtype)
         x, state = self.backbone(with_values(x, values * self.embedding_scale), state, key=key)
-        return normalise(self.norm, values_of(x), state, length_of(x))
+        return normalise(self.norm, values_of(x), state, x)
 
     def _head(self) -> LanguageModelHead:
         embedding = self.encoder.embedding.weight

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from discretax._broken import each_sample
 from discretax._stateful import AbstractStreamingLayer
-from discretax._timeseries import Timeseries
+from discretax._timeseries import Timeseries, length_of
 from discretax._types import Values
 from discretax.blocks._batch_norm import BatchNorm
 from discretax.blocks._parts import NormLayer
@@ -74,12 +75,13 @@ class AbstractBlock(AbstractStreamingLayer):
 
 
 def normalise(
-    norm: NormLayer, u: Values, state: eqx.nn.State, length: Array | None
+    norm: NormLayer, u: Values, state: eqx.nn.State, x: Array | Timeseries
 ) -> tuple[Values, eqx.nn.State]:
+    """`u`, with what `x` says of length and resets."""
     if isinstance(norm, BatchNorm):
-        return norm(u, state, length=length)
+        return norm(u, state, length=length_of(x))
     if norm is not None:
-        u = jax.vmap(norm)(u)
+        u = each_sample(x, jax.vmap(norm), u)
     return u, state
 
 
@@ -89,12 +91,12 @@ def residual(
     prenorm: bool,
     u: Values,
     state: eqx.nn.State,
-    length: Array | None,
+    x: Array | Timeseries,
 ) -> tuple[Values, eqx.nn.State]:
     """`u` and what `branch` makes of it, summed, with the norm before the branch or after the sum."""
     skip = u
     if prenorm:
-        u, state = normalise(norm, u, state, length)
+        u, state = normalise(norm, u, state, x)
     u, state = branch(u, state)
     u = skip + u
-    return (u, state) if prenorm else normalise(norm, u, state, length)
+    return (u, state) if prenorm else normalise(norm, u, state, x)

@@ -4,9 +4,10 @@ import equinox as eqx
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from discretax._broken import each_sample
 from discretax._features import check_size
 from discretax._stateful import samples_of
-from discretax._timeseries import length_of, with_values
+from discretax._timeseries import with_values
 from discretax.blocks._parts import (
     Norm,
     NormLayer,
@@ -106,8 +107,8 @@ class ResidualBlock(AbstractBlock):
             return self.drop(u, drop_keys[0]), state
 
         def mix_channels(u, state):
-            return self.drop(self.channel_mixer(u), drop_keys[1]), state
+            return self.drop(each_sample(x, self.channel_mixer, u), drop_keys[1]), state
 
         for branch, norm in (mix, self.sequence_norm), (mix_channels, self.channel_norm):
-            u, state = residual(branch, norm, self.prenorm, u, state, length_of(x))
+            u, state = residual(branch, norm, self.prenorm, u, state, x)
         return with_values(x, u), state

@@ -5,9 +5,10 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
+from discretax._broken import each_sample
 from discretax._features import check_function, check_size
 from discretax._stateful import samples_of
-from discretax._timeseries import length_of, with_values
+from discretax._timeseries import with_values
 from discretax.blocks._parts import (
     Norm,
     NormLayer,
@@ -109,7 +110,7 @@ class StandardBlock(AbstractBlock):
         def branch(u, state):
             u, state = self.mix(u, x, state, mixer_key)
             u = self.drop(u if self.activation is None else self.activation(u), drop_keys[0])
-            return self.drop(self.channel_mixer(u), drop_keys[1]), state
+            return self.drop(each_sample(x, self.channel_mixer, u), drop_keys[1]), state
 
-        u, state = residual(branch, self.norm, self.prenorm, u, state, length_of(x))
+        u, state = residual(branch, self.norm, self.prenorm, u, state, x)
         return with_values(x, u), state

@@ -1,8 +1,10 @@
+import functools as ft
 from typing import Any
 
 import equinox as eqx
 from jaxtyping import Array, PRNGKeyArray
 
+from discretax._broken import each_sample
 from discretax._features import check_size, linear
 from discretax._stateful import samples_of
 from discretax._timeseries import Timeseries, with_values
@@ -28,4 +30,4 @@ class LinearEncoder(AbstractEncoder):
     ) -> tuple[Any, eqx.nn.State]:
         del key
         values = samples_of(x, state, self, int(self.linear.in_features))
-        return with_values(x, linear(self.linear, values)), state
+        return with_values(x, each_sample(x, ft.partial(linear, self.linear), values)), state

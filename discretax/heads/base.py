@@ -1,8 +1,10 @@
 import abc
+import functools as ft
 
 import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._broken import each_sample
 from discretax._features import check_size, linear
 from discretax._stateful import samples_of
 from discretax._timeseries import Timeseries
@@ -58,4 +60,5 @@ class PooledLinear(eqx.Module):
         values = samples_of(x, state, head, int(self.linear.in_features))
         if self.pooling is not None:
             values, state = self.pooling(x, state)
-        return linear(self.linear, values), state
+            return linear(self.linear, values), state
+        return each_sample(x, ft.partial(linear, self.linear), values), state

@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._broken import each_sample
 from discretax._features import check_positive, check_size, soft_capped
 from discretax._stateful import samples_of
 from discretax._timeseries import Timeseries
@@ -52,7 +53,8 @@ class LanguageModelHead(AbstractHead):
         **Returns:** `(time, out_features)`, and `state`.
         """
         del key
-        return self.logits(samples_of(x, state, self, self.weight.shape[1])), state
+        values = samples_of(x, state, self, self.weight.shape[1])
+        return each_sample(x, self.logits, values), state
 
     def logits(self, x: Values) -> Float[Array, "time tokens"]:
         weight = self.weight.astype(x.dtype)

@@ -10,24 +10,10 @@ def masked_attention(
     k: Float[Array, "keys kv_heads head"],
     v: Float[Array, "keys kv_heads head"],
     seen: Bool[Array, "time keys"],
-    guard: bool = False,
 ) -> Float[Array, "time heads head"]:
-    """Softmax attention of each query to the keys it has `seen`.
-
-    With `guard`, a key or value that is not finite makes those outputs NaN that see it, and no
-    others: a weight of zero alone would not stop it on its way into the sums.
-    """
-    if not guard:
-        return _attention(q, k, v, seen)
-    finite = jnp.isfinite(k).all((1, 2)) & jnp.isfinite(v).all((1, 2))
-    k, v = (jnp.where(finite[:, None, None], part, 0) for part in (k, v))
-    y = _attention(q, k, v, seen)
-    return jnp.where((seen & ~finite).any(1)[:, None, None], jnp.nan, y)
-
-
-# `jax.nn.dot_product_attention` takes the softmax in float32 even of float64, and its derivative in
-# bfloat16 does not run under strict dtype promotion.
-def _attention(q, k, v, seen):
+    """Softmax attention of each query to the keys it has `seen`."""
+    # `jax.nn.dot_product_attention` takes the softmax in float32 even of float64, and its derivative in
+    # bfloat16 does not run under strict dtype promotion.
     time, heads, head_dim = q.shape
     dtype = accumulation_dtype(q)
     grouped = q.reshape(time, k.shape[1], -1, head_dim)

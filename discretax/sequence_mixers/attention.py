@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 from jax import lax
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from discretax._broken import is_broken, mended, spoilt
 from discretax._features import check_positive, check_size, divided, linear, size_of_head
 from discretax._timeseries import known
 from discretax._types import Length, Resets, Sample, Timesteps, Values, widened
@@ -26,13 +27,15 @@ from discretax.sequence_mixers.base import (
 
 class AttentionCache(NamedTuple):
     """Rotated keys and values of the current sequence, each where its position modulo the number
-    of slots puts it, and how many samples of the sequence have been seen, in two ways without end.
+    of slots puts it, which of them are of broken samples, and how many samples of the sequence have
+    been seen, in two ways without end.
 
     `position` is counted anew from a multiple of the slots once all are full; `clock` runs on, and
     where its integers end, over to the negative ones."""
 
     keys: Float[Array, "slots heads head"]
     values: Float[Array, "slots heads head"]
+    broken: Bool[Array, " slots"]
     position: Int[Array, ""]
     clock: Int[Array, ""]
 
@@ -147,6 +150,7 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         return AttentionCache(
             keys=zero_cache(batch_size, shape, dtype),
             values=zero_cache(batch_size, shape, dtype),
+            broken=zero_cache(batch_size, shape[:1], bool),
             position=zero_cache(batch_size, (), int),
             clock=zero_cache(batch_size, (), int),
         )
@@ -190,7 +194,9 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
             return x, cache
         given = x, cache
         counts = (jnp.asarray(count, int) for count in (cache.position, cache.clock))
-        cache = AttentionCache(cache.keys, cache.values, *counts)
+        cache = AttentionCache(*cache[:3], *counts)
+        broken = is_broken(x, 1)
+        x = mended(x)
         # Each sample's sequence and its position therein; what is cached belongs to sequence zero.
         sequence = jnp.zeros(time, int) if resets is None else jnp.cumsum(resets)
         positions = counts_before(cache.position, time, resets)
@@ -200,36 +206,39 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         q = turned(heads(self.q_proj, self.num_heads))
         k = turned(heads(self.k_proj, self.num_kv_heads))
         v = heads(self.v_proj, self.num_kv_heads)
+        if resets is not None:  # what overflows is kept behind a reset, too
+            broken |= is_broken((k, v), 1)
+            k, v = mended((k, v))
         if time == 1 and resets is None:
-            moved = _moved_by_one(cache, k, v, left)
+            moved = _moved_by_one(cache, (k, v, broken), left)
         else:
-            moved = _moved(cache, k, v, positions, clocks, left, emptied=resets is not None)
+            emptied = resets is not None
+            moved = _moved(cache, (k, v, broken), positions, clocks, left, emptied=emptied)
 
         if resets is None and (self.window is None or time == 1):
             # All that a query may see is still there once the chunk has been cached.
-            past = (moved.keys, moved.values, _latest(moved.position, slots), jnp.zeros(slots, int))
-            keys, values, key_positions, key_sequence = past
+            samples = _past(moved)
         elif fresh:
-            keys, values, key_positions, key_sequence = k, v, positions, sequence
+            samples = k, v, broken, positions, sequence
         else:
-            past = (cache.keys, cache.values, _latest(cache.position, slots), jnp.zeros(slots, int))
-            keys, values, key_positions, key_sequence = (
+            samples = (
                 jnp.concatenate([old.astype(new.dtype), new])
-                for old, new in zip(past, (k, v, positions, sequence), strict=True)
+                for old, new in zip(_past(cache), (k, v, broken, positions, sequence), strict=True)
             )
+        keys, values, of_broken, key_positions, key_sequence = samples
         distance = positions[:, None] - key_positions
         seen = (key_sequence == sequence[:, None]) & (distance >= 0) & (key_positions >= 0)
         if self.window is not None:
             seen &= distance < self.window
-        y = masked_attention(
-            q, keys.astype(q.dtype), values.astype(q.dtype), seen, guard=resets is not None
-        )
+        y = masked_attention(q, keys.astype(q.dtype), values.astype(q.dtype), seen)
+        unknown = (seen & of_broken).any(1)
         if self.window is None:
-            y = jnp.where((positions < slots)[:, None, None], y, jnp.nan)
+            unknown |= positions >= slots
         # Counted on, the position would reach the end of its integers.
         position = jnp.minimum(moved.position, slots + moved.position % slots)
         moved = moved._replace(position=position)
-        return in_types_of(given, (linear(self.out_proj, y.reshape(time, -1)), moved))
+        y = spoilt(linear(self.out_proj, y.reshape(time, -1)), unknown)
+        return in_types_of(given, (y, moved))
 
     def _like(self, cache: Any) -> AttentionCache:
         """A cache that fits this mixer, with as many slots as `cache`."""
@@ -268,17 +277,22 @@ def _latest(position: Int[Array, ""], slots: int) -> Int[Array, " slots"]:
     return position - 1 - (position - 1 - slot) % slots
 
 
+def _past(cache: AttentionCache) -> tuple[Array, ...]:
+    """What is cached, its positions and its sequence."""
+    slots = cache.broken.shape[0]
+    return *cache[:3], _latest(cache.position, slots), jnp.zeros(slots, int)
+
+
 def _moved(
     cache: AttentionCache,
-    k: Float[Array, "time heads head"],
-    v: Float[Array, "time heads head"],
+    samples: tuple[Array, Array, Array],
     positions: Int[Array, " time"],
     clocks: Int[Array, " time"],
     left: Int[Array, ""] | int,
     emptied: bool,
 ) -> AttentionCache:
     """The cache after the first `left` of the samples, some of which may have `emptied` it."""
-    time, slots = k.shape[0], cache.keys.shape[0]
+    time, slots = positions.shape[0], cache.keys.shape[0]
     last = jnp.minimum(left, time) - 1
     position = count_after(cache.position, positions, left)
     clock = count_after(cache.clock, clocks, left)
@@ -287,13 +301,15 @@ def _moved(
 
     def move(old, new):
         new = new[jnp.clip(source, 0, time - 1)].astype(old.dtype)
-        now = jnp.where((source >= 0)[:, None, None], new, old)
-        return jnp.where((wanted >= 0)[:, None, None], now, 0) if emptied else now
+        each = lambda slot: slot.reshape(slots, *(1,) * (old.ndim - 1))
+        now = jnp.where(each(source >= 0), new, old)
+        return jnp.where(each(wanted >= 0), now, jnp.zeros_like(old)) if emptied else now
 
-    return AttentionCache(move(cache.keys, k), move(cache.values, v), position, clock)
+    keys, values, broken = map(move, cache[:3], samples)
+    return AttentionCache(keys, values, broken, position, clock)
 
 
-def _moved_by_one(cache, k, v, left):
+def _moved_by_one(cache, samples, left):
     """`_moved` where one slot changes at most."""
     slot = cache.position % cache.keys.shape[0]
     is_valid = jnp.asarray(left) > 0
@@ -303,5 +319,5 @@ def _moved_by_one(cache, k, v, left):
         return lax.dynamic_update_slice_in_dim(old, new, slot, axis=0)
 
     seen = is_valid.astype(int)
-    keys, values = move(cache.keys, k), move(cache.values, v)
-    return AttentionCache(keys, values, cache.position + seen, cache.clock + seen)
+    keys, values, broken = map(move, cache[:3], samples)
+    return AttentionCache(keys, values, broken, cache.position + seen, cache.clock + seen)

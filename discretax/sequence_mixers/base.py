@@ -1,23 +1,26 @@
 """What every sequence mixer is."""
 
 import abc
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
+from discretax._broken import contained, mended
 from discretax._features import check_samples
 from discretax._stateful import check_cache
 from discretax._timeseries import (
     check_length,
     check_resets,
     check_timesteps,
+    known,
     one_padding,
     zero_padding,
 )
 from discretax._types import Length, Resets, Sample, Timesteps, Values, conversion, widened
+from discretax.ops._running.split_time import incoming_broken
 
 Cache = TypeVar("Cache")
 Answer = TypeVar("Answer", bound=tuple[Array, Any])
@@ -97,8 +100,14 @@ class AbstractSequenceMixer(eqx.Module, Generic[Cache]):
 class AbstractRecurrentMixer(AbstractSequenceMixer[Cache]):
     """A mixer whose cache is of one size, however many samples it has seen.
 
-    What it is called with is checked here, and what it answers gets its types here.
+    What it is called with is checked here, and what it answers gets its types here. A broken sample,
+    one that is not finite, is kept from what does not depend on it here: see `contains_broken_samples`.
     """
+
+    contains_broken_samples: eqx.AbstractClassVar[bool]
+    """False: `mix` is given finite samples and a finite cache, and NaN is put into its answer from a
+    broken sample on, until a reset. True: `mix` is given what there is, and does the same by itself. An
+    operation such as `discretax.ops.diagonal_ssm` does, with fewer copies."""
 
     @abc.abstractmethod
     def mix(
@@ -126,7 +135,13 @@ class AbstractRecurrentMixer(AbstractSequenceMixer[Cache]):
         x, cache, timesteps = check_call(
             self, x, cache, zero, integration_timesteps, length, resets
         )
-        return in_types_of((x, cache), self.mix(x, cache, timesteps, length, resets))
+        return in_types_of((x, cache), self._mixed(x, cache, timesteps, length, resets))
+
+    def _mixed(self, x, cache, timesteps, length, resets):
+        if self.contains_broken_samples:
+            return self.mix(x, cache, timesteps, length, resets)
+        run = lambda cache: self.mix(mended(x), cache, timesteps, length, resets)
+        return contained(run, cache, x, resets, length, incoming=incoming_broken)
 
 
 class AbstractLTIMixer(AbstractRecurrentMixer[Cache]):
@@ -134,6 +149,8 @@ class AbstractLTIMixer(AbstractRecurrentMixer[Cache]):
 
     It says how its parameters become a discrete system; the system knows how to run.
     """
+
+    contains_broken_samples: ClassVar[bool] = True  # its system does
 
     @abc.abstractmethod
     def discretize(self, integration_timesteps: Timesteps | None = None) -> Any:
@@ -164,7 +181,7 @@ class AbstractLTIMixer(AbstractRecurrentMixer[Cache]):
         self, x: Sample, cache: Cache, *, integration_timestep: Any | None = None
     ) -> tuple[Sample, Cache]:
         check_step(self, x, cache, self.allocate_inference_cache())
-        timesteps = one_timestep(integration_timestep)
+        x, timesteps = with_one_timestep(x, integration_timestep)
         system = self.discretize(None if timesteps is None else timesteps[0])
         system, u, h = widened((system, x, cache))
         return in_types_of((x, cache), system.step(u, h))
@@ -187,21 +204,36 @@ class AbstractLTVMixer(AbstractRecurrentMixer[Cache]):
     wider types than `x` and `cache`: the call and the step give it theirs.
     """
 
+    contains_broken_samples: ClassVar[bool] = False
+
     def step(
         self, x: Sample, cache: Cache, *, integration_timestep: Any | None = None
     ) -> tuple[Sample, Cache]:
         check_step(self, x, cache, self.allocate_inference_cache())
-        timesteps = one_timestep(integration_timestep)
-        y, after = self.mix(x[None], cache, timesteps, None, None)
+        x, timesteps = with_one_timestep(x, integration_timestep)
+        y, after = self._mixed(x[None], cache, timesteps, None, None)
         return in_types_of((x, cache), (y[0], after))
 
 
-def one_timestep(integration_timestep: Any | None) -> Timesteps | None:
+def with_one_timestep(
+    x: Sample, integration_timestep: Any | None
+) -> tuple[Sample, Timesteps | None]:
+    """The sample, and the timesteps of it alone."""
     if integration_timestep is None:
-        return None
+        return x, None
     timesteps = jnp.asarray(integration_timestep, jnp.result_type(float))[None]
     check_timesteps(timesteps, 1)
-    return timesteps
+    values, timesteps = _broken_by_unfit(x[None], timesteps)
+    return values[0], timesteps
+
+
+def _broken_by_unfit(x: Values, timesteps: Timesteps | None) -> tuple[Values, Timesteps | None]:
+    """A timestep whose number is known has been refused if unfit. Else it breaks its sample."""
+    if timesteps is None or known(timesteps) is not None:
+        return x, timesteps
+    fit = jnp.isfinite(timesteps) & (timesteps >= 0)
+    x = jnp.where(fit[:, None], x, jnp.asarray(jnp.nan, x.dtype))
+    return x, jnp.where(fit, timesteps, jnp.ones_like(timesteps))
 
 
 def check_call(
@@ -223,7 +255,9 @@ def check_call(
     check_length(length, x.shape[0])
     check_timesteps(integration_timesteps, x.shape[0], length)
     check_resets(resets, x.shape[0])
-    return zero_padding(x, length), cache, one_padding(integration_timesteps, length)
+    timesteps = one_padding(integration_timesteps, length)
+    x, timesteps = _broken_by_unfit(zero_padding(x, length), timesteps)
+    return x, cache, timesteps
 
 
 def in_types_of(given: Answer, answer: Answer) -> Answer:

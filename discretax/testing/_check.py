@@ -9,6 +9,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from discretax.sequence_mixers import AbstractSequenceMixer
 from discretax.testing import (
+    _broken,
     _building,
     _causality,
     _padding,
@@ -29,6 +30,7 @@ FAMILIES = (
     _views,
     _causality,
     _padding,
+    _broken,
     _timesteps,
     _transformations,
     _precision,

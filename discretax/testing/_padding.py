@@ -14,11 +14,15 @@ from discretax.testing._subject import RESETS, TIME, Gradients, Outcome, Subject
 TIMES = np.arange(TIME)
 
 
+def uniform_gaps(x):
+    return np.random.default_rng(3).uniform(size=TIME).astype(x.dtype)
+
+
 def padded(subject, x, length):
-    """Samples of which those from `length` on are NaN, options, and the options up to there."""
+    """Samples and options of which those from `length` on are broken, and the options up to there."""
     options = {}
     if subject.takes_timesteps:
-        gaps = np.random.default_rng(3).uniform(size=TIME)
+        gaps = np.where(length > TIMES, uniform_gaps(x), np.resize([np.nan, np.inf, -1e4], TIME))
         options = {"integration_timesteps": gaps.astype(x.dtype)}
     cut = {name: value[:length] for name, value in options.items()}
     return np.where(TIMES[:, None] < length, x, np.nan).astype(x.dtype), options, cut
@@ -80,14 +84,33 @@ def resets_are_separate_runs(subject: Subject, starts: tuple[int, ...]):
     mixer, x = subject.single()
     cache = subject.used_cache()
     together = subject.run(mixer, x, cache, resets=np.isin(TIMES, starts))
-    pieces = []
+    alone = pieces_alone(subject, starts)
+    same(alone, together, of="each piece alone", to=f"the whole with resets at {starts}")
+
+
+@law(lambda subject: subject.takes_timesteps)
+def resets_begin_with_their_own_timestep(subject: Subject):
+    """With timesteps too each piece is as if run alone: the gap at a reset is not of the one before."""
+    mixer, x = subject.single()
+    gaps = uniform_gaps(x)
+    resets = np.isin(TIMES, RESETS)
+    cache = subject.used_cache()
+    together = subject.run(mixer, x, cache, resets=resets, integration_timesteps=gaps)
+    alone = pieces_alone(subject, RESETS, gaps)
+    same(alone, together, of="each piece alone", to=f"the whole with resets at {RESETS}")
+
+
+def pieces_alone(subject, starts, gaps=None):
+    """The piece before each start from the used cache, those behind from the empty one."""
+    mixer, x = subject.single()
+    cache, outputs = subject.used_cache(), []
     for start, end in itertools.pairwise(sorted({0, *starts, TIME})):
         if start in starts:
             cache = subject.empty_cache(mixer)
-        y, cache = subject.run(mixer, x[start:end], cache)
-        pieces.append(y)
-    alone = Outcome(np.concatenate(pieces), cache)
-    same(alone, together, of="each piece alone", to=f"the whole with resets at {starts}")
+        options = {} if gaps is None else {"integration_timesteps": gaps[start:end]}
+        y, cache = subject.run(mixer, x[start:end], cache, **options)
+        outputs.append(y)
+    return Outcome(np.concatenate(outputs), cache)
 
 
 @law()
@@ -99,15 +122,3 @@ def resets_gradients(subject: Subject):
         together = subject.pull(call, *arguments, resets=np.isin(TIMES, RESETS))
         alone = subject.pull_pieces(*arguments, RESETS, RESETS)
         same(together, alone, 1e-12, of=f"resets at {RESETS}", to="each piece alone")
-
-
-@law()
-def nan_before_a_reset_does_not_leak(subject: Subject):
-    """A state of NaN ends at a reset: it is selected, not multiplied."""
-    mixer, x = subject.single()
-    cache = subject.empty_cache(mixer)
-    with_nan = np.where(TIMES[:, None] == 6, np.nan, x).astype(x.dtype)
-    y, final = subject.run(mixer, with_nan, cache, resets=TIMES == 8)
-    after = Outcome(at(y, slice(8, None)), final)
-    alone = subject.run(mixer, x[8:], cache)
-    same(after, alone, of="what follows a NaN at 6 and a reset at 8", to="it alone")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float
 
+from discretax._broken import contained, mended
 from discretax.ops._convolution.fft import fft_convolution
 from discretax.ops._depthwise_ssm.matrices import Chunk, boundary_states, state_within
 from discretax.ops._depthwise_ssm.transition import Transition, flat, power_of
@@ -71,11 +72,7 @@ def depthwise_ssm(
     if x.shape[0] == 0:
         return jnp.zeros((0, *C.shape[:2]), x.dtype), h0
     if route == "fft":
-        kernel = depthwise_kernel(transition, B, C, x.shape[0])
-        if D is not None:
-            kernel = kernel.at[0].add(D)
-        free, h = carried_state(transition, B, C, x, h0, length)
-        return fft_convolution(kernel, x[:, None]) + free, h
+        return _convolve(transition, B, C, D, x, h0, length)
     return _chunks(transition, B, C, D, x, h0, length)
 
 
@@ -110,7 +107,8 @@ def incoming_depthwise_state(
     def last_state(h, x):
         if transition.A.ndim == 4 or resets is not None:
             return _scan(transition, B, C, None, x, h, length, resets)[1]
-        return carried_state(transition, B, C, x, h, length)[1]
+        carried = lambda h: carried_state(transition, B, C, mended(x), h, length)
+        return contained(carried, h, x, None, length, by_feature=True)[1]
 
     def summary():
         one = jnp.zeros_like(h0).at[:, 0].set(1)
@@ -132,7 +130,7 @@ def carried_state(
     y = jnp.einsum("mfs,fsk->fmk", free, matrices.to_output)
     left = _unless_all(x.shape[0] if length is None else length, x.shape[0])
     h = state_within(transition, B, inputs, before, after, left)
-    return jnp.moveaxis(_join(y, inputs, x.shape[0]), 0, 1), h
+    return _join(y, inputs, x.shape[0]), h
 
 
 @ft.partial(jax.jit, static_argnames="length")
@@ -157,6 +155,19 @@ def depthwise_kernel(
 
 
 @jax.jit
+def _convolve(transition, B, C, D, x, h0, length):
+    def run(h):
+        kernel = depthwise_kernel(transition, B, C, x.shape[0])
+        if D is not None:
+            kernel = kernel.at[0].add(D)
+        u = mended(x)
+        free, h = carried_state(transition, B, C, u, h, length)
+        return fft_convolution(kernel, u[:, None]) + free, h
+
+    return contained(run, h0, x, None, length, by_feature=True)
+
+
+@jax.jit
 def _chunks(transition, B, C, D, x, h0, length):
     time, features = x.shape
     in_blocks = time >= LONG and features > BLOCK and features % BLOCK == 0
@@ -166,7 +177,7 @@ def _chunks(transition, B, C, D, x, h0, length):
         system = _System(transition, B, C.swapaxes(0, 1), D, h)
         form = _block_by_block if in_blocks else _all_at_once
         y, h = form(system, x, _unless_all(left, x.shape[0]))
-        return h, jnp.moveaxis(y, 0, 1)
+        return h, y
 
     h, y = scan_chunks(run, h0, x, length, SEGMENT)
     return y, h
@@ -206,7 +217,7 @@ def _walk_forward(system: _System, x, left):
         y_block, h_block = _all_at_once(_take(system, i), _take(x, i, 1), left)
         return _put(y, i, y_block, 2), _put(h, i, h_block)
 
-    y = jnp.zeros_like(x, shape=(system.C.shape[1], *x.shape))
+    y = jnp.zeros_like(x, shape=(x.shape[0], system.C.shape[1], x.shape[1]))
     y_h = lax.fori_loop(0, x.shape[1] // BLOCK, run_block, (y, jnp.zeros_like(system.h0)))
     return y_h, (system, x, left)
 
@@ -236,17 +247,21 @@ def _block_by_block(system: _System, x, left):
 
 
 def _all_at_once(system: _System, x, left):
-    """Output, (channels, time, features), and state after the last valid of `left` samples."""
+    """Output, (time, channels, features), and state after the last valid of `left` samples."""
     transition, B, C, D, h0 = system
-    inputs = _split(x)
-    D = None if D is None else D.T
-    matrices = Chunk.of(transition, B, C.swapaxes(0, 1), D, inputs.shape[2])
-    ahead = jnp.einsum("fmj,fjs->fms", inputs, matrices.from_input)
-    before, after = boundary_states(matrices.power, ahead, h0)
-    y = jnp.einsum("fmj,fjk->fmk", inputs, matrices.toeplitz)
-    y = y + jnp.einsum("mfs,fsk->fmk", before, matrices.to_output)
-    h = state_within(transition, B, inputs, before, after, left)
-    return _join(y, inputs, x.shape[0]), h
+
+    def run(h):
+        inputs = _split(mended(x))
+        skip = None if D is None else D.T
+        matrices = Chunk.of(transition, B, C.swapaxes(0, 1), skip, inputs.shape[2])
+        ahead = jnp.einsum("fmj,fjs->fms", inputs, matrices.from_input)
+        before, after = boundary_states(matrices.power, ahead, h)
+        y = jnp.einsum("fmj,fjk->fmk", inputs, matrices.toeplitz)
+        y = y + jnp.einsum("mfs,fsk->fmk", before, matrices.to_output)
+        h = state_within(transition, B, inputs, before, after, left)
+        return _join(y, inputs, x.shape[0]), h
+
+    return contained(run, h0, x, None, left, by_feature=True)
 
 
 @jax.jit
@@ -256,15 +271,21 @@ def _scan(transition: Transition, B, C, D, x, h0, length, resets):
     def run(h_initial, inputs, left):
         x_chunk, (moving, B_chunk), resets_chunk = inputs
         system = moving if varying else transition
-        drive = (B_chunk if varying else B) * x_chunk[..., None, None]
-        if system.U is None:
-            h = recurrence(system.A, drive, h_initial, resets_chunk, planes=True)
-        else:
-            h = _step_by_step(system, drive, h_initial, resets_chunk, varying)
-        y = jnp.einsum("cfpn,tfpn->tcf", C, h)
-        if D is not None:
-            y = y + D * x_chunk[:, None]
-        return state_at(h, h_initial, left), y
+
+        def advance(before):
+            u = mended(x_chunk)
+            drive = (B_chunk if varying else B) * u[..., None, None]
+            if system.U is None:
+                h = recurrence(system.A, drive, before, resets_chunk, planes=True)
+            else:
+                h = _step_by_step(system, drive, before, resets_chunk, varying)
+            y = jnp.einsum("cfpn,tfpn->tcf", C, h)
+            if D is not None:
+                y = y + D * u[:, None]
+            return y, state_at(h, before, left)
+
+        y, h = contained(advance, h_initial, x_chunk, resets_chunk, left, by_feature=True)
+        return h, y
 
     moving = (transition, B) if varying else (None, None)
     h, y = scan_chunks(run, h0, (x, moving, resets), length, 64)
@@ -290,5 +311,5 @@ def _split(x: Float[Array, "time features"]) -> Float[Array, "features chunks ch
 
 def _join(y: Float[Array, "features chunks channels*chunk"], inputs, time: int):
     features, chunks, size = inputs.shape
-    y = jnp.transpose(y.reshape(features, chunks, -1, size), (2, 1, 3, 0))
-    return y.reshape(y.shape[0], -1, features)[:, :time]
+    y = jnp.transpose(y.reshape(features, chunks, -1, size), (1, 3, 2, 0))
+    return y.reshape(chunks * size, -1, features)[:time]

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
+from discretax._broken import contained
 from discretax.ops._recurrence.linear_recurrence import Implementation, recurrence
 from discretax.ops._recurrence.xla import times
 from discretax.ops._running.chunks import Left, scan_chunks_in_place, state_at
@@ -13,11 +14,12 @@ from discretax.ops._running.split_time import incoming_state
 
 
 def chunked_recurrence(
-    terms: Callable[[Any, Any], tuple[Array, Array, Any]],
+    terms: Callable[[Any, Array, Any], tuple[Array, Array, Any]],
     readout: Callable[[Any, Float[Array, "chunk *state"], Any], Float[Array, "chunk ..."]],
     weights: PyTree[Array],
     h0: Float[Array, "*state"],
-    inputs: PyTree[Array],
+    samples: Float[Array, "time features"],
+    inputs: PyTree[Array] = None,
     *,
     resets: Bool[Array, " time"] | None,
     length: Left | None,
@@ -27,24 +29,26 @@ def chunked_recurrence(
 ) -> tuple[Float[Array, "*state"], Float[Array, "time ..."]]:
     """The last valid state, and the readout of all, whose states exist a chunk at a time.
 
-    `terms` makes a and b of the recurrence from the `weights` and a chunk of `inputs`, and whatever
-    `readout` makes the output from, besides weights and states. Neither closes over anything.
+    `terms` makes a and b of the recurrence from the `weights`, a chunk of `samples` and one of
+    `inputs`, and whatever `readout` makes the output from, besides weights and states. Neither closes
+    over anything. `terms` mends the samples, of which some may be broken.
     """
     form = _Form(terms, readout, planes, implementation)
 
     def summary():
         one = jnp.zeros_like(h0).at[..., 0, :].set(1) if planes else jnp.ones_like(h0)
         start = one, jnp.zeros_like(h0)
-        return _over_time(_summarise, form, chunk_size, weights, start, (inputs, resets), length)[0]
+        return _over_time(_summarise, form, chunk_size, weights, start, chunks, length)[0]
 
+    chunks = samples, inputs, resets
     h0 = incoming_state(h0, summary, resets, times if planes else jnp.multiply)
-    return _over_time(_run, form, chunk_size, weights, h0, (inputs, resets), length)
+    return _over_time(_run, form, chunk_size, weights, h0, chunks, length)
 
 
 class _Form(NamedTuple):
     """Equal for calls alike, which then share what is compiled."""
 
-    terms: Callable[[Any, Any], tuple[Array, Array, Any]]
+    terms: Callable[[Any, Array, Any], tuple[Array, Array, Any]]
     readout: Callable[[Any, Array, Any], Array]
     planes: bool
     implementation: Implementation
@@ -61,14 +65,23 @@ def _over_time(run, form, chunk_size, weights, state, inputs, length):
 
 
 def _run(form: _Form, weights, h, chunk, left):
-    inputs, resets = chunk
-    a, b, rest = form.terms(weights, inputs)
-    after = form.states(a, b, h, resets)
-    return state_at(after, h, left), form.readout(weights, after, rest)
+    samples, inputs, resets = chunk
+
+    def advance(h):
+        a, b, rest = form.terms(weights, samples, inputs)
+        after = form.states(a, b, h, resets)
+        return form.readout(weights, after, rest), state_at(after, h, left)
+
+    y, h = contained(advance, h, samples, resets, left)
+    return h, y
 
 
 def _summarise(form: _Form, weights, before, chunk, left):
-    inputs, resets = chunk
-    (a, b, _), (decay, h) = form.terms(weights, inputs), before
-    after = form.states(a, jnp.zeros_like(b), decay, resets), form.states(a, b, h, resets)
-    return tuple(map(state_at, after, before, (left, left))), None
+    samples, inputs, resets = chunk
+
+    def advance(before):
+        (a, b, _), (decay, h) = form.terms(weights, samples, inputs), before
+        after = form.states(a, jnp.zeros_like(b), decay, resets), form.states(a, b, h, resets)
+        return None, tuple(map(state_at, after, before, (left, left)))
+
+    return contained(advance, before, samples, resets, left)[1], None

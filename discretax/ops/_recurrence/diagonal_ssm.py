@@ -3,6 +3,7 @@
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
+from discretax._broken import mended
 from discretax.ops._recurrence.chunked import chunked_recurrence
 from discretax.ops._recurrence.linear_recurrence import Implementation
 from discretax.ops._recurrence.xla import times
@@ -61,7 +62,8 @@ def diagonal_ssm(
         _readout,
         (None if varying else A, B, C, D),
         h0,
-        (A if varying else None, gamma, x),
+        x,
+        (A if varying else None, gamma),
         resets=resets,
         length=length,
         chunk_size=chunk_size,
@@ -71,10 +73,10 @@ def diagonal_ssm(
     return y, h_final
 
 
-def _terms(weights, inputs):
+def _terms(weights, x, inputs):
     A, B, _, _ = weights
-    A_chunk, gamma, x = inputs
-    drive = (x @ B.reshape(-1, B.shape[-1]).T).reshape(-1, *B.shape[:-1])
+    A_chunk, gamma = inputs
+    drive = _project(B.reshape(-1, B.shape[-1]), x).reshape(-1, *B.shape[:-1])
     drive = drive if gamma is None else times(gamma, drive)
     return A_chunk if A is None else A, drive, x
 
@@ -83,7 +85,18 @@ def _readout(weights, h, x):
     _, _, C, D = weights
     C = C.reshape(C.shape[0], -1)
     y = h.reshape(-1, C.shape[1]) @ C.T
-    return y if D is None else y + scaled(x, D, 0)
+    return y if D is None else y + _skip(D, x)
+
+
+# Mended again in the backward pass, which so keeps no copy of the samples.
+@jax.checkpoint
+def _project(B, x):
+    return mended(x) @ B.T
+
+
+@jax.checkpoint
+def _skip(D, x):
+    return scaled(mended(x), D, 0)
 
 
 # On CPU one sequence at once is faster than its chunks, which a batch is not: with 4096 samples of 64

@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
+from discretax._broken import broken_since_reset, mended
+
 
 @dataclasses.dataclass
 class Split:
@@ -76,11 +78,31 @@ def incoming_state(
     cut = jnp.zeros((), bool) if resets is None else resets.any()
 
     def advance(h, part):
-        decay, last, cut = part
-        # Selected before and after: neither a NaN in the past nor its derivative gets through.
-        return jnp.where(cut, last, add(multiply(decay, jnp.where(cut, 0, h)), last)), h
+        *terms, cut = part
+        through = lambda h, decay, last: jnp.where(cut, last, add(multiply(decay, h), last))
+        # Computed of what is finite: the derivative of a NaN is one, also where nothing depends on it.
+        is_finite = jnp.isfinite(through(h, *terms))
+        return jnp.where(is_finite, through(*mended((h, *terms))), jnp.nan), h
 
     _, before = lax.scan(advance, h0, lax.all_gather((*summary(), cut), split.axis_name))
+    return before[split.index]
+
+
+def incoming_broken(
+    before: Bool[Array, "..."], broken: Bool[Array, "time ..."], resets: Bool[Array, " time"] | None
+) -> Bool[Array, "..."]:
+    """Whether a sample before the device's own, and behind the last reset, is broken."""
+    split = _split.get()
+    if split is None:
+        return before
+    cut = jnp.zeros((), bool) if resets is None else resets.any()
+    here = broken_since_reset(broken, jnp.zeros_like(before), resets)[-1]
+
+    def advance(so_far, part):
+        here, cut = part
+        return here | (so_far & ~cut), so_far
+
+    _, before = lax.scan(advance, before, lax.all_gather((here, cut), split.axis_name))
     return before[split.index]
 
 

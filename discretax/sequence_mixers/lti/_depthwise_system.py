@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
+from discretax._broken import contained_step
 from discretax._types import Length, Resets, Sample, Values
 from discretax.ops import Route, Transition, depthwise_kernel, depthwise_ssm
 from discretax.ops._recurrence.xla import to_complex, to_planes
@@ -109,8 +110,11 @@ class DepthwiseSystem(eqx.Module):
     def step(
         self, x: Sample, cache: Float[Array, "features 2 state"]
     ) -> tuple[Sample, Float[Array, "features 2 state"]]:
-        h = self.transition(cache) + self.B_planes * x[:, None, None]
-        y = jnp.einsum("cfpn,fpn->cf", self.C_planes, h) + self.D * x
+        def run(x, h):
+            h = self.transition(h) + self.B_planes * x[:, None, None]
+            return jnp.einsum("cfpn,fpn->cf", self.C_planes, h) + self.D * x, h
+
+        y, h = contained_step(run, x, cache, by_feature=True)
         return y.reshape(-1), h
 
     def kernel(self, length: int) -> Float[Array, "time channels features"]:

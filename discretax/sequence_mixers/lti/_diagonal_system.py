@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Complex, Float
 
+from discretax._broken import contained_step
 from discretax._types import Length, Resets, Sample, Values
 from discretax.ops._recurrence.diagonal_ssm import diagonal_ssm
 from discretax.ops._recurrence.linear_recurrence import recurrence
@@ -90,10 +91,13 @@ class DiagonalSystem(eqx.Module):
         self, x: Sample, cache: Float[Array, "2 state"]
     ) -> tuple[Sample, Float[Array, "2 state"]]:
         state_dim = cache.shape[-1]
-        drive = self.B_planes.reshape(2 * state_dim, -1) @ x
-        h = times(self.A_planes, cache) + drive.reshape(2, state_dim)
-        y = self.C_planes.reshape(-1, 2 * state_dim) @ h.reshape(-1) + self.D * x
-        return y, h
+
+        def run(x, h):
+            drive = self.B_planes.reshape(2 * state_dim, -1) @ x
+            h = times(self.A_planes, h) + drive.reshape(2, state_dim)
+            return self.C_planes.reshape(-1, 2 * state_dim) @ h.reshape(-1) + self.D * x, h
+
+        return contained_step(run, x, cache)
 
     def powers(self, length: int) -> Complex[Array, "time state"]:
         r"""$\bar A^l$ for $l = 0, \dots$: the states' response to a unit impulse.

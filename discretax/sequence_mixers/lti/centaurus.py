@@ -8,6 +8,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
+from discretax._broken import contained, contained_step, mended
 from discretax._features import check_name, check_positive, check_size
 from discretax._types import Length, Resets, Sample, Timesteps, Values, widened
 from discretax.init import log_spaced_step
@@ -20,6 +21,7 @@ from discretax.ops import (
     zoh,
 )
 from discretax.ops._depthwise_ssm.depthwise_ssm import carried_state, incoming_depthwise_state
+from discretax.ops._running.split_time import incoming_broken
 from discretax.sequence_mixers.base import AbstractContinuousMixer, zero_cache
 from discretax.sequence_mixers.lti._depthwise_system import DepthwiseSystem
 from discretax.sequence_mixers.lti._diagonal_system import DiagonalSystem, transfer
@@ -262,16 +264,26 @@ class CentaurusSystem(eqx.Module):
         resets: Resets | None = None,
     ) -> tuple[Values, Float[Array, "channels 2 sub"]]:
         constant = self.channels.B_planes.ndim == 3 and resets is None
-        if self.mode != "dws" and self.channels.route == "fft" and constant and x.shape[0]:
-            return self._convolve(x, cache, length)
-        v, h = self.channels(self._project(x), cache, length=length, resets=resets)
-        return self._read_out(v), h
+        convolves = self.mode != "dws" and self.channels.route == "fft" and constant
+
+        def run(h):
+            u = mended(x)
+            if convolves and x.shape[0]:
+                return self._convolve(u, h, length)
+            v, h = self.channels(self._project(u), h, length=length, resets=resets)
+            return self._read_out(v), h
+
+        options = {"incoming": incoming_broken, "by_feature": self.mode == "dws"}
+        return contained(run, cache, x, resets, length, **options)
 
     def step(
         self, x: Sample, cache: Float[Array, "channels 2 sub"]
     ) -> tuple[Sample, Float[Array, "channels 2 sub"]]:
-        v, h = self.channels.step(self._project(x[None])[0], cache)
-        return self._read_out(v[None])[0], h
+        def run(x, h):
+            v, h = self.channels.step(self._project(x[None])[0], h)
+            return self._read_out(v[None])[0], h
+
+        return contained_step(run, x, cache, by_feature=self.mode == "dws")
 
     def kernel(self, length: int) -> Float[Array, "time channels"]:
         return self.channels.kernel(length)[:, 0]

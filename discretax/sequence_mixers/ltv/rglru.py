@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from discretax._broken import mended
 from discretax._features import check_function, check_size, divided, linear
 from discretax._types import Length, Resets, Timesteps, Values, widened
 from discretax.init import inverse_softplus
@@ -61,6 +62,7 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
     in_features: int = eqx.field(static=True)
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("Lambda",)
+    contains_broken_samples: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -132,7 +134,8 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
             _read_out,
             gates,
             h,
-            (x, first),
+            x,
+            first,
             resets=first,
             length=length,
             chunk_size=max(64, CHUNK // x.shape[1]) if jax.default_backend() == "cpu" else time,
@@ -153,9 +156,8 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
         return jnp.exp(log_a), share * input_gate * x
 
 
-def _terms(gates, inputs):
-    x, first = inputs
-    return *gates._recurrence(x.astype(gates.Lambda.dtype), first), None
+def _terms(gates, x, first):
+    return *gates._recurrence(mended(x).astype(gates.Lambda.dtype), first), None
 
 
 def _read_out(gates, states, _):

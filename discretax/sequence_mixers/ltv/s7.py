@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._broken import mended
 from discretax._features import check_size, linear
 from discretax._types import Length, Resets, Timesteps, Values, widened
 from discretax.ops._recurrence.chunked import chunked_recurrence
@@ -50,6 +51,7 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
     in_features: int = eqx.field(static=True)
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("alpha",)
+    contains_broken_samples: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -110,25 +112,21 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
     ) -> tuple[Values, Float[Array, " state"]]:
         refuse_timesteps(self, integration_timesteps, "its transition is a function of the input")
         mixer = widened(self, x)
-        u = linear(self.in_proj, x)
-
-        h = cache.astype(mixer.alpha.dtype)
-        h, v = chunked_recurrence(
+        h, y = chunked_recurrence(
             _terms,
             _read_out,
             mixer,
-            h,
-            u,
+            cache.astype(mixer.alpha.dtype),
+            x,
             resets=resets,
             length=length,
             chunk_size=CHUNK,
         )
-        v = v.astype(x.dtype)
-        gate = linear(self.gate_proj, jax.nn.gelu(v, approximate=False))
-        return v * jax.nn.sigmoid(gate), h
+        return y, h
 
-    def _recurrence(self, u):
+    def _recurrence(self, x):
         """What each sample does to the state, and how it is read out."""
+        u = linear(self.in_proj, x).astype(self.alpha.dtype)
         features, state_dim = self.in_features, self.alpha.size
         ends = [state_dim, features * state_dim, features * state_dim, features]
         alpha, B, C, D, b = jnp.split(
@@ -136,13 +134,15 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
         )
         B, C = (matrix.reshape(-1, features, state_dim) for matrix in (B, C))
         A_bar = 1 - 1 / ((alpha + self.alpha) ** 2 + 0.5)
-        return A_bar, jnp.einsum("thn,th->tn", B, u) + b, (C, D * u)
+        return A_bar, jnp.einsum("thn,th->tn", B, u) + b, (C, D * u, x)
 
 
-def _terms(mixer, u):
-    return mixer._recurrence(u.astype(mixer.alpha.dtype))
+def _terms(mixer, x, _):
+    return mixer._recurrence(mended(x))
 
 
 def _read_out(mixer, h, readout):
-    C, skip = readout
-    return jnp.einsum("thn,tn->th", C, h) + skip
+    C, skip, x = readout
+    v = (jnp.einsum("thn,tn->th", C, h) + skip).astype(x.dtype)
+    gate = linear(mixer.gate_proj, jax.nn.gelu(v, approximate=False))
+    return v * jax.nn.sigmoid(gate)

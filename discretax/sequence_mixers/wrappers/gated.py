@@ -1,3 +1,4 @@
+import functools as ft
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -6,6 +7,7 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._broken import sample_by_sample
 from discretax._features import (
     check_function,
     check_samples,
@@ -159,11 +161,16 @@ class GatedSequenceMixer(AbstractSequenceMixer[Any]):
         return self._gated(y, x), cache
 
     def _narrowed(self, x: Float[Array, "... features"]) -> Float[Array, "... inner"]:
-        return x if self.input_linear is None else linear(self.input_linear, x)
+        if self.input_linear is None:
+            return x
+        return sample_by_sample(ft.partial(linear, self.input_linear), x)
 
     def _gated(
         self, y: Float[Array, "... mixed"], x: Float[Array, "... features"]
     ) -> Float[Array, "... out"]:
+        return sample_by_sample(self._gated_samples, y, x)
+
+    def _gated_samples(self, y, x):
         if self.activation is not None:
             y = self.activation(y)
         if self.input_gate is None:
