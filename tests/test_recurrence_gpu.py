@@ -89,7 +89,7 @@ def test_values_that_the_batch_shares():
 def test_complex_numbers_and_states_of_several_axes(monkeypatch):
     for name in ("states_gpu", "derivatives_gpu"):
         kernel = getattr(gpu, name)
-        monkeypatch.setattr(kernels, name, ft.partial(kernel, tile=TILE, interpret=interpreter))
+        monkeypatch.setattr(gpu, name, ft.partial(kernel, tile=TILE, interpret=interpreter))
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=(*shape, 2)).view("complex128")[..., 0])
     a, b, h0, g = normal(3, 2) / 2, normal(1, 11, 3, 2), normal(1, 3, 2), normal(1, 11, 3, 2)

@@ -5,6 +5,8 @@ import importlib
 import inspect
 import operator
 import pathlib
+import subprocess
+import sys
 
 import equinox as eqx
 import pytest
@@ -127,6 +129,12 @@ def test_imports_point_one_way(path):
                 "shutil",
                 "typing",
             }, f"{path} depends on {name}"
+
+
+def test_no_compiler_of_kernels_is_loaded():
+    """It takes longer to import than all of the library, and is wanted where a kernel is lowered."""
+    loaded = "import sys, discretax; print('jax.experimental.pallas' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", loaded], cwd=ROOT, text=True) == "False\n"
 
 
 def places(room: str) -> list[pathlib.Path]:

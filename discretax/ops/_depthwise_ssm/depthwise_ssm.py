@@ -15,6 +15,11 @@ from discretax.ops._depthwise_ssm.transition import Transition, flat, power_of
 from discretax.ops._recurrence.linear_recurrence import recurrence
 from discretax.ops._recurrence.xla import times
 from discretax.ops._running.chunks import Left, scan_chunks, state_at, whole_chunks
+from discretax.ops._running.derivatives import (
+    differentiated,
+    push_through,
+    turns_kept_whole,
+)
 from discretax.ops._running.manual_axes import vary_alike
 from discretax.ops._running.split_time import incoming_state, time_parts
 
@@ -211,18 +216,23 @@ def _put(arrays, i, blocks, axis=0):
 
 # Blocks of features are taken from whole arrays and put into them by index. `lax.map` would want
 # them as the first axis, and copy input, output and both gradients to and fro.
-def _walk_forward(system: _System, x, left):
+def _walk(turns, system: _System, x, left):
     def run_block(i, carry):
         y, h = carry
         y_block, h_block = _all_at_once(_take(system, i), _take(x, i, 1), left)
         return _put(y, i, y_block, 2), _put(h, i, h_block)
 
     y = jnp.zeros_like(x, shape=(x.shape[0], system.C.shape[1], x.shape[1]))
-    y_h = lax.fori_loop(0, x.shape[1] // BLOCK, run_block, (y, jnp.zeros_like(system.h0)))
-    return y_h, (system, x, left)
+    return lax.fori_loop(0, turns, run_block, (y, jnp.zeros_like(system.h0)))
 
 
-def _walk_backward(kept, cotangents):
+def _push(_, kept, tangents):
+    system, x, left = kept
+    walk = lambda system, x: _walk(x.shape[1] // BLOCK, system, x, left)
+    return push_through(walk, (system, x), tangents)
+
+
+def _pull(_, kept, cotangents):
     system, x, left = kept
     d_y, d_h = cotangents
 
@@ -237,13 +247,17 @@ def _walk_backward(kept, cotangents):
     return *lax.fori_loop(0, x.shape[1] // BLOCK, run_block, zeros), None
 
 
-_walk = jax.custom_vjp(lambda *args: _walk_forward(*args)[0])
-_walk.defvjp(_walk_forward, _walk_backward)
+_in_blocks = differentiated(
+    lambda _, system, x, left: _walk(turns_kept_whole(x.shape[1] // BLOCK), system, x, left),
+    lambda _, *arguments: (_in_blocks(_, *arguments), arguments),
+    _push,
+    _pull,
+)
 
 
 def _block_by_block(system: _System, x, left):
     arrays, structure = jax.tree.flatten((system, x, left))
-    return _walk(*jax.tree.unflatten(structure, vary_alike(*arrays)))
+    return _in_blocks(None, *jax.tree.unflatten(structure, vary_alike(*arrays)))
 
 
 def _all_at_once(system: _System, x, left):

@@ -1,4 +1,7 @@
-"""The kernels of the linear recurrence, in the shapes in which the recurrence comes."""
+"""The kernels of the linear recurrence, in the shapes in which the recurrence comes.
+
+Each is imported where it is called: the compilers of kernels take long to load.
+"""
 
 import functools
 import math
@@ -6,8 +9,6 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from discretax.ops._recurrence.gpu import derivatives_gpu, states_gpu
-from discretax.ops._recurrence.tpu import states_tpu
 from discretax.ops._recurrence.xla import to_complex, to_planes
 
 
@@ -41,7 +42,10 @@ def states(
     resets: Array | None = None,
 ) -> Array:
     """All arrays have a batch axis, of size 1 where all examples share a value."""
-    compute = {"mosaic_gpu": states_gpu, "mosaic_tpu": states_tpu}[kernel]
+    if kernel == "mosaic_gpu":
+        from discretax.ops._recurrence.gpu import states_gpu as compute
+    else:
+        from discretax.ops._recurrence.tpu import states_tpu as compute
     own = functools.partial(_own, planes)
     batch = max(value.shape[0] for value in (a, b, h0, resets) if value is not None)
     b = jnp.broadcast_to(b, (batch, *b.shape[1:]))
@@ -59,6 +63,7 @@ def derivatives(
     resets: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """The cotangents of `a`, `b` and `h0` on a GPU, one for each example."""
+    from discretax.ops._recurrence.gpu import derivatives_gpu
 
     # JAX's cotangents of complex numbers are transposed, those of planes adjoint.
     turn = jnp.conj if jnp.iscomplexobj(g) else lambda value: value

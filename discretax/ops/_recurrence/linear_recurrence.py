@@ -7,7 +7,6 @@ associative combination written down.
 import functools as ft
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
@@ -21,7 +20,8 @@ from discretax.ops._recurrence.xla import (
     sequential,
     times,
 )
-from discretax.ops._running.dispatch import differentiated_as, kernel_on, operation, over_batch
+from discretax.ops._running.derivatives import differentiated, differentiated_as
+from discretax.ops._running.dispatch import kernel_on, operation, over_batch
 from discretax.ops._running.manual_axes import split_by_compiler, vary_alike
 from discretax.ops._running.split_time import incoming_state, time_parts
 
@@ -42,8 +42,8 @@ def linear_recurrence(
     The derivative rule saves the states alone. With $\lambda_t$ the cotangent that reaches
     $h_t$ through all later states, $\lambda_t = g_t + a_{t+1} \lambda_{t+1}$: the backward pass
     is the same recurrence in the other direction. (No conjugate appears for complex `a`: JAX's
-    cotangents are transposed, not adjoint.) The rule itself can be differentiated again in
-    reverse mode.
+    cotangents are transposed, not adjoint.) In forward mode the tangents are those of the same
+    recurrence too. The rules can be differentiated again, in either mode.
 
     **Arguments:**
 
@@ -127,11 +127,11 @@ def recurrence(
     if implementation is None and split_by_compiler():
         implementation = "xla"
     arrays = vary_alike(a, b, h0, resets)
-    return _recurrence(planes, reverse, implementation, *arrays)
+    return _recurrence((planes, reverse, implementation), *arrays)
 
 
-@ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _recurrence(planes, reverse, implementation, a, b, h0, resets):
+def _run(options, a, b, h0, resets):
+    planes, reverse, implementation = options
     if implementation == "sequential" or b.shape[0] == 1:
         return sequential(planes, reverse, a, b, h0, resets)
     if implementation == "associative":
@@ -144,20 +144,38 @@ def _given(resets):
     return () if resets is None else (resets,)
 
 
-def _recurrence_fwd(planes, reverse, implementation, a, b, h0, resets):
-    h = _recurrence(planes, reverse, implementation, a, b, h0, resets)
+def _forward(options, a, b, h0, resets):
+    h = _recurrence(options, a, b, h0, resets)
     return h, (a, h0, resets, h)
 
 
-def _recurrence_bwd(planes, reverse, implementation, residuals, g):
-    a, h0, resets, h = residuals
-    in_xla = implementation in ("sequential", "associative") or h.shape[0] == 1
+def _push(options, kept, tangents):
+    """Of the same recurrence, driven by what changes in `b` and in the product with `a`."""
+    planes, reverse, _ = options
+    a, h0, resets, h = kept
+    d_a, d_b, d_h0 = tangents
+    drive = jnp.zeros_like(h) if d_b is None else d_b
+    if d_a is not None:
+        before = [h0[None], h[:-1]] if not reverse else [h[1:], h0[None]]
+        before = jnp.concatenate(before)
+        if resets is not None:
+            before = jnp.where(align(resets, before), 0, before)
+        wide = accumulated(h)
+        d_a = (d_a if d_a.ndim == h.ndim else d_a[None]).astype(wide)
+        change = (times if planes else jnp.multiply)(d_a, before.astype(wide))
+        drive = (drive.astype(wide) + change).astype(h.dtype)
+    d_h0 = jnp.zeros_like(h0) if d_h0 is None else d_h0
+    return _recurrence(options, a, drive, d_h0, resets)
+
+
+def _pull(options, kept, g):
+    a, h0, resets, h = kept
+    in_xla = options[2] in ("sequential", "associative") or h.shape[0] == 1
     derivatives = _derivatives_by_recurrence if in_xla else _derivatives
-    options = planes, reverse, implementation
     return *derivatives(options, a, h0, h, g, resets), None
 
 
-_recurrence.defvjp(_recurrence_fwd, _recurrence_bwd)
+_recurrence = differentiated(_run, _forward, _push, _pull)
 
 
 def _states_on(platform, a, b, h0, resets=None, *, planes, reverse, implementation):

@@ -10,6 +10,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Inexact, Int, PyTree
 
+from discretax.ops._running.derivatives import (
+    differentiated,
+    is_floating,
+    push_through,
+    turns_kept_whole,
+)
 from discretax.ops._running.manual_axes import vary_alike
 
 Left = Int[Array, ""] | int
@@ -50,7 +56,7 @@ def scan_chunks_in_place(
     length: Left | None,
     chunk_size: int,
 ) -> tuple[PyTree, PyTree]:
-    """`scan_chunks` without forward derivatives and, under `jax.vmap`, without copies.
+    """`scan_chunks` without copies under `jax.vmap`.
 
     `weights` has all arrays that each chunk needs: `run` must close over none.
 
@@ -66,9 +72,7 @@ def scan_chunks_in_place(
     _, inputs, left = _divided(inputs, left, chunk_size)
     arrays, structure = jax.tree.flatten((weights, state, inputs, left))
     weights, state, inputs, left = jax.tree.unflatten(structure, vary_alike(*arrays))
-    floating, flags = eqx.partition(inputs, eqx.is_inexact_array)
-    outputs: Any = _in_place(run, chunk_size, (weights, state, floating), (flags, left))
-    state, y = outputs
+    state, y, _ = _in_place((run, chunk_size), weights, state, inputs, left)
     return state, jax.tree.map(lambda y: y[:time], y)
 
 
@@ -113,54 +117,72 @@ def _left_in(left: Array | None, size: int, i: Array) -> Left:
     return size if left is None else jnp.maximum(left - i * size, 0)
 
 
-@ft.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _in_place(run, size, differentiable, other):
-    return _forward(run, size, differentiable, other)[0]
-
-
-def _forward(run, size, differentiable, other):
-    (weights, state, inputs), (flags, left) = differentiable, other
-    inputs = eqx.combine(inputs, flags)
-    count = jax.tree.leaves(inputs)[0].shape[0] // size
+def _walk(options, turns, weights, state, inputs, left):
+    """The last state, the outputs, and the state before each chunk."""
+    run, size = options
 
     def advance(state, i):
         return run(weights, state, _chunk(inputs, size, i), _left_in(left, size, i))
 
-    def step(carry, i):
-        before, y = carry
-        state, y_chunk = advance(before, i)
-        return (state, _write(y, y_chunk, size, i)), before
+    def step(i, carry):
+        state, y, states = carry
+        states = _write(states, jax.tree.map(lambda value: value[None], state), 1, i)
+        state, y_chunk = advance(state, i)
+        return state, _write(y, y_chunk, size, i), states
 
+    count = _count(inputs, size)
     shapes = jax.eval_shape(lambda: advance(state, 0)[1])
     y = jax.tree.map(lambda y: jnp.zeros((count * size, *y.shape[1:]), y.dtype), shapes)
-    outputs, states = lax.scan(step, _varying_with(state, (state, y)), jnp.arange(count))
-    return outputs, (states, differentiable, other)
+    states = jax.tree.map(lambda value: jnp.zeros((count, *value.shape), value.dtype), state)
+    return lax.fori_loop(0, turns, step, _varying_with(state, (state, y, states)))
 
 
-def _backward(run, size, kept, cotangents):
-    states, (weights, _, inputs), (flags, left) = kept
-    d_state, d_y = cotangents
+def _run(options, weights, state, inputs, left):
+    turns = turns_kept_whole(_count(inputs, options[1]))
+    return _walk(options, turns, weights, state, inputs, left)
 
-    def step(carry, i_and_state):
+
+def _forward(options, weights, state, inputs, left):
+    outputs = _in_place(options, weights, state, inputs, left)
+    return outputs, (outputs[2], weights, inputs, left)
+
+
+def _push(options, kept, tangents):
+    states, weights, inputs, left = kept
+    turns = _count(inputs, options[1])
+    walk = lambda weights, state, inputs: _walk(options, turns, weights, state, inputs, left)
+    return push_through(walk, (weights, _at(states, 0), inputs), tangents)
+
+
+def _pull(options, kept, cotangents):
+    run, size = options
+    states, weights, inputs, left = kept
+    inputs, flags = eqx.partition(inputs, is_floating)
+    d_state, d_y, d_states = cotangents
+
+    def step(carry, i):
         d_weights, d_state, d_inputs = carry
-        i, state = i_and_state
 
         def outputs(weights, state, chunk):
             chunk = eqx.combine(chunk, _chunk(flags, size, i))
             return run(weights, state, chunk, _left_in(left, size, i))
 
-        _, pullback = jax.vjp(outputs, weights, state, _chunk(inputs, size, i))
+        _, pullback = jax.vjp(outputs, weights, _at(states, i), _chunk(inputs, size, i))
         more, d_state, d_chunk = pullback((d_state, _chunk(d_y, size, i)))
         d_weights = jax.tree.map(jnp.add, d_weights, more)
+        d_state = jax.tree.map(jnp.add, d_state, _at(d_states, i))
         return (d_weights, d_state, _write(d_inputs, d_chunk, size, i)), None
 
     d_weights, d_inputs = jax.tree.map(jnp.zeros_like, (weights, inputs))
     start = _varying_with(states, (d_weights, d_state, d_inputs))
-    count = jax.tree.leaves(states)[0].shape[0]
-    return lax.scan(step, start, (jnp.arange(count), states), reverse=True)[0], None
+    return *lax.scan(step, start, jnp.arange(_count(inputs, size)), reverse=True)[0], None
 
 
-_in_place.defvjp(_forward, _backward)
+_in_place = differentiated(_run, _forward, _push, _pull)
+
+
+def _count(inputs: PyTree[Array], size: int) -> int:
+    return jax.tree.leaves(inputs)[0].shape[0] // size
 
 
 def _varying_with(like: PyTree[Array], tree: PyTree[Array]) -> PyTree[Array]:
@@ -171,6 +193,10 @@ def _varying_with(like: PyTree[Array], tree: PyTree[Array]) -> PyTree[Array]:
 def _chunk(tree: PyTree[Array], size: int, i) -> PyTree[Array]:
     take = ft.partial(lax.dynamic_slice_in_dim, slice_size=size, allow_negative_indices=False)
     return jax.tree.map(lambda value: take(value, i * size), tree)
+
+
+def _at(tree: PyTree[Array], i) -> PyTree[Array]:
+    return jax.tree.map(lambda value: value[0], _chunk(tree, 1, i))
 
 
 def _write(tree: PyTree[Array], part: PyTree[Array], size: int, i) -> PyTree[Array]:

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.extend.core import Primitive
@@ -86,7 +87,16 @@ def operation(
         lowered = mlir.lower_fun(functools.partial(form, platform), multiple_results=True)
         mlir.register_lowering(primitive, lowered, platform=platform)
 
-    # Compiled even where the caller is not: a primitive of one's own has no form outside of `jax.jit`.
+    @primitive.def_impl
+    def _(*arrays, **options):
+        """Outside of `jax.jit`, step by step: what JAX's debugging switches ask for."""
+        forms = {
+            platform or "default": functools.partial(form, platform, **options)
+            for platform in PLATFORMS
+        }
+        return lax.platform_dependent(*arrays, **forms)
+
+    # Compiled even where the caller is not.
     @functools.cache
     def batched(inputs, outputs, options, in_shard_map):
         bind = functools.partial(primitive.bind, **dict(options))
@@ -109,7 +119,12 @@ def operation(
             merged = batch(*map(merge, arrays, is_batched))
             return [x.reshape(size, inner, *x.shape[1:]) for x in merged], [True] * len(merged)
 
-        return jax.jit(batch)
+        def run(*arrays):
+            # Through the rules for a batch and a mesh, JAX would lose where a NaN arose.
+            rules = any(isinstance(x, Tracer) for x in arrays)
+            return batch(*arrays) if rules else bind(*arrays)
+
+        return jax.jit(run)
 
     def call(*arrays, **options):
         arrays = [x[None] for x in vary_alike(*arrays)]
@@ -118,22 +133,6 @@ def operation(
         return [x[0] for x in run(*arrays)]
 
     return call
-
-
-def differentiated_as(
-    definition: Callable[..., Sequence[Array]], function: Callable[..., Sequence[Array]]
-) -> Callable[..., Sequence[Array]]:
-    """`function(options, *arrays)`, whose derivatives, in reverse mode, are those of `definition`."""
-    rule = jax.custom_vjp(function, nondiff_argnums=(0,))
-
-    def forward(options, *arrays):
-        return function(options, *arrays), arrays
-
-    def backward(options, arrays, cotangents):
-        return jax.vjp(functools.partial(definition, options), *arrays)[1](cotangents)
-
-    rule.defvjp(forward, backward)
-    return rule
 
 
 def over_batch(function: Callable[..., Sequence[Array]], *arrays: Array) -> Sequence[Array]:

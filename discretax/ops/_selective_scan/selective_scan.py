@@ -1,4 +1,7 @@
-"""The selective scan of Mamba: a diagonal recurrence whose steps and projections the input chooses."""
+"""The selective scan of Mamba: a diagonal recurrence whose steps and projections the input chooses.
+
+What belongs to its kernels is imported where it is called: their compiler takes long to load.
+"""
 
 import functools as ft
 from typing import Any, Literal
@@ -11,20 +14,14 @@ from discretax._features import check_name, check_size
 from discretax._timeseries import check_length, check_resets, valid_samples
 from discretax._types import accumulation_dtype
 from discretax.ops._checks import check_array
-from discretax.ops._running.dispatch import (
+from discretax.ops._running.derivatives import (
+    differentiated,
     differentiated_as,
-    kernel_on,
-    operation,
-    over_batch,
+    push_through,
 )
+from discretax.ops._running.dispatch import kernel_on, operation, over_batch
 from discretax.ops._running.manual_axes import split_by_compiler
 from discretax.ops._running.split_time import incoming_state
-from discretax.ops._selective_scan.gpu import forward
-from discretax.ops._selective_scan.gpu_backward import (
-    backward,
-    checkpoint_every,
-    supports,
-)
 from discretax.ops._selective_scan.xla import (
     Samples,
     SelectiveDiscretization,
@@ -99,7 +96,7 @@ def selective_scan(
     check_name("discretization", discretization, SelectiveDiscretization)
     check_name("implementation", implementation, SelectiveImplementation)
     if chunk_size is None:
-        chunk_size = checkpoint_every(A.shape[-1]) if jax.default_backend() == "gpu" else 32
+        chunk_size = _chunk_size(A.shape[-1])
     chunk_size = check_size("chunk_size", chunk_size)
     if x.ndim != 2 or A.ndim != 2:
         raise ValueError(
@@ -147,11 +144,21 @@ def selective_scan(
     return y, h.T
 
 
+def _chunk_size(state_dim: int) -> int:
+    if jax.default_backend() != "gpu":
+        return 32
+    from discretax.ops._selective_scan.gpu_backward import checkpoint_every
+
+    return checkpoint_every(state_dim)
+
+
 # The operations take the leaves of a structure, which has no place for arrays that are left out.
 def _forward_on(platform, *arrays, structure, discretization, chunk_size, implementation):
     samples, resets, A, h0 = structure.unflatten(arrays)
     why_not = ft.partial(_why_no_kernel, discretization, chunk_size, samples, A)
     if kernel_on(platform, implementation, why_not):
+        from discretax.ops._selective_scan.gpu import forward
+
         return forward(*_in_order(samples, A), h0, resets, checkpoint_every=chunk_size)
     run = lambda *arrays: scan_forward(discretization, chunk_size, *structure.unflatten(arrays))
     return over_batch(run, *arrays)
@@ -161,6 +168,8 @@ def _backward_on(platform, *arrays, structure, discretization, chunk_size, imple
     samples, resets, A, starts, d_y, d_h = structure.unflatten(arrays)
     why_not = ft.partial(_why_no_kernel, discretization, chunk_size, samples, A)
     if kernel_on(platform, implementation, why_not):
+        from discretax.ops._selective_scan.gpu_backward import backward
+
         d_x, d_dt, d_dt_A, d_A, d_B, d_C, d_h0 = backward(
             *_in_order(samples, A), resets, starts, d_y, d_h, checkpoint_every=chunk_size
         )
@@ -178,6 +187,8 @@ def _why_no_kernel(discretization, chunk_size, samples, A, kernel):
         return f"`discretization` must be 'mamba'; got {discretization!r}"
     if A.shape[0] != 1:
         return "all examples must have the same `A`"
+    from discretax.ops._selective_scan.gpu_backward import supports
+
     return supports(*_in_order(samples, A), checkpoint_every=chunk_size)
 
 
@@ -242,15 +253,22 @@ def _outputs(options, *arguments):
     return tuple(_run(_forward, options, *arguments))
 
 
-def _scan_fwd(options, samples, resets, A, h0):
+def _scan_forward(options, samples, resets, A, h0):
     y, h, starts = _outputs(options, samples, resets, A, h0)
     return (y, h), (samples, resets, A, starts)
 
 
-def _scan_bwd(options, kept, cotangents):
+def _push(options, kept, tangents):
+    discretization, chunk_size, _ = options
+    samples, resets, A, starts = kept
+    forward = ft.partial(scan_forward, discretization, chunk_size)
+    run = lambda samples, A, h0: forward(samples, resets, A, h0)[:2]
+    return push_through(run, (samples, A, starts[0]), tangents)
+
+
+def _pull(options, kept, cotangents):
     d_samples, d_A, d_h0 = _cotangents(options, *kept, *cotangents)
     return d_samples, None, d_A, d_h0
 
 
-_scan = jax.custom_vjp(lambda *arguments: _scan_fwd(*arguments)[0], nondiff_argnums=(0,))
-_scan.defvjp(_scan_fwd, _scan_bwd)
+_scan = differentiated(lambda *args: _scan_forward(*args)[0], _scan_forward, _push, _pull)

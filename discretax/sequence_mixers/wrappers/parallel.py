@@ -134,7 +134,10 @@ class SequenceParallel(AbstractSequenceMixer[Any]):
             length = jnp.asarray(length).astype(int)
             last_part = jnp.clip((length - 1) // part_size, 0, parts - 1)
 
-        y, after = _in_parts(self, jnp.arange(parts), (x, timesteps, resets), cache, length, key)
+        with jax.disable_jit(False):
+            y, after = _in_parts(
+                self, jnp.arange(parts), (x, timesteps, resets), cache, length, key
+            )
         return y, jax.tree.map(lambda array: array[last_part], after)
 
     def step(
