@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def kernels(monkeypatch):

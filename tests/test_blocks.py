@@ -137,6 +137,7 @@ def test_inference_formula(norm, prenorm, x64, rtol):
         assert_close(y, expected[0], rtol=rtol)
 
 
+@pytest.mark.slow
 @every_norm
 def test_float32_parameters_take_float64_activations(norm):
     block, state = make(norm=norm)
@@ -151,6 +152,7 @@ def test_float32_parameters_take_float64_activations(norm):
     assert all(jax.tree.leaves(jax.tree.map(same_type, state, new_state)))
 
 
+@pytest.mark.slow
 @every_norm
 @every_order
 def test_bfloat16(norm, prenorm):
@@ -255,6 +257,7 @@ def test_a_batch_of_padding_alone_is_no_batch():
     assert_equal(new_state, state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batched", [False, True])
 def test_missing_axis_name(batched):
     block, state = make(norm="batch")
@@ -471,6 +474,7 @@ def test_a_wide_mixer_streams_and_drops():
 ERF = np.vectorize(math.erf)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "activation, formula",
     [
@@ -557,6 +561,7 @@ def test_width_is_a_whole_number_from_one(in_features):
         StandardBlock(in_features, jr.key(0), sequence_mixer=SmallLRU, channel_mixer=GLU)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "x, message",
     [

@@ -24,6 +24,8 @@ from discretax.sequence_mixers import (
     S4DSequenceMixer,
 )
 
+pytestmark = pytest.mark.slow
+
 WIDTH = 4
 NEEDED = {
     "Backbone": {"sequence_mixer": LRUSequenceMixer},

@@ -53,6 +53,7 @@ def test_golden(mode, route, dtype):
             assert_close(d_arrays[name], expected, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_golden_steps(mode):
     with jax.enable_x64(True):

@@ -16,6 +16,8 @@ from discretax.sequence_mixers import Bidirectional, LRUSequenceMixer
 from discretax.testing import check_streaming
 from discretax.testing._streaming import LAWS
 
+pytestmark = pytest.mark.slow
+
 made = itertools.count(1)
 
 

@@ -50,6 +50,7 @@ def with_gradients(f, *args):
     return f(*args), jax.grad(loss, argnums=(0, 1, 2))(*args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("time", [11, 12])
 @pytest.mark.parametrize("length", [None, 7, "traced"])
 @pytest.mark.parametrize("resets", [False, True])
@@ -64,6 +65,7 @@ def test_chunks_are_the_whole(time, length, resets):
     assert_close(*results, 1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(None, 0, 0), (0, None, 0), (0, 0, None)])
 def test_batches(axes):
     """Also of weights, as of an ensemble of models."""

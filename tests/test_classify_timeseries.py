@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from helpers import imported_example
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--hidden-dim=8", "--num-blocks=1", "--state-dim=8", "--epochs=15", "--batch-size=12")
 
 

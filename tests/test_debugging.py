@@ -10,6 +10,8 @@ from helpers import assert_close, draw
 
 from discretax.ops import linear_recurrence, selective_scan
 
+pytestmark = pytest.mark.slow
+
 # One for each operation.
 NAMES = (
     "LRUSequenceMixer",

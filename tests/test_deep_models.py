@@ -13,6 +13,8 @@ from discretax import Timeseries, inference_state, streaming_mode
 from discretax.models import LRU, Griffin, remat_blocks, scan_blocks
 from discretax.sequence_mixers import LRUSequenceMixer
 
+pytestmark = pytest.mark.slow
+
 TIME, WIDTH, BATCH = 9, 4, 3
 MODELS = {
     "LRU": ft.partial(LRU, hidden_dim=WIDTH, num_blocks=3, state_dim=3),

@@ -79,6 +79,7 @@ def test_padding_does_not_enter_the_window(length, width):
     assert_close(gradient, jax.grad(loss)(weight, x[:length]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("starts", [(0,), (5,), (3, 4, 7), (TIME - 1,)], ids=str)
 def test_resets_are_separate_runs(starts):
     x, weight, bias, window = draw()

@@ -19,6 +19,8 @@ from discretax.ops._recurrence import diagonal_ssm
 from discretax.sequence_mixers import LRUSequenceMixer
 from discretax.sequence_mixers.ltv import rglru
 
+pytestmark = pytest.mark.slow
+
 TIME = 70  # more than the chunks of most mixers
 
 

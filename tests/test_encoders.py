@@ -155,6 +155,7 @@ def test_token_out_of_range(token, seen):
         encoder(tokens, make_state(encoder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "token, dtype",
     [

@@ -14,6 +14,8 @@ import discretax
 from discretax.inspection import eigenvalues, frequency_response, impulse_response
 from discretax.models import LRU, S4, S5
 
+pytestmark = pytest.mark.slow
+
 # Sizes for which the members' axis passes for another one.
 WIDTH, BATCH = 8, 3
 MODELS = {

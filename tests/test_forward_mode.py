@@ -12,6 +12,8 @@ from cases import CASES, FEATURES
 
 from discretax.ops import linear_recurrence, selective_scan
 
+pytestmark = pytest.mark.slow
+
 FIRST_OF_EACH = {case.name: case for case in reversed(CASES)}
 
 

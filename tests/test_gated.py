@@ -23,6 +23,8 @@ from discretax.sequence_mixers import (
     S4SequenceMixer,
 )
 
+pytestmark = pytest.mark.slow
+
 FEATURES, TIME = 4, 7
 inner = ft.partial(S4SequenceMixer, state_dim=4, dt_min=0.1, dt_max=1.0, route="scan")
 run = eqx.filter_jit(lambda mixer, x: mixer(x)[0])

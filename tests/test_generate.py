@@ -33,6 +33,8 @@ from discretax.sequence_mixers import (
     MambaSequenceMixer,
 )
 
+pytestmark = pytest.mark.slow
+
 VOCABULARY, WIDTH, NEW = 7, 8, 8
 PROMPTS = np.array([[3, 1, 4, 1, 5, 2, 6], [2, -1, 99, -1, 0, 0, 0], [5, 0, 6, 3, -1, -1, 7]])
 LENGTHS = np.array([7, 1, 4])

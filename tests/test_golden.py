@@ -95,6 +95,7 @@ def test_lru(name, dtype):
             assert_close(getattr(d_mixer, field), golden[f"g.p.{field}"], dtype)
 
 
+@pytest.mark.slow
 @both_precisions
 def test_lru_step_and_final_state(dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -113,6 +114,7 @@ def test_lru_step_and_final_state(dtype):
         assert_close(final[:, 1], golden["final_state.im"], dtype)
 
 
+@pytest.mark.slow
 @both_precisions
 @pytest.mark.parametrize("prenorm", [True, False], ids=["prenorm", "postnorm"])
 def test_block(prenorm, dtype):
@@ -136,6 +138,7 @@ def test_block(prenorm, dtype):
             assert_close(actual, expected, dtype)
 
 
+@pytest.mark.slow
 @both_precisions
 def test_classifier(dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -197,6 +200,7 @@ def golden_s5_layer(golden, kind, mixer, norm, maps):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "dtype"),
     [(name, "float64") for name in (*S5_LAYERS, "eventssm_layer_async_L56")]

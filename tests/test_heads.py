@@ -106,6 +106,7 @@ def test_without_reduction_one_answer_per_time_step(kind):
     assert np.isfinite(padded).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduce", [True, False])
 @pytest.mark.parametrize("scale", [1.0, 1e4])
 def test_log_probabilities_sum_to_one(reduce, scale):
@@ -225,6 +226,7 @@ def test_streamed_in_padded_chunks(pooling, lengths):
         assert_close(y, formula("regression", head, pool(pooling, numbers(x[:so_far]))))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("resets", "length", "start"),
     [((0,), TIME, 0), ((3, 7), TIME, 7), ((3, 9), 8, 3), ((TIME - 1,), TIME, TIME - 1)],
@@ -247,6 +249,7 @@ def test_a_reset_begins_anew(pooling, resets, length, start):
     assert_close(answer, expected)
 
 
+@pytest.mark.slow
 @every_pooling
 def test_an_empty_chunk_changes_nothing(pooling):
     head, state = make("regression", pooling=pooling)
@@ -258,6 +261,7 @@ def test_an_empty_chunk_changes_nothing(pooling):
     assert_equal((y_again, jax.tree.leaves(state)), (y, cache))
 
 
+@pytest.mark.slow
 @every_head
 def test_per_step_answers_stream_without_a_cache(kind):
     head, state = make(kind, reduce=False)

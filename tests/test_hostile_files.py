@@ -16,6 +16,8 @@ from safetensors.numpy import load_file, save_file
 from discretax.pretrained import load
 from discretax.pretrained._checkpoint import FAMILIES, _family
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 # JSON may hold numbers that Python does not write: here they are strings.
 LETTERS = ("1e400", "-1e400", "1e-400")

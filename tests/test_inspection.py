@@ -21,6 +21,8 @@ from discretax.sequence_mixers import (
     S5SequenceMixer,
 )
 
+pytestmark = pytest.mark.slow
+
 LENGTH = 256
 
 

@@ -13,6 +13,8 @@ from helpers import assert_close, draw, imported_example
 from discretax import Timeseries
 from discretax.sequence_mixers import S5SequenceMixer
 
+pytestmark = pytest.mark.slow
+
 TIME, FEATURES = 20, 3
 LENGTH = np.array([TIME, 12, 1])
 

@@ -23,6 +23,8 @@ from discretax.sequence_mixers import (
     MambaSequenceMixer,
 )
 
+pytestmark = pytest.mark.slow
+
 TOKENS, WIDTH, TIME = 11, 8, 9
 recurrent = ft.partial(GriffinSequenceMixer, num_heads=2)
 attention = ft.partial(AttentionSequenceMixer, num_heads=2, window=4)

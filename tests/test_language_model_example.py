@@ -13,6 +13,8 @@ from helpers import imported_example
 
 import discretax
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "--pattern=griffin",
     "--hidden-dim=16",

@@ -8,10 +8,22 @@ from cases import CASES, FEATURES
 from discretax.testing import mixer_laws
 from discretax.testing._refusals import UNFIT, unfit_call
 
+# One compiled function or two, and most of what can go wrong; the rest is for those with more time.
+FAST = (
+    "whole_is_chunks_is_steps_in_single_precision-chunks",
+    "whole_is_chunks_is_steps_in_single_precision-steps",
+    "length_ends_the_sequence-5",
+    "resets_are_separate_runs-(1, 2, 7, 8)",
+    "timesteps",
+)
+
 
 def grouped(case, *values, id):
     """Grouped by case: one worker runs a case's laws, and compiles its mixer once."""
-    return pytest.param(*values, id=f"{case}-{id}", marks=pytest.mark.xdist_group(str(case)))
+    marks = [pytest.mark.xdist_group(str(case))]
+    if id not in FAST:
+        marks.append(pytest.mark.slow)
+    return pytest.param(*values, id=f"{case}-{id}", marks=marks)
 
 
 LAWS = [(case, law) for case in CASES for law in mixer_laws(case.make, **case.options)]

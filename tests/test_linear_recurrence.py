@@ -63,6 +63,7 @@ def test_states_and_gradients(dtype, constant, resets, reverse, implementation):
         assert_close(gradients(ours), gradients(reference), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("constant", [True, False], ids=["constant", "varying"])
 @pytest.mark.parametrize("dtype", ["float64", "complex128"])
 def test_second_order(dtype, constant):
@@ -222,6 +223,7 @@ def test_diagonal_ssm(varying, resets, chunk_size, length):
         assert_close(gradients(ours), gradients(reference), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [None, 3], ids=lambda size: f"chunk_{size}")
 def test_input_factor_that_changes_with_time(chunk_size):
     """Sample by sample, gamma_t is part of B."""
@@ -267,6 +269,7 @@ def test_backward_in_time_is_not_split_over_devices():
         linear_recurrence(0.5 * b, b, reverse=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(0, 0, 0), (None, 0, None), (0, None, None), (None, 1, 0)])
 @pytest.mark.parametrize("outer", [(0, 0, 0), (None, 0, None), (0, None, 1)])
 def test_nested_vmap(outer, axes):

@@ -109,6 +109,7 @@ def test_unknown_keyword_is_refused():
         LRUSequenceMixer(4, jr.key(0), stat_dim=3)  # type: ignore
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [0, -3, 2.5])
 def test_kernel_length_is_checked(length):
     mixer = LRUSequenceMixer(4, jr.key(0), state_dim=3)

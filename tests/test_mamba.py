@@ -85,6 +85,7 @@ def test_golden(name, dtype):
             assert_close(d_timesteps, golden["g.dt"], dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in NAMES if "final_state" in Golden(n, "float32").arrays])
 def test_golden_steps_and_final_state(name):
     with jax.enable_x64(True):
@@ -146,6 +147,7 @@ def test_initial_weights():
     np.testing.assert_array_equal(constant.dt_proj.weight, 0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("in_features", "rank"), [(6, 1), (16, 1), (17, 2), (64, 4)])
 def test_automatic_rank_is_a_sixteenth_rounded_up(in_features, rank):
     mixer = MambaSequenceMixer(in_features, jr.key(0), state_dim=2)

@@ -128,6 +128,7 @@ def test_is_the_equation(kind):
             assert_close(actual, expected, 1e-12)
 
 
+@pytest.mark.slow
 @some_kinds
 def test_second_order(kind):
     with jax.enable_x64(True):
@@ -145,6 +146,7 @@ def test_second_order(kind):
         assert_close(actual, curvature(lambda arrays: plain(kind, arrays)), 1e-11)
 
 
+@pytest.mark.slow
 @some_kinds
 def test_pieces_and_steps_are_the_whole(kind):
     with jax.enable_x64(True):
@@ -159,6 +161,7 @@ def test_pieces_and_steps_are_the_whole(kind):
             assert_close((jnp.concatenate(ys), state), expected, 1e-13)
 
 
+@pytest.mark.slow
 @some_kinds
 @pytest.mark.parametrize("length", [0, 1, 7])
 def test_length_ends_the_sequence(kind, length):
@@ -194,6 +197,7 @@ def test_length_ends_the_sequence(kind, length):
         assert_close(cut(gradients, length), expected, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scalar decay", "delta, scalar decay", "delta, vector decay"])
 @pytest.mark.parametrize("decay", [0.0, -1e-3, -20.0])
 def test_hard_keys(kind, decay):
@@ -241,6 +245,7 @@ def test_triangular_systems():
             assert_close(single, w, 1e-5)
 
 
+@pytest.mark.slow
 @some_kinds
 def test_vmap_is_a_loop(kind):
     with jax.enable_x64(True):
@@ -252,6 +257,7 @@ def test_vmap_is_a_loop(kind):
             assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], batched), run(arrays), 1e-13)
 
 
+@pytest.mark.slow
 @some_kinds
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 def test_a_reset_stops_a_nan(kind, value):
@@ -289,6 +295,7 @@ def test_no_samples():
     np.testing.assert_array_equal(S, arrays["initial_state"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_lowers_to_plain_products(platform):
     arrays = draw("delta, vector decay")

@@ -105,6 +105,7 @@ def as_called_here(name, a):
     return delta_rule(q, k, v, a["beta"], a.get("g"), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
 @pytest.mark.parametrize("name", NAMES)
 def test_is_the_original(name, dtype, tolerance):

@@ -20,6 +20,8 @@ from discretax.sequence_mixers import (
     S7SequenceMixer,
 )
 
+pytestmark = pytest.mark.slow
+
 
 def megabytes(f, *shapes, params=None):
     """Of the value of `f(params, *arrays)` and its gradient in all its arguments."""

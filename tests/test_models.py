@@ -36,6 +36,8 @@ from discretax.heads import ClassificationHead, RegressionHead
 from discretax.models import LRU, Backbone
 from discretax.sequence_mixers import LRUSequenceMixer
 
+pytestmark = pytest.mark.slow
+
 WIDTH, CLASSES, BATCH = 4, 3, 3
 NORMS = ("batch", "layer", "rms", None)
 

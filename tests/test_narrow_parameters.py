@@ -19,6 +19,8 @@ from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead, LanguageModelHead, RegressionHead
 from discretax.sequence_mixers import LRUSequenceMixer
 
+pytestmark = pytest.mark.slow
+
 WIDTH, TIME, BATCH = 4, 7, 3
 block = ft.partial(
     StandardBlock,

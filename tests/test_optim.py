@@ -13,6 +13,8 @@ from discretax.models import LRU, Backbone
 from discretax.optim import adamw_cosine, recurrent_labels
 from discretax.sequence_mixers import Bidirectional, LRUSequenceMixer
 
+pytestmark = pytest.mark.slow
+
 MIXER = {
     ".nu_log": "recurrent",
     ".theta_log": "recurrent",

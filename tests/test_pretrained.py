@@ -27,6 +27,8 @@ from discretax.pretrained._checkpoint import FAMILIES, _family
 from discretax.pretrained._family import stored_shape
 from discretax.sequence_mixers import LRUSequenceMixer, MambaSequenceMixer
 
+pytestmark = pytest.mark.slow
+
 # transformers keeps RecurrentGemma's states and rotary frequencies in single precision.
 TOLERANCE = dict.fromkeys(FAMILIES, 1e-9) | {"recurrent_gemma": 1e-6}
 every_family = pytest.mark.parametrize("name", FAMILIES)

@@ -17,6 +17,8 @@ from discretax.ops._recurrence.gpu import derivatives_gpu, states_gpu
 from discretax.ops._recurrence.linear_recurrence import recurrence
 from discretax.ops._running.walk_gpu import make_plan
 
+pytestmark = pytest.mark.slow
+
 BATCH, TILE = 2, 8
 interpreter = InterpretGPUParams()
 

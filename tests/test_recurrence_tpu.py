@@ -11,6 +11,8 @@ from helpers import assert_close, numbers
 from discretax.ops._recurrence import tpu
 from discretax.ops._recurrence.tpu import BUDGET, GROUP, states_tpu, tile_rows
 
+pytestmark = pytest.mark.slow
+
 BATCH, TIME, STATE = 2, 37, 3  # three tiles of one group, the last with five rows
 
 planes = pytest.mark.parametrize("planes", [1, 2], ids=["real", "planes"])

@@ -18,6 +18,8 @@ from discretax.heads import ClassificationHead
 from discretax.models import LRU, BlockStack, scan_blocks
 from discretax.sequence_mixers import LRUSequenceMixer
 
+pytestmark = pytest.mark.slow
+
 run = eqx.filter_jit(lambda model, x, state: model(x, state))
 x = 2 + 3 * draw(TIME, FEATURES)
 

@@ -18,6 +18,8 @@ from discretax.sequence_mixers import (
     S5SequenceMixer,
 )
 
+pytestmark = pytest.mark.slow
+
 TIME = 12
 FREQUENCIES = np.array([0.02, 0.05, 0.11])  # cycles per sample of training
 

@@ -97,6 +97,7 @@ def test_each_sum_drops_whole_features():
     assert set(distances.argmin(axis=0).tolist()) == {0, 1, 2, 3}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "message"),
     [

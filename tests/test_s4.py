@@ -107,6 +107,7 @@ def test_s4(name, dtype, route):
             assert_close(actual, gradient, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", S4D_FILES + S4_FILES)
 def test_kernel_and_discrete_matrices(name):
     with jax.enable_x64(True):
@@ -133,6 +134,7 @@ def test_initial_and_final_state(name, route):
         assert_close(state, planes(golden, "next_state"), "float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", S4D_FILES + S4_FILES)
 def test_steps(name):
     with jax.enable_x64(True):
@@ -322,6 +324,7 @@ def test_real_states_are_moving_averages():
         np.testing.assert_allclose(run(mixer, x)[0], ys, rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [S4DSequenceMixer, S4SequenceMixer])
 @pytest.mark.parametrize("route", ["chunks", "fft", "scan"])
 def test_channels_are_readouts_of_one_state(make, route):

@@ -103,6 +103,7 @@ def from_lrnnx(parameters, discretization):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("discretization", "dtype"), [("zoh", "float64"), ("dirac", "float64"), ("zoh", "float32")]
 )

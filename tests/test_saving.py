@@ -18,6 +18,8 @@ from discretax.architectures import LanguageModel
 from discretax.pretrained import _files, load, save
 from discretax.sequence_mixers import MambaSequenceMixer
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS, CONFIG, PARTIAL = "model.safetensors", "config.json", ".partial"
 
 

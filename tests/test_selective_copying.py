@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from helpers import imported_example
 
+pytestmark = pytest.mark.slow
+
 SMALL = (
     "--model=rglru",
     "--length=6",

@@ -77,6 +77,7 @@ def test_skip_and_initial_state_may_be_left_out():
     assert_close(scan(**arrays), loop(**arrays))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("discretization", DISCRETIZATIONS)
 def test_gradients_are_finite_differences(discretization):
     """To first and, by differentiating a gradient in reverse, to second order."""
@@ -101,6 +102,7 @@ def test_gradients_are_finite_differences(discretization):
             np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-7 * scale)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [1, 3, TIME, 100])
 def test_chunk_size_changes_nothing(chunk_size):
     with jax.enable_x64(True):
@@ -116,6 +118,7 @@ def test_chunk_size_changes_nothing(chunk_size):
         assert_close(run(chunk_size), run(5), 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [0, 1, 7, TIME])
 def test_length_ends_the_sequence(length):
     arrays = draw()

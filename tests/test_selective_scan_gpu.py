@@ -19,6 +19,8 @@ from discretax.ops._selective_scan.gpu_backward import (
     supports,
 )
 
+pytestmark = pytest.mark.slow
+
 RESET = 5
 
 

@@ -12,6 +12,8 @@ from jax.sharding import AbstractMesh, PartitionSpec as P
 
 from discretax.sharding import parameter_sharding, shard_model
 
+pytestmark = pytest.mark.slow
+
 MESH = AbstractMesh((4, 1, 2), ("data", "seq", "model"))
 HERE = Path(__file__).parent
 

@@ -44,6 +44,7 @@ def built_from_sizes():
                     yield pytest.param(value, id=f"{room.__name__.split('.')[1]}.{name}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cls", list(built_from_sizes()))
 def test_sizes_of_numpy(cls):
     """Warnings are errors here: Equinox warns of a field that is a number of NumPy's."""

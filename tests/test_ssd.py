@@ -110,6 +110,7 @@ def test_forward_derivative_is_that_of_the_plain_scan():
         assert_close(jax.jvp(chunked, (arrays,), (direction,)), expected, 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [1, 3, TIME, 100])
 def test_chunk_size_changes_nothing(chunk_size):
     with jax.enable_x64(True):
@@ -135,6 +136,7 @@ def test_pieces_are_the_whole():
     assert_close((jnp.concatenate(ys), state), (y, h))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [1e2, 1e6, 1e30])
 def test_decays_that_underflow(scale):
     """Steps so long that nothing is left of the state: no overflow, no NaN in the gradients."""
@@ -164,6 +166,7 @@ def test_growing_states():
     assert_close(scan(**arrays), loop(**arrays))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [0, 1, 7, TIME])
 def test_length_ends_the_sequence(length):
     arrays = draw()
@@ -184,6 +187,7 @@ def test_length_ends_the_sequence(length):
     assert_close(gradient(arrays["A"]), expected(arrays["A"]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk_size", [1, 4, 64])
 def test_resets_begin_anew(chunk_size):
     arrays = draw()

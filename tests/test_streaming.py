@@ -28,6 +28,8 @@ from discretax.models import LRU, Backbone
 from discretax.sequence_mixers import Bidirectional, Discretized, LRUSequenceMixer
 from discretax.testing import check_streaming
 
+pytestmark = pytest.mark.slow
+
 WIDTH, CLASSES, BATCH = 4, 3, 3
 
 

@@ -20,6 +20,8 @@ from discretax.sequence_mixers import AbstractSequenceMixer, refuse_timesteps, r
 from discretax.testing import check_mixer, mixer_laws
 from discretax.testing._check import LAWS
 
+pytestmark = pytest.mark.slow
+
 PAGE = pathlib.Path(__file__).parent.parent / "docs" / "extending.md"
 
 make = lambda key: Leaky(FEATURES, key)

@@ -85,6 +85,7 @@ def test_timeseries_without_options_is_an_array():
     assert_close(run(model, state, Timeseries(x)).values, run(model, state, x), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 5, TIME])
 def test_length_is_a_shorter_sequence(length):
     model, state = make()
@@ -201,6 +202,7 @@ def test_lists_and_numpy_arrays_are_taken():
     assert_equal((x.values, x.timesteps, x.length), (np.array([[1], [2]]), np.array([0.5, 1]), 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype, x64",
     [(jnp.uint8, False), (jnp.int16, False), (jnp.uint32, False), (jnp.int32, True)],

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from helpers import imported_example
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("--train-size=40", "--batch-size=10", "--hidden-dim=4", "--num-blocks=1", "--epochs=2")
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.slow
+
 PATH = Path(__file__).parents[1] / "examples" / "train_sharded.py"
 SMALL = (
     "--mixer=lru",
