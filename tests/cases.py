@@ -239,9 +239,14 @@ def matrix_memories():
             CombaSequenceMixer: ("inner_decay", "correction"),
             MLSTMSequenceMixer: ("input_proj", "forget_proj"),
         }.get(mixer, ())
-        yield Case(
-            mixer.__name__, ft.partial(mixer, FEATURES, **options), not_drawn=(*not_drawn, *own)
-        )
+        make = ft.partial(loud, ft.partial(mixer, FEATURES, **options))
+        yield Case(mixer.__name__, make, not_drawn=(*not_drawn, *own))
+
+
+def loud(make: Callable[..., AbstractSequenceMixer], key: PRNGKeyArray) -> AbstractSequenceMixer:
+    """Outputs are normalised, and so never large: here large enough for what moves them to be seen."""
+    weight = lambda mixer: mixer.output.out_proj.weight
+    return eqx.tree_at(weight, make(key), replace_fn=lambda weight: 8 * weight)
 
 
 def rg_lru_size(mixer: RGLRUSequenceMixer) -> Array:
