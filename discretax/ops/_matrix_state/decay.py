@@ -22,7 +22,7 @@ class ScalarDecay:
     def __init__(
         self, log_decay: Float[Array, "groups heads time"], seen: Bool[Array, "time time"]
     ):
-        self._sums, self._sums_before = _sums(log_decay, axis=-1)
+        self._sums, self._sums_before = _sums(log_decay, seen, axis=-1)
         self._seen = seen
 
     @cached_property
@@ -63,7 +63,9 @@ class VectorDecay:
     def __init__(
         self, log_decay: Float[Array, "groups heads time key"], seen: Bool[Array, "time time"]
     ):
-        self._sums, self._sums_before = _sums(log_decay, axis=-2)
+        # Over all samples, so that what is left from one to a later one never exceeds one.
+        everything = jnp.tri(log_decay.shape[-2], dtype=bool)
+        self._sums, self._sums_before = _sums(log_decay, everything, axis=-2)
         self._seen = seen
 
     def scores(self, rows, columns, *, before=False):
@@ -96,8 +98,11 @@ class VectorDecay:
         return _exp(self._sums[..., -1, :])[..., None] * state
 
 
-def _sums(log_decay: Array, axis: int) -> tuple[Array, Array]:
+def _sums(log_decay: Array, over: Bool[Array, "time time"], axis: int) -> tuple[Array, Array]:
     """Over the samples up to each, and over those before it, each in two parts.
+
+    Those of a scalar decay are `over` the samples of one sequence: then no decay before a reset has a
+    derivative behind it, not even one of rounding.
 
     A difference of large sums has the rounding of the sums. Those of multiples of 1/16 are exact, so
     what is rounded is the rest. (The derivative of rounding is zero: all of it is the rest's.)
@@ -105,9 +110,8 @@ def _sums(log_decay: Array, axis: int) -> tuple[Array, Array]:
     log_decay = jnp.maximum(log_decay, LEAST)
     coarse = jnp.round(16 * log_decay) / 16
     parts = jnp.stack([coarse, log_decay - coarse])
-    up_to = jnp.tri(log_decay.shape[axis], dtype=log_decay.dtype)
     product = {-1: "...t,it->...i", -2: "...tk,it->...ik"}[axis]
-    sums = jnp.einsum(product, parts, up_to, precision="highest")
+    sums = jnp.einsum(product, parts, over.astype(parts.dtype), precision="highest")
     return sums, sums - parts
 
 
