@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Num
 
-from discretax._broken import broken_since_reset, mended
+from discretax._broken import broken_since_reset, mended, spoilt
 
 
 @dataclasses.dataclass
@@ -81,8 +81,8 @@ def incoming_state(
         *terms, cut = part
         through = lambda h, decay, last: jnp.where(cut, last, add(multiply(decay, h), last))
         # Computed of what is finite: the derivative of a NaN is one, also where nothing depends on it.
-        is_finite = jnp.isfinite(through(h, *terms))
-        return jnp.where(is_finite, through(*mended((h, *terms))), jnp.nan), h
+        broken = ~jnp.isfinite(through(h, *terms))
+        return spoilt(through(*mended((h, *terms))), broken), h
 
     _, before = lax.scan(advance, h0, lax.all_gather((*summary(), cut), split.axis_name))
     return before[split.index]
