@@ -90,6 +90,7 @@ def test_the_cache_is_a_ring():
             assert_close(cache.values[slot], v[position], 1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clock", [1000, 2**24 + 1, 2**31 - 5, -(2**31), -7])
 @pytest.mark.parametrize("window", [4, None])
 def test_scores_depend_on_distance_alone(window, clock):
@@ -120,6 +121,7 @@ def test_no_count_ends():
     assert int(cache.clock) == 64 + 130 + 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [4, None])
 def test_a_stream_goes_on_in_double_precision(window):
     """A cache keeps its types, whatever is switched on after it was made."""
@@ -134,6 +136,7 @@ def test_a_stream_goes_on_in_double_precision(window):
     assert [leaf.dtype for leaf in after] == [leaf.dtype for leaf in cache]
 
 
+@pytest.mark.slow
 def test_a_stream_longer_than_its_cache():
     """An error where the position is known, NaN past the end where it is not."""
     mixer = AttentionSequenceMixer(FEATURES, jr.key(0))
@@ -157,6 +160,7 @@ def test_a_stream_longer_than_its_cache():
     assert jnp.isfinite(y).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_row_of_padding_alone(window):
     """It sees nothing. Nor does its softmax spoil the gradients of the rows beside it."""
@@ -190,6 +194,7 @@ def test_a_block_streams_for_max_seqlen_samples():
     assert_close(jnp.concatenate([first, second]), whole)
 
 
+@pytest.mark.slow
 def test_gradients_of_narrow_parameters_are_added_up_in_float32():
     """In their own type a sum over chunks would stop growing at 256 times what each adds."""
     mixer = AttentionSequenceMixer(FEATURES, jr.key(0), window=2)

@@ -33,6 +33,8 @@ from discretax.channel_mixers import GLU, IdentityChannelMixer
 from discretax.models import Backbone
 from discretax.sequence_mixers import AbstractSequenceMixer, Bidirectional, LRUSequenceMixer
 
+pytestmark = pytest.mark.slow
+
 NORMS = ("batch", "layer", "rms", None)
 BATCH, MOMENTUM = 3, 0.95
 LENGTHS = np.array([TIME, 4, 7])

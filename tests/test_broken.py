@@ -27,6 +27,8 @@ from discretax.sequence_mixers import (
     S7SequenceMixer,
 )
 
+pytestmark = pytest.mark.slow
+
 run = eqx.filter_jit(lambda mixer, x, cache=None, **options: mixer(x, cache, **options))
 
 step = eqx.filter_jit(lambda mixer, x, cache, gap: mixer.step(x, cache, integration_timestep=gap))

@@ -19,6 +19,8 @@ from discretax.heads import ClassificationHead, LanguageModelHead, Pooling
 from discretax.models import LRU, remat_blocks, scan_blocks
 from discretax.sequence_mixers import LRUSequenceMixer
 
+pytestmark = pytest.mark.slow
+
 ROOMS = ("architectures", "blocks", "encoder", "heads", "models")
 
 

@@ -118,6 +118,7 @@ def test_matrix_convolution_is_a_sum_over_inputs():
         np.testing.assert_allclose(y, expected, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_discretization_is_honoured():
     """A constant input: zero-order hold is exact, and twice the rate changes nothing."""
     with jax.enable_x64(True):
@@ -153,6 +154,7 @@ def test_errors(options, message):
         Centaurus(4, jr.key(0), **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_an_empty_chunk_with_timesteps(mode):
     mixer = build(mode)

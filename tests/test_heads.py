@@ -71,6 +71,7 @@ def test_pooling_sees_the_valid_samples(kind, pooling, length):
     assert_close(y, formula(kind, head, pool(pooling, numbers(x[:length]))))
 
 
+@pytest.mark.slow
 @every_head
 @every_pooling
 def test_float64(kind, pooling):
@@ -82,6 +83,7 @@ def test_float64(kind, pooling):
         assert_close(y, formula(kind, head, pool(pooling, numbers(x[:7]))), rtol=1e-12)
 
 
+@pytest.mark.slow
 @every_head
 @every_pooling
 @pytest.mark.parametrize("length", [0, 5])
@@ -117,6 +119,7 @@ def test_log_probabilities_sum_to_one(reduce, scale):
     assert (numbers(y) <= 0).all()
 
 
+@pytest.mark.slow
 @every_head
 @every_pooling
 def test_bfloat16(kind, pooling):

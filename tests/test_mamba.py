@@ -117,6 +117,7 @@ def test_there_are_golden_numbers():
     assert len(NAMES) == 9
 
 
+@pytest.mark.slow
 def test_steps_start_between_their_bounds():
     mixer = MambaSequenceMixer(1000, jr.key(0), dt_min=0.01, dt_max=0.1, expand=3, event=True)
     quantiles = np.linspace(0, 1, 11)
@@ -154,6 +155,7 @@ def test_automatic_rank_is_a_sixteenth_rounded_up(in_features, rank):
     assert mixer.dt_proj.weight.shape == (2 * in_features, rank)
 
 
+@pytest.mark.slow
 def test_normalised_step_and_projections():
     """For one sample: a plain mixer whose maps to d, B and C are divided by the root mean squares."""
     mixer = MambaSequenceMixer(4, jr.key(0), state_dim=3, dt_rank=2, b_c_dt_rms_eps=0.5)
@@ -170,6 +172,7 @@ def test_normalised_step_and_projections():
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_timesteps_multiply_the_decay_and_nothing_else():
     """From a state and without input, gaps that add up to the same leave the same state."""
     mixer = MambaSequenceMixer(4, jr.key(0), conv_bias=False, event=True)
@@ -228,6 +231,7 @@ def test_unfit_options_are_refused(options, message):
         MambaSequenceMixer(4, jr.key(0), **options)
 
 
+@pytest.mark.slow
 def test_model_is_mixers_around_the_residual_stream():
     options = {"state_dim": 3, "conv_width": 2, "expand": 3, "dt_rank": 2, "use_bias": True}
     options |= {"conv_bias": False, "discretization": "zoh", "event": True}
@@ -249,6 +253,7 @@ def test_model_is_mixers_around_the_residual_stream():
     np.testing.assert_allclose(model(x, state)[0], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_model_streams():
     """Event by event and in chunks, a padded one among them, as over the whole."""
     make = lambda: Mamba(jr.key(0), hidden_dim=4, num_blocks=2, state_dim=3, event=True)

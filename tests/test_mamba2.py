@@ -89,6 +89,7 @@ def test_golden(dtype):
             assert_close(actual, expected, dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [(0.0, math.inf), (0.05, 0.3)], ids=str)
 def test_steps_are_clipped_in_the_whole_and_in_single_steps(limit):
     with jax.enable_x64(True):
@@ -113,6 +114,7 @@ def test_steps_are_clipped_in_the_whole_and_in_single_steps(limit):
             assert_close(end.window, window, "float64")
 
 
+@pytest.mark.slow
 def test_initial_weights():
     mixer = Mamba2SequenceMixer(
         1000,
@@ -139,6 +141,7 @@ def test_initial_weights():
     assert (np.abs(steps - 0.05) < 1e-6).mean() > 0.5
 
 
+@pytest.mark.slow
 def test_biases_can_be_chosen():
     mixer = Mamba2SequenceMixer(4, jr.key(0), use_bias=True, conv_bias=False, **SMALL)
     assert mixer.in_proj.bias.shape == (8 + 8 + 2 * 2 * 3 + 4,)
@@ -181,6 +184,7 @@ def test_unfit_options_are_refused(options, message):
         Mamba2SequenceMixer(4, jr.key(0), **{**SMALL, **options})
 
 
+@pytest.mark.slow
 def test_model_is_mixers_around_the_residual_stream():
     options = {"conv_width": 2, "expand": 3, "use_bias": True, "conv_bias": False}
     options |= {"dt_min": 0.5, "dt_max": 0.5, "dt_init_floor": 1.0, "dt_limit": (0.1, 2.0)}
@@ -201,6 +205,7 @@ def test_model_is_mixers_around_the_residual_stream():
     np.testing.assert_allclose(model(x, state)[0], expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_model_streams():
     """Sample by sample and in chunks, a padded one among them, as over the whole."""
     make = lambda: Mamba2(jr.key(0), hidden_dim=4, num_blocks=2, **SMALL)

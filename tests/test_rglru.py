@@ -104,6 +104,7 @@ def test_golden_recurrent_block(kind, dtype):
         assert_gradients(d_mixer, golden, RECURRENT_BLOCK, dtype)
 
 
+@pytest.mark.slow
 @documents
 def test_golden_prefill_then_steps(kind):
     with jax.enable_x64(True):
@@ -132,6 +133,7 @@ def test_golden_prefill_then_steps(kind):
             assert final.recurrence.started.all()
 
 
+@pytest.mark.slow
 @both_precisions
 def test_golden_lrnnx(dtype):
     """One head, exact GELU, no biases around, and no exception for the first sample."""
@@ -232,6 +234,7 @@ def logits(model, state, embedding, scale, tokens):
     return 30 * jnp.tanh(y @ embedding.T / 30), state
 
 
+@pytest.mark.slow
 @both_precisions
 def test_golden_griffin(dtype):
     with jax.enable_x64(dtype == "float64"):
@@ -261,6 +264,7 @@ def test_golden_griffin(dtype):
             assert_gradients(block.sequence_mixer, golden, names, dtype, mixer_prefix)
 
 
+@pytest.mark.slow
 def test_golden_griffin_streamed():
     """A stream longer than the window, in a chunk and then in single steps."""
     with jax.enable_x64(True):
@@ -311,6 +315,7 @@ def test_share_of_the_input_near_one():
         np.testing.assert_allclose(slope, 0.5 * root_slope * -2 * log_a, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_models():
     """Hawk has the recurrence in every block, Griffin attention in each third."""
     model = RGLRU(jr.key(0), hidden_dim=8, num_blocks=2, lru_width=6, num_heads=2, expansion=2)
@@ -346,6 +351,7 @@ def test_unfit_arguments(options, message):
         GriffinSequenceMixer(8, jr.key(0), **options)
 
 
+@pytest.mark.slow
 def test_cache_of_another_mixer():
     mixer = GriffinSequenceMixer(4, jr.key(0))
     for other in (

@@ -123,6 +123,7 @@ def test_kernel_and_discrete_matrices(name):
         assert_close(C.imag, scale * golden["dC.im"], "float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("name", S4D_FILES + S4_FILES)
 def test_initial_and_final_state(name, route):
@@ -168,6 +169,7 @@ def minimal(mixer, arrays):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["s4_s4dminimal_L56", "dx_s4d_L56"])
 def test_other_s4d(name):
     with jax.enable_x64(True):
@@ -189,6 +191,7 @@ def test_other_s4d(name):
             assert_close(d_arrays[key], expected, "float64")
 
 
+@pytest.mark.slow
 def test_the_block_of_s4():
     """GLU(Linear(gelu(S4(x)))), without norm or residual."""
     with jax.enable_x64(True):
@@ -360,6 +363,7 @@ def test_higher_rank_and_untied_steps():
         np.testing.assert_allclose(A_bar[0], expected, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["cpu", "gpu"])
 def test_states_between_chunks(backend, monkeypatch):
     """As complex numbers, by whichever loop the backend prefers; and their gradient by differences."""
@@ -383,6 +387,7 @@ def test_states_between_chunks(backend, monkeypatch):
         check_grads(loss, (power, h0, v), order=1, modes=["rev"], eps=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("features", [2, 4], ids=["whole", "blocks of features"])
 @pytest.mark.parametrize("make", [S4DSequenceMixer, S4SequenceMixer])
 def test_long_sequences(make, features, monkeypatch):
@@ -417,6 +422,7 @@ def test_long_sequences(make, features, monkeypatch):
                 np.testing.assert_allclose(chunks, scan, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_single_precision_kernel_of_s4():
     """To 16384 samples, HiPPO at its usual steps: within 1e-5 of double precision."""
     with jax.enable_x64(True):
@@ -467,6 +473,7 @@ def test_errors_of_one():
             S4DSequenceMixer(1, jr.key(seed), state_dim=2, init="rand", imag_transform="sigmoid")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [S4DSequenceMixer, S4SequenceMixer])
 def test_longer_than_l_max(make):
     mixer = make(4, jr.key(0), state_dim=4, l_max=8)

@@ -137,6 +137,7 @@ def test_lrnnx_time_invariant(discretization, dtype):
         assert_close(final[:, 1], golden["final_state.im"], dtype)
 
 
+@pytest.mark.slow
 def test_event_ssm_with_a_stride():
     """Each window of three events answers with the state after its first, read out to another
     width, and D acts on the mean of its inputs, weighted by the gaps."""
@@ -205,6 +206,7 @@ def bidirectional(in_features, key, **options):
     return Bidirectional(*(S5SequenceMixer(in_features, k, **options) for k in jr.split(key)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [BidirectionalS5, bidirectional])
 @pytest.mark.parametrize("length", [None, 9])
 def test_a_gap_belongs_to_the_sequence_behind_it(make, length):
@@ -218,6 +220,7 @@ def test_a_gap_belongs_to_the_sequence_behind_it(make, length):
         assert_close(y[part], alone, "float32")
 
 
+@pytest.mark.slow
 def test_conjugate_symmetry_halves_the_states_and_keeps_the_output():
     """With conjugates written out, the full system gives what the half with m = 2 gives."""
     with jax.enable_x64(True):
@@ -237,6 +240,7 @@ def test_conjugate_symmetry_halves_the_states_and_keeps_the_output():
         np.testing.assert_allclose(full(x)[0], half(x)[0], rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_step_rescale_is_another_sampling_rate():
     """A slow signal at half the rate, with steps twice as long: the same answer at the same time."""
     fine = S5SequenceMixer(1, jr.key(0), state_dim=8, dt_min=0.001, dt_max=0.01)
@@ -256,6 +260,7 @@ def test_steps_start_log_uniform():
     np.testing.assert_allclose(np.quantile(log_step, quantiles), expected, atol=0.1)
 
 
+@pytest.mark.slow
 def test_no_discretization_takes_the_eigenvalues_as_they_are():
     mixer = S5SequenceMixer(2, jr.key(0), state_dim=2, discretization="no_discretization")
     mixer = eqx.tree_at(

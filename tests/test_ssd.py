@@ -87,6 +87,7 @@ def test_skip_and_initial_state_may_be_left_out():
     assert_close(scan(**arrays), loop(**arrays))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", [False, True], ids=["first order", "second order"])
 def test_gradients_are_those_of_the_plain_scan(second):
     def derivatives(run):
@@ -102,6 +103,7 @@ def test_gradients_are_those_of_the_plain_scan(second):
         assert_close(derivatives(chunked), derivatives(plain), 1e-11)
 
 
+@pytest.mark.slow
 def test_forward_derivative_is_that_of_the_plain_scan():
     with jax.enable_x64(True):
         arrays, direction = draw(), draw(seed=1)
@@ -198,6 +200,7 @@ def test_resets_begin_anew(chunk_size):
     assert_close(scan(**one, resets=resets[3:4]), loop(**one, resets=[True]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [jnp.nan, jnp.inf])
 @pytest.mark.parametrize("name", ["x", "dt", "B", "C", "h0"])
 @pytest.mark.parametrize("chunk_size", [4, 64])

@@ -27,6 +27,8 @@ from discretax.heads import ClassificationHead
 from discretax.models import LRU, Backbone
 from discretax.sequence_mixers import LRUSequenceMixer, S5SequenceMixer
 
+pytestmark = pytest.mark.slow
+
 WIDTH, BATCH = 4, 3
 LENGTHS = jnp.array([5, TIME, 0])
 
