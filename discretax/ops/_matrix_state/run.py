@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from discretax._broken import is_broken
 from discretax._features import check_size
 from discretax._timeseries import check_length, check_resets, zero_padding
 from discretax._types import accumulation_dtype
@@ -183,13 +184,8 @@ def _without_broken(
     """
     broken = jnp.isnan(samples.log_decay)
     broken = broken.any(-1) if samples.log_decay.ndim == 4 else broken
-    shared = jnp.zeros(samples.k.shape[:2], bool)
-    for array in (samples.k, samples.erase):
-        if array is not None:
-            shared = shared | ~jnp.isfinite(array).all(-1)
-    broken = broken | shared[..., None] | ~jnp.isfinite(samples.v).all(-1)
-    if samples.beta is not None:
-        broken = broken | ~jnp.isfinite(samples.beta)
+    shared = is_broken((samples.k, samples.erase), 2)
+    broken = broken | shared[..., None] | is_broken((samples.v, samples.beta), 3)
     clean = lambda array, where: (
         None
         if array is None
@@ -203,6 +199,6 @@ def _without_broken(
         log_decay=clean(samples.log_decay, broken),
     )
     known_of = jnp.einsum("ij,jgh->ghi", seen.astype(int), broken.astype(int)) > 0
-    lost = ~jnp.isfinite(state).all((-2, -1))
+    lost = is_broken(state, 2)
     state = jnp.where(lost[..., None, None], 0, state)
     return samples, state, known_of | (lost[..., None] & first)
