@@ -177,15 +177,11 @@ def test_lightning_attention_is_made_of_the_same_parts(dtype, tolerance):
     """The layer of MiniMax: constant decays, no positions, a norm over the heads together."""
     with jax.enable_x64(dtype == "float64"):
         golden = Golden("hf_minimax_lightning_L64", dtype)
-        sizes = {"value_heads": None, "key_dim": 4, "value_dim": 4, "conv_width": None}
-        projections = Projections(12, jr.key(0), key_heads=3, **sizes)
-        gate = eqx.nn.Linear(12, 12, use_bias=False, key=jr.key(1))
+        projections = Projections(12, jr.key(0), 3, 4, 4)
         output = Output(
-            3,
-            4,
-            12,
+            projections,
             jr.key(2),
-            gate_proj=gate,
+            gate_proj=projections.for_each_head(4, jr.key(1)),
             activation="sigmoid",
             norm=rms_of_all_heads,
             norm_eps=1e-6,

@@ -35,6 +35,10 @@ class AbstractMatrixMixer(AbstractLTVMixer[MatrixCache]):
     projections: eqx.AbstractVar["Projections"]
     output: eqx.AbstractVar["Output"]
 
+    @property
+    def in_features(self) -> int:
+        return self.projections.in_features
+
     @abc.abstractmethod
     def attend(
         self,
@@ -43,11 +47,12 @@ class AbstractMatrixMixer(AbstractLTVMixer[MatrixCache]):
         k: Float[Array, "time *steps key_heads key"],
         v: Float[Array, "time *steps heads value"],
         state: Float[Array, "heads key value"],
-        *,
-        length: Length | None,
-        resets: Resets | None,
+        **options: Any,
     ) -> tuple[Float[Array, "time heads value"], Float[Array, "heads key value"]]:
-        """What is read for each sample, and the state after the last: an operation on them."""
+        """What is read for each sample, and the state after the last: an operation on them.
+
+        `options`: `length` and `resets`, as every operation takes them.
+        """
 
     def allocate_inference_cache(
         self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
@@ -64,9 +69,8 @@ class AbstractMatrixMixer(AbstractLTVMixer[MatrixCache]):
         resets: Resets | None,
     ) -> tuple[Values, MatrixCache]:
         refuse_timesteps(self, integration_timesteps, "how it forgets is the input's choice")
-        options = {"length": length, "resets": resets}
-        q, k, v, window = self.projections(x, cache.window, **options)
-        y, state = self.attend(x, q, k, v, cache.state, **options)
+        q, k, v, window = self.projections(x, cache.window, length, resets)
+        y, state = self.attend(x, q, k, v, cache.state, length=length, resets=resets)
         return self.output(y, x), MatrixCache(window, state)
 
 
@@ -81,7 +85,6 @@ class Projections(eqx.Module):
     k_proj: eqx.nn.Linear
     v_proj: eqx.nn.Linear
     conv_weight: Float[Array, "convolved width"] | None
-    conv_bias: Float[Array, " convolved"] | None
     in_features: int = eqx.field(static=True)
     key_heads: int = eqx.field(static=True)
     value_heads: int = eqx.field(static=True)
@@ -94,28 +97,27 @@ class Projections(eqx.Module):
         self,
         in_features: int,
         key: PRNGKeyArray,
-        *,
-        key_heads: int,
-        value_heads: int | None,
-        key_dim: int | None,
+        num_heads: int,
+        head_dim: int | None,
         value_dim: int | None,
+        *,
+        num_value_heads: int | None = None,
         value_ratio: int = 1,
-        conv_width: int | None,
-        conv_bias: bool = False,
+        conv_width: int | None = None,
         steps: int | None = None,
         activation: Activation | None = "silu",
     ):
+        """`value_dim` is `value_ratio` times that of the keys if left out."""
         check_name("activation", activation, Activation | None)
         in_features = check_size("in_features", in_features)
-        key_heads = check_size("num_heads", key_heads)
+        key_heads = check_size("num_heads", num_heads)
         value_heads = (
-            key_heads if value_heads is None else check_size("num_value_heads", value_heads)
+            key_heads if num_value_heads is None else check_size("num_value_heads", num_value_heads)
         )
-        key_dim = size_of_head("head_dim", key_dim, in_features, key_heads)
+        key_dim = size_of_head("head_dim", head_dim, in_features, key_heads)
         value_dim = (
             value_ratio * key_dim if value_dim is None else check_size("value_dim", value_dim)
         )
-        steps = None if steps is None else check_size("num_steps", steps)
         if value_heads % key_heads:
             raise ValueError(
                 "`num_value_heads` must be a multiple of `num_heads`, whose keys they share; got "
@@ -130,11 +132,11 @@ class Projections(eqx.Module):
         self.q_proj = project(queries, q_key)
         self.k_proj = project(keys, k_key)
         self.v_proj = project(values, v_key)
-        self.conv_weight = self.conv_bias = None
+        self.conv_weight = None
         if conv_width is not None:
             width = check_size("conv_width", conv_width)
-            self.conv_weight, self.conv_bias = short_convolution(
-                conv_key, bias_key, queries + keys + values, width, use_bias=conv_bias
+            self.conv_weight, _ = short_convolution(
+                conv_key, bias_key, queries + keys + values, width, use_bias=False
             )
         self.in_features = in_features
         self.key_heads = key_heads
@@ -166,7 +168,7 @@ class Projections(eqx.Module):
         u = jnp.concatenate([linear(layer, x) for layer in maps], axis=-1)
         if self.conv_weight is not None:
             u, window = depthwise_convolution(
-                u, self.conv_weight, self.conv_bias, window, length=length, resets=resets
+                u, self.conv_weight, None, window, length=length, resets=resets
             )
         if self.activation is not None:
             u = ACTIVATIONS[self.activation](u)
@@ -181,19 +183,31 @@ class Projections(eqx.Module):
             window,
         )
 
+    def for_each_head(self, numbers: int, key: PRNGKeyArray) -> eqx.nn.Linear:
+        """Another map of the input, to some `numbers` for each head of the values."""
+        return eqx.nn.Linear(self.in_features, self.value_heads * numbers, use_bias=False, key=key)
+
+
+def keys_of_half(
+    in_features: int, num_heads: int, head_dim: int | None, value_dim: int | None
+) -> tuple[int, int]:
+    """Lengths of the keys and the values of a head, where the values share the features."""
+    value_dim = size_of_head("value_dim", value_dim, in_features, num_heads)
+    return (value_dim + 1) // 2 if head_dim is None else head_dim, value_dim
+
 
 class LowRank(eqx.Module):
-    """Two linear maps, through fewer features."""
+    """Two linear maps through fewer features, to some `numbers` for each head of the values."""
 
     down: eqx.nn.Linear
     up: eqx.nn.Linear
 
     def __init__(
-        self, in_features: int, rank: int, out_features: int, key: PRNGKeyArray, *, use_bias: bool
+        self, sizes: Projections, rank: int, numbers: int, key: PRNGKeyArray, *, use_bias: bool
     ):
         down_key, up_key = jr.split(key)
-        self.down = eqx.nn.Linear(in_features, rank, use_bias=False, key=down_key)
-        self.up = eqx.nn.Linear(rank, out_features, use_bias=use_bias, key=up_key)
+        self.down = eqx.nn.Linear(sizes.in_features, rank, use_bias=False, key=down_key)
+        self.up = eqx.nn.Linear(rank, sizes.value_heads * numbers, use_bias=use_bias, key=up_key)
 
     def __call__(self, x: Values) -> Values:
         return linear(self.up, linear(self.down, x))
@@ -235,9 +249,7 @@ class Output(eqx.Module):
 
     def __init__(
         self,
-        heads: int,
-        value_dim: int,
-        out_features: int,
+        sizes: Projections,
         key: PRNGKeyArray,
         *,
         gate_proj: eqx.nn.Linear | LowRank | None,
@@ -246,11 +258,12 @@ class Output(eqx.Module):
         norm_eps: float,
     ):
         check_positive("norm_eps", norm_eps)
+        heads, value_dim = sizes.value_heads, sizes.value_dim
         weights = (value_dim,) if norm is rms_normalised else (heads, value_dim)
         self.gate_proj = gate_proj
         self.norm_weight = None if norm is None else jnp.ones(weights)
         self.norm = norm
-        self.out_proj = eqx.nn.Linear(heads * value_dim, out_features, use_bias=False, key=key)
+        self.out_proj = eqx.nn.Linear(heads * value_dim, sizes.in_features, use_bias=False, key=key)
         self.norm_eps = norm_eps
         self.activation = activation
 
@@ -280,9 +293,14 @@ def write_strength(raw: Array, negative_eigenvalues: bool) -> Array:
 def softplus_decay(raw: Array, A_log: Array, dt_bias: Array) -> Array:
     r"""$-e^{\mathrm{A\_log}}\,\mathrm{softplus}(r + \mathrm{dt\_bias})$, the logarithm of a decay.
 
-    One `A_log` per head; `raw` (time, heads) or, for a decay per channel, (time, heads, key), with
-    `dt_bias` alike but for the time."""
+    `dt_bias` (heads,) or, for a decay per channel, (heads, key), and the result alike."""
+    rate, biased = rate_and_biased(raw, A_log, dt_bias)
+    return -rate * jax.nn.softplus(biased)
+
+
+def rate_and_biased(raw: Array, A_log: Array, dt_bias: Array) -> tuple[Array, Array]:
+    r"""$e^{\mathrm{A\_log}}$, one for each head, and $r + \mathrm{dt\_bias}$ of each sample."""
     dtype = accumulation_dtype(raw, A_log)
     raw, A_log, dt_bias = (array.astype(dtype) for array in (raw, A_log, dt_bias))
-    rate = jnp.exp(A_log).reshape(-1, *(1,) * (raw.ndim - 2))
-    return -rate * jax.nn.softplus(raw + dt_bias)
+    rate = jnp.exp(A_log).reshape(-1, *(1,) * (dt_bias.ndim - 1))
+    return rate, raw.reshape(len(raw), *dt_bias.shape) + dt_bias

@@ -52,7 +52,6 @@ class CombaSequenceMixer(AbstractMatrixMixer):
     inner_decay: Float[Array, " key_heads"]
     correction: Float[Array, " key_heads"]
     output: Output
-    in_features: int = eqx.field(static=True)
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = (
         "A_log",
@@ -102,49 +101,42 @@ class CombaSequenceMixer(AbstractMatrixMixer):
         self.projections = sizes = Projections(
             in_features,
             keys[0],
-            key_heads=num_heads,
-            value_heads=num_value_heads,
-            key_dim=head_dim,
-            value_dim=value_dim,
+            num_heads,
+            head_dim,
+            value_dim,
+            num_value_heads=num_value_heads,
             value_ratio=2,
             conv_width=conv_width,
         )
-        in_features, heads = sizes.in_features, sizes.value_heads
-        project = lambda features, key: eqx.nn.Linear(
-            in_features, features, use_bias=False, key=key
-        )
-        self.beta_proj = project(heads, keys[1])
-        self.decay_proj = project(heads, keys[2])
-        self.A_log = log_rate(keys[3], (heads,), *A_init_range)
-        self.dt_bias = step_bias(keys[4], (heads,), dt_min, dt_max, dt_init_floor)
+        heads = (sizes.value_heads,)
+        self.beta_proj = sizes.for_each_head(1, keys[1])
+        self.decay_proj = sizes.for_each_head(1, keys[2])
+        self.A_log = log_rate(keys[3], heads, *A_init_range)
+        self.dt_bias = step_bias(keys[4], heads, dt_min, dt_max, dt_init_floor)
         self.inner_decay = jnp.ones(sizes.key_heads)
         self.correction = jnp.full(sizes.key_heads, correction, jnp.result_type(float))
         self.output = Output(
-            heads,
-            sizes.value_dim,
-            in_features,
+            sizes,
             keys[6],
-            gate_proj=project(heads * sizes.value_dim, keys[5]),
+            gate_proj=sizes.for_each_head(sizes.value_dim, keys[5]),
             activation="sigmoid",
             norm_eps=norm_eps,
         )
-        self.in_features = in_features
 
-    def attend(self, x, q, k, v, state, *, length, resets):
+    def attend(self, x, q, k, v, state, **options):
         inner = jax.nn.sigmoid(self.inner_decay.astype(state.dtype))[:, None]
         correction = self.correction.astype(state.dtype)[:, None]
         q, k = q.astype(state.dtype), k.astype(state.dtype)
-        normalised = l2_normalised(k)
+        q, k = l2_normalised(q - correction * inner * k), l2_normalised(k)
         return delta_rule(
-            l2_normalised(q - correction * inner * k),
-            normalised,
+            q,
+            k,
             v,
             write_strength(linear(self.beta_proj, x), False),
             softplus_decay(linear(self.decay_proj, x), self.A_log, self.dt_bias),
             state,
-            erase=inner * normalised,
+            erase=inner * k,
             erase_first=True,
             scale=q.shape[-1] ** -0.5,
-            length=length,
-            resets=resets,
+            **options,
         )

@@ -42,7 +42,6 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
     projections: Projections
     beta_proj: eqx.nn.Linear
     output: Output
-    in_features: int = eqx.field(static=True)
     negative_eigenvalues: bool = eqx.field(static=True)
     scale: float = eqx.field(static=True)
     key_norm: Callable[[Array], Array] = eqx.field(static=True)
@@ -92,44 +91,30 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
         self.projections = sizes = Projections(
             in_features,
             projections_key,
-            key_heads=num_heads,
-            value_heads=None,
-            key_dim=head_dim,
-            value_dim=value_dim,
+            num_heads,
+            head_dim,
+            value_dim,
             conv_width=conv_width,
             activation=activation,
         )
-        in_features, heads = sizes.in_features, sizes.value_heads
-        self.beta_proj = eqx.nn.Linear(
-            in_features, 1 if shared_beta else heads, use_bias=False, key=beta_key
-        )
-        gated = lambda: eqx.nn.Linear(
-            in_features, heads * sizes.value_dim, use_bias=False, key=gate_key
+        self.beta_proj = (
+            eqx.nn.Linear(sizes.in_features, 1, use_bias=False, key=beta_key)
+            if shared_beta
+            else sizes.for_each_head(1, beta_key)
         )
         self.output = Output(
-            heads,
-            sizes.value_dim,
-            in_features,
+            sizes,
             out_key,
-            gate_proj=gated() if gate else None,
+            gate_proj=sizes.for_each_head(sizes.value_dim, gate_key) if gate else None,
             norm=rms_normalised if norm else None,
             norm_eps=norm_eps,
         )
-        self.in_features = in_features
         self.negative_eigenvalues = negative_eigenvalues
         self.scale = sizes.key_dim**-0.5 if scale is None else scale
         self.key_norm = key_norm
 
-    def attend(self, x, q, k, v, state, *, length, resets):
+    def attend(self, x, q, k, v, state, **options):
+        q, k = self.key_norm(q), self.key_norm(k)
         beta = write_strength(linear(self.beta_proj, x), self.negative_eigenvalues)
-        return delta_rule(
-            self.key_norm(q),
-            self.key_norm(k),
-            v,
-            jnp.broadcast_to(beta, v.shape[:2]),
-            None,
-            state,
-            scale=self.scale,
-            length=length,
-            resets=resets,
-        )
+        beta = jnp.broadcast_to(beta, v.shape[:2])
+        return delta_rule(q, k, v, beta, None, state, scale=self.scale, **options)

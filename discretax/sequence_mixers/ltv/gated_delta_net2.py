@@ -48,7 +48,6 @@ class GatedDeltaNet2SequenceMixer(AbstractMatrixMixer):
     A_log: Float[Array, " heads"]
     dt_bias: Float[Array, "heads key"]
     output: Output
-    in_features: int = eqx.field(static=True)
     negative_eigenvalues: bool = eqx.field(static=True)
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
@@ -90,47 +89,35 @@ class GatedDeltaNet2SequenceMixer(AbstractMatrixMixer):
         """
         keys = jr.split(key, 8)
         self.projections = sizes = Projections(
-            in_features,
-            keys[0],
-            key_heads=num_heads,
-            value_heads=None,
-            key_dim=head_dim,
-            value_dim=value_dim,
-            conv_width=conv_width,
+            in_features, keys[0], num_heads, head_dim, value_dim, conv_width=conv_width
         )
-        in_features, heads = sizes.in_features, sizes.value_heads
-        keys_width, values_width = heads * sizes.key_dim, heads * sizes.value_dim
-        self.erase_proj = eqx.nn.Linear(in_features, keys_width, use_bias=False, key=keys[1])
-        self.write_proj = eqx.nn.Linear(in_features, values_width, use_bias=False, key=keys[2])
-        self.decay_proj = LowRank(in_features, sizes.value_dim, keys_width, keys[3], use_bias=False)
-        self.A_log = log_rate(keys[4], (heads,), *A_init_range)
-        self.dt_bias = step_bias(keys[5], (heads, sizes.key_dim), dt_min, dt_max, dt_init_floor)
+        rank, channels = sizes.value_dim, (sizes.value_heads, sizes.key_dim)
+        self.erase_proj = sizes.for_each_head(sizes.key_dim, keys[1])
+        self.write_proj = sizes.for_each_head(sizes.value_dim, keys[2])
+        self.decay_proj = LowRank(sizes, rank, sizes.key_dim, keys[3], use_bias=False)
+        self.A_log = log_rate(keys[4], channels[:1], *A_init_range)
+        self.dt_bias = step_bias(keys[5], channels, dt_min, dt_max, dt_init_floor)
         self.output = Output(
-            heads,
-            sizes.value_dim,
-            in_features,
+            sizes,
             keys[7],
-            gate_proj=LowRank(in_features, sizes.value_dim, values_width, keys[6], use_bias=True),
+            gate_proj=LowRank(sizes, rank, sizes.value_dim, keys[6], use_bias=True),
             activation="sigmoid",
             norm_eps=norm_eps,
         )
-        self.in_features = in_features
         self.negative_eigenvalues = negative_eigenvalues
 
-    def attend(self, x, q, k, v, state, *, length, resets):
-        k = l2_normalised(k)
+    def attend(self, x, q, k, v, state, **options):
+        q, k = l2_normalised(q), l2_normalised(k)
         erase = write_strength(linear(self.erase_proj, x), self.negative_eigenvalues)
         write = write_strength(linear(self.write_proj, x), False)
-        f = self.decay_proj(x).reshape(len(x), *self.dt_bias.shape)
         return delta_rule(
-            l2_normalised(q),
+            q,
             k,
             write.reshape(v.shape) * v.astype(write.dtype),
             None,
-            softplus_decay(f, self.A_log, self.dt_bias),
+            softplus_decay(self.decay_proj(x), self.A_log, self.dt_bias),
             state,
             erase=erase.reshape(k.shape) * k,
             scale=q.shape[-1] ** -0.5,
-            length=length,
-            resets=resets,
+            **options,
         )

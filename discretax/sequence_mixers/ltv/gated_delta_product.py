@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import linear
+from discretax._features import check_size, linear
 from discretax.init import log_rate, step_bias
 from discretax.ops import delta_rule
 from discretax.sequence_mixers.ltv._matrix_memory import (
@@ -47,7 +47,6 @@ class GatedDeltaProductSequenceMixer(AbstractMatrixMixer):
     A_log: Float[Array, " heads"]
     dt_bias: Float[Array, " heads"]
     output: Output
-    in_features: int = eqx.field(static=True)
     negative_eigenvalues: bool = eqx.field(static=True)
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
@@ -91,47 +90,31 @@ class GatedDeltaProductSequenceMixer(AbstractMatrixMixer):
 
         `ValueError` for sizes below one or that do not divide, or ranges that are none.
         """
+        num_steps = check_size("num_steps", num_steps)
         keys = jr.split(key, 7)
         self.projections = sizes = Projections(
             in_features,
             keys[0],
-            key_heads=num_heads,
-            value_heads=num_value_heads,
-            key_dim=head_dim,
-            value_dim=value_dim,
+            num_heads,
+            head_dim,
+            value_dim,
+            num_value_heads=num_value_heads,
             value_ratio=2,
             conv_width=conv_width,
             steps=num_steps,
         )
-        in_features, heads = sizes.in_features, sizes.value_heads
-        project = lambda features, key: eqx.nn.Linear(
-            in_features, features, use_bias=False, key=key
-        )
-        self.beta_proj = project((sizes.steps or 1) * heads, keys[1])
-        self.decay_proj = project(heads, keys[2])
-        self.A_log = log_rate(keys[3], (heads,), *A_init_range)
-        self.dt_bias = step_bias(keys[4], (heads,), dt_min, dt_max, dt_init_floor)
-        self.output = Output(
-            heads,
-            sizes.value_dim,
-            in_features,
-            keys[6],
-            gate_proj=project(heads * sizes.value_dim, keys[5]),
-            norm_eps=norm_eps,
-        )
-        self.in_features = in_features
+        heads = (sizes.value_heads,)
+        self.beta_proj = sizes.for_each_head(num_steps, keys[1])
+        self.decay_proj = sizes.for_each_head(1, keys[2])
+        self.A_log = log_rate(keys[3], heads, *A_init_range)
+        self.dt_bias = step_bias(keys[4], heads, dt_min, dt_max, dt_init_floor)
+        gate_proj = sizes.for_each_head(sizes.value_dim, keys[5])
+        self.output = Output(sizes, keys[6], gate_proj=gate_proj, norm_eps=norm_eps)
         self.negative_eigenvalues = negative_eigenvalues
 
-    def attend(self, x, q, k, v, state, *, length, resets):
+    def attend(self, x, q, k, v, state, **options):
+        q, k = l2_normalised(q), l2_normalised(k)
         beta = write_strength(linear(self.beta_proj, x), self.negative_eigenvalues)
-        return delta_rule(
-            l2_normalised(q),
-            l2_normalised(k),
-            v,
-            beta.reshape(v.shape[:-1]),
-            softplus_decay(linear(self.decay_proj, x), self.A_log, self.dt_bias),
-            state,
-            scale=q.shape[-1] ** -0.5,
-            length=length,
-            resets=resets,
-        )
+        beta = beta.reshape(v.shape[:-1])
+        log_decay = softplus_decay(linear(self.decay_proj, x), self.A_log, self.dt_bias)
+        return delta_rule(q, k, v, beta, log_decay, state, scale=q.shape[-1] ** -0.5, **options)

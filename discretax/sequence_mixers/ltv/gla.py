@@ -5,7 +5,7 @@ import jax
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
-from discretax._features import check_positive, check_size, size_of_head
+from discretax._features import check_positive, check_size
 from discretax._types import accumulation_dtype
 from discretax.ops import gated_linear_attention
 from discretax.sequence_mixers.ltv._matrix_memory import (
@@ -13,6 +13,7 @@ from discretax.sequence_mixers.ltv._matrix_memory import (
     LowRank,
     Output,
     Projections,
+    keys_of_half,
 )
 
 
@@ -43,7 +44,6 @@ class GLASequenceMixer(AbstractMatrixMixer):
     projections: Projections
     decay_proj: LowRank
     output: Output
-    in_features: int = eqx.field(static=True)
     temperature: float = eqx.field(static=True)
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
@@ -77,47 +77,26 @@ class GLASequenceMixer(AbstractMatrixMixer):
 
         `ValueError` for sizes below one or that do not divide, or a temperature that is not positive.
         """
-        value_dim = size_of_head("value_dim", value_dim, in_features, num_heads)
-        head_dim = (value_dim + 1) // 2 if head_dim is None else head_dim
+        head_dim, value_dim = keys_of_half(in_features, num_heads, head_dim, value_dim)
         decay_rank = check_size("decay_rank", decay_rank)
         check_positive("temperature", temperature)
         projections_key, decay_key, gate_key, out_key = jr.split(key, 4)
         self.projections = sizes = Projections(
             in_features,
             projections_key,
-            key_heads=num_heads,
-            value_heads=None,
-            key_dim=head_dim,
-            value_dim=value_dim,
+            num_heads,
+            head_dim,
+            value_dim,
             conv_width=conv_width,
             activation=None if conv_width is None else "silu",
         )
-        in_features, heads = sizes.in_features, sizes.value_heads
-        self.decay_proj = LowRank(
-            in_features, decay_rank, heads * sizes.key_dim, decay_key, use_bias=True
-        )
-        values = heads * sizes.value_dim
-        self.output = Output(
-            heads,
-            sizes.value_dim,
-            in_features,
-            out_key,
-            gate_proj=eqx.nn.Linear(in_features, values, use_bias=False, key=gate_key),
-            norm_eps=norm_eps,
-        )
-        self.in_features = in_features
+        self.decay_proj = LowRank(sizes, decay_rank, sizes.key_dim, decay_key, use_bias=True)
+        gate_proj = sizes.for_each_head(sizes.value_dim, gate_key)
+        self.output = Output(sizes, out_key, gate_proj=gate_proj, norm_eps=norm_eps)
         self.temperature = temperature
 
-    def attend(self, x, q, k, v, state, *, length, resets):
+    def attend(self, x, q, k, v, state, **options):
         f = self.decay_proj(x).reshape(k.shape)
-        return gated_linear_attention(
-            q,
-            k,
-            v,
-            None,
-            jax.nn.log_sigmoid(f.astype(accumulation_dtype(f))) / self.temperature,
-            state,
-            scale=q.shape[-1] ** -0.5,
-            length=length,
-            resets=resets,
-        )
+        log_decay = jax.nn.log_sigmoid(f.astype(accumulation_dtype(f))) / self.temperature
+        scale = q.shape[-1] ** -0.5
+        return gated_linear_attention(q, k, v, None, log_decay, state, scale=scale, **options)

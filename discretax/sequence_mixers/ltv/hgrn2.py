@@ -40,7 +40,6 @@ class HGRN2SequenceMixer(AbstractMatrixMixer):
 
     projections: Projections
     output: Output
-    in_features: int = eqx.field(static=True)
     lower_bound: float = eqx.field(static=True)
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
@@ -78,35 +77,18 @@ class HGRN2SequenceMixer(AbstractMatrixMixer):
             )
         projections_key, out_key = jr.split(key)
         self.projections = sizes = Projections(
-            in_features,
-            projections_key,
-            key_heads=num_heads,
-            value_heads=None,
-            key_dim=head_dim,
-            value_dim=value_dim,
-            conv_width=None,
-            activation=None,
+            in_features, projections_key, num_heads, head_dim, value_dim, activation=None
         )
-        in_features, heads = sizes.in_features, sizes.value_heads
         self.output = Output(
-            heads,
-            sizes.value_dim,
-            in_features,
-            out_key,
-            gate_proj=None,
-            norm=rms_of_all_heads,
-            norm_eps=norm_eps,
+            sizes, out_key, gate_proj=None, norm=rms_of_all_heads, norm_eps=norm_eps
         )
-        self.in_features = in_features
         self.lower_bound = lower_bound
 
-    def attend(self, x, q, k, v, state, *, length, resets):
+    def attend(self, x, q, k, v, state, **options):
         raw, b = k.astype(accumulation_dtype(k)), self.lower_bound
         # Not the logarithm of f: where the gate closes, f has no digits left, nor has 1 - f where it opens.
         log_f = jax.nn.log_sigmoid(raw)
         if b:
             log_f = jnp.logaddexp(math.log(b), math.log1p(-b) + log_f)
         room = (1 - b) * jax.nn.sigmoid(-raw)
-        return gated_linear_attention(
-            jax.nn.silu(q), room, v, None, log_f, state, length=length, resets=resets
-        )
+        return gated_linear_attention(jax.nn.silu(q), room, v, None, log_f, state, **options)

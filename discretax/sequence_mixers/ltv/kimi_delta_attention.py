@@ -7,7 +7,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._features import linear
-from discretax._types import accumulation_dtype
+from discretax._types import Values
 from discretax.init import log_rate, step_bias
 from discretax.ops import delta_rule
 from discretax.sequence_mixers.ltv._matrix_memory import (
@@ -16,6 +16,7 @@ from discretax.sequence_mixers.ltv._matrix_memory import (
     Output,
     Projections,
     l2_normalised,
+    rate_and_biased,
     softplus_decay,
     write_strength,
 )
@@ -52,7 +53,6 @@ class KimiDeltaAttentionSequenceMixer(AbstractMatrixMixer):
     A_log: Float[Array, " heads"]
     dt_bias: Float[Array, "heads key"]
     output: Output
-    in_features: int = eqx.field(static=True)
     negative_eigenvalues: bool = eqx.field(static=True)
     lower_bound: float | None = eqx.field(static=True)
 
@@ -111,54 +111,39 @@ class KimiDeltaAttentionSequenceMixer(AbstractMatrixMixer):
         self.projections = sizes = Projections(
             in_features,
             keys[0],
-            key_heads=num_heads,
-            value_heads=num_value_heads,
-            key_dim=head_dim,
-            value_dim=value_dim,
+            num_heads,
+            head_dim,
+            value_dim,
+            num_value_heads=num_value_heads,
             conv_width=conv_width,
         )
-        in_features, heads = sizes.in_features, sizes.value_heads
-        self.beta_proj = eqx.nn.Linear(in_features, heads, use_bias=False, key=keys[1])
-        self.decay_proj = LowRank(
-            in_features, sizes.value_dim, heads * sizes.key_dim, keys[2], use_bias=False
-        )
+        rank, channels = sizes.value_dim, (sizes.value_heads, sizes.key_dim)
+        self.beta_proj = sizes.for_each_head(1, keys[1])
+        self.decay_proj = LowRank(sizes, rank, sizes.key_dim, keys[2], use_bias=False)
         self.A_log = (
-            log_rate(keys[3], (heads,), *A_init_range) if lower_bound is None else jnp.zeros(heads)
+            log_rate(keys[3], channels[:1], *A_init_range)
+            if lower_bound is None
+            else jnp.zeros(channels[:1])
         )
-        self.dt_bias = step_bias(keys[4], (heads, sizes.key_dim), dt_min, dt_max, dt_init_floor)
-        gate = LowRank(
-            in_features, sizes.value_dim, heads * sizes.value_dim, keys[5], use_bias=gate_bias
-        )
+        self.dt_bias = step_bias(keys[4], channels, dt_min, dt_max, dt_init_floor)
         self.output = Output(
-            heads,
-            sizes.value_dim,
-            in_features,
+            sizes,
             keys[6],
-            gate_proj=gate,
+            gate_proj=LowRank(sizes, rank, sizes.value_dim, keys[5], use_bias=gate_bias),
             activation="sigmoid",
             norm_eps=norm_eps,
         )
-        self.in_features = in_features
         self.negative_eigenvalues = negative_eigenvalues
         self.lower_bound = lower_bound
 
-    def attend(self, x, q, k, v, state, *, length, resets):
-        f = self.decay_proj(x).reshape(len(x), *self.dt_bias.shape)
-        return delta_rule(
-            l2_normalised(q),
-            l2_normalised(k),
-            v,
-            write_strength(linear(self.beta_proj, x), self.negative_eigenvalues),
-            self._log_decay(f),
-            state,
-            scale=q.shape[-1] ** -0.5,
-            length=length,
-            resets=resets,
-        )
+    def attend(self, x, q, k, v, state, **options):
+        q, k = l2_normalised(q), l2_normalised(k)
+        beta = write_strength(linear(self.beta_proj, x), self.negative_eigenvalues)
+        log_decay = self._log_decay(self.decay_proj(x))
+        return delta_rule(q, k, v, beta, log_decay, state, scale=q.shape[-1] ** -0.5, **options)
 
-    def _log_decay(self, f: Float[Array, "time heads key"]) -> Float[Array, "time heads key"]:
+    def _log_decay(self, f: Values) -> Float[Array, "time heads key"]:
         if self.lower_bound is None:
             return softplus_decay(f, self.A_log, self.dt_bias)
-        dtype = accumulation_dtype(f, self.A_log)
-        f, A_log, dt_bias = (array.astype(dtype) for array in (f, self.A_log, self.dt_bias))
-        return self.lower_bound * jax.nn.sigmoid(jnp.exp(A_log)[:, None] * (f + dt_bias))
+        rate, biased = rate_and_biased(f, self.A_log, self.dt_bias)
+        return self.lower_bound * jax.nn.sigmoid(rate * biased)

@@ -5,11 +5,16 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from discretax._features import check_positive, linear, size_of_head, soft_capped
+from discretax._features import check_positive, linear, soft_capped
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.ops import mlstm
 from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
-from discretax.sequence_mixers.ltv._matrix_memory import Output, Projections, layer_normalised
+from discretax.sequence_mixers.ltv._matrix_memory import (
+    Output,
+    Projections,
+    keys_of_half,
+    layer_normalised,
+)
 
 
 class MLSTMCache(NamedTuple):
@@ -80,36 +85,24 @@ class MLSTMSequenceMixer(AbstractLTVMixer[MLSTMCache]):
 
         `ValueError` for sizes below one or that do not divide, or a cap that is not positive.
         """
-        value_dim = size_of_head("value_dim", value_dim, in_features, num_heads)
-        head_dim = (value_dim + 1) // 2 if head_dim is None else head_dim
+        head_dim, value_dim = keys_of_half(in_features, num_heads, head_dim, value_dim)
         if gate_soft_cap is not None:
             check_positive("gate_soft_cap", gate_soft_cap)
         projections_key, gate_key, out_key = jr.split(key, 3)
         self.projections = sizes = Projections(
-            in_features,
-            projections_key,
-            key_heads=num_heads,
-            value_heads=None,
-            key_dim=head_dim,
-            value_dim=value_dim,
-            conv_width=None,
-            activation=None,
+            in_features, projections_key, num_heads, head_dim, value_dim, activation=None
         )
-        in_features, heads = sizes.in_features, sizes.value_heads
-        self.input_proj = _constant(in_features, jnp.full(heads, input_bias))
-        self.forget_proj = _constant(in_features, jnp.linspace(*forget_bias, heads))
-        values = heads * sizes.value_dim
+        self.in_features, heads = sizes.in_features, sizes.value_heads
+        self.input_proj = _constant(sizes.in_features, jnp.full(heads, input_bias))
+        self.forget_proj = _constant(sizes.in_features, jnp.linspace(*forget_bias, heads))
         self.output = Output(
-            heads,
-            sizes.value_dim,
-            in_features,
+            sizes,
             out_key,
-            gate_proj=eqx.nn.Linear(in_features, values, use_bias=False, key=gate_key),
+            gate_proj=sizes.for_each_head(sizes.value_dim, gate_key),
             activation="sigmoid",
             norm=layer_normalised,
             norm_eps=norm_eps,
         )
-        self.in_features = in_features
         self.gate_soft_cap = gate_soft_cap
 
     def allocate_inference_cache(

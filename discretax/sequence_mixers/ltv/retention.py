@@ -86,12 +86,10 @@ class RetentionSequenceMixer(AbstractLTVMixer[RetentionCache]):
         self.projections = sizes = Projections(
             in_features,
             projections_key,
-            key_heads=num_heads,
-            value_heads=None,
-            key_dim=head_dim,
-            value_dim=value_dim,
+            num_heads,
+            head_dim,
+            value_dim,
             value_ratio=2,
-            conv_width=None,
             activation=None,
         )
         if sizes.key_dim % 2:
@@ -99,17 +97,9 @@ class RetentionSequenceMixer(AbstractLTVMixer[RetentionCache]):
                 "`head_dim` must be even, for its features are turned in pairs; got "
                 f"{sizes.key_dim}."
             )
-        in_features, heads = sizes.in_features, sizes.value_heads
-        values = heads * sizes.value_dim
-        self.output = Output(
-            heads,
-            sizes.value_dim,
-            in_features,
-            out_key,
-            gate_proj=eqx.nn.Linear(in_features, values, use_bias=False, key=gate_key),
-            norm_eps=norm_eps,
-        )
-        self.in_features = in_features
+        gate_proj = sizes.for_each_head(sizes.value_dim, gate_key)
+        self.output = Output(sizes, out_key, gate_proj=gate_proj, norm_eps=norm_eps)
+        self.in_features = sizes.in_features
         self.rotary_base = rotary_base
 
     def allocate_inference_cache(
