@@ -36,6 +36,7 @@ from discretax.sequence_mixers import (
     KimiDeltaAttentionSequenceMixer,
     LRUSequenceMixer,
     Mamba2SequenceMixer,
+    Mamba3SequenceMixer,
     MambaSequenceMixer,
     MLSTMSequenceMixer,
     RetentionSequenceMixer,
@@ -48,6 +49,7 @@ from discretax.sequence_mixers import (
 )
 from discretax.sequence_mixers.base import zero_cache
 from discretax.sequence_mixers.lti._diagonal_system import DiagonalSystem
+from discretax.sequence_mixers.ltv.mamba3 import RATES
 
 FEATURES = 4
 ONE_DEVICE = sharding.make_mesh(devices=jax.devices()[:1])
@@ -206,6 +208,20 @@ def mamba2_size(mixer: Mamba2SequenceMixer) -> Array:
     return jnp.exp(-jnp.exp(mixer.A_log) * jnp.clip(steps, *mixer.dt_limit))
 
 
+def mamba3(key: PRNGKeyArray, **options: Any) -> Mamba3SequenceMixer:
+    """Steps of up to a sample, in which states turn far enough to be seen."""
+    return Mamba3SequenceMixer(
+        FEATURES, key, state_dim=6, head_dim=4, dt_min=0.1, dt_max=1.0, **options
+    )
+
+
+def mamba3_size(mixer: Mamba3SequenceMixer) -> Array:
+    """For steps and rates that inputs of any size ask for; to turn changes no size."""
+    wide = jnp.linspace(-10, 10, 100)
+    steps = jax.nn.softplus(wide[:, None, None] + mixer.dt_bias)
+    return jnp.exp(-steps * jnp.maximum(RATES[mixer.rate](wide), mixer.A_floor)[:, None])
+
+
 def matrix_memories():
     """Small heads, whose states forget within some samples where they can."""
     common = {"num_heads": 2, "head_dim": 3, "conv_width": 2, "norm_eps": 0.1}
@@ -328,6 +344,22 @@ CASES = (
         ),
         transition_size=mamba2_size,
         not_drawn=("D", "norm_weight"),
+    ),
+    Case(
+        "Mamba3SequenceMixer",
+        mamba3,
+        transition_size=mamba3_size,
+        not_drawn=("D", "B_weight", "C_weight", "B_bias", "C_bias"),
+    ),
+    Case(
+        "Mamba3SequenceMixer",
+        lambda key: mamba3(key, num_groups=2, rank=2, rate="heavy_tail", output_norm=True),
+        transition_size=mamba3_size,
+        not_drawn=(
+            *("D", "B_weight", "C_weight", "B_bias", "C_bias"),
+            *("norm_weight", "in_weight", "gate_weight", "out_weight"),
+        ),
+        variant="rank",
     ),
     *matrix_memories(),
     Case(

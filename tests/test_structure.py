@@ -62,9 +62,10 @@ OPERATION_MAY_SEE = {
     "_cross_entropy": ("_running",),
     "_convolution": (*_TOOLS, "_running"),
     "_recurrence": (*_TOOLS, "_running"),
+    "_angles": ("_running", "_recurrence"),
     "_selective_scan": (*_TOOLS, "_running"),
     "_depthwise_ssm": (*_TOOLS, "_running", "_recurrence", "_convolution"),
-    "_matrix_state": (*_TOOLS, "_running"),
+    "_matrix_state": (*_TOOLS, "_running", "_convolution"),
 }
 KERNELS = {"kernels", "gpu", "gpu_backward", "tpu"}  # seen by their own operation alone
 # A mixer sees its family's systems, and what wraps any mixer; never another mixer.

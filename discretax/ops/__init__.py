@@ -1,11 +1,15 @@
 """Pure array functions: recurrences and discretisations. They know no layer."""
 
+from discretax.ops._angles import cumulative_angles as cumulative_angles
 from discretax.ops._convolution.fft import (
     fft_convolution as fft_convolution,
     matrix_convolution as matrix_convolution,
     projected_convolution as projected_convolution,
 )
-from discretax.ops._convolution.short import depthwise_convolution as depthwise_convolution
+from discretax.ops._convolution.short import (
+    depthwise_convolution as depthwise_convolution,
+    token_shift as token_shift,
+)
 from discretax.ops._cross_entropy import chunked_cross_entropy as chunked_cross_entropy
 from discretax.ops._depthwise_ssm.depthwise_ssm import (
     Route as Route,
@@ -25,6 +29,10 @@ from discretax.ops._matrix_state.gated_linear_attention import (
 )
 from discretax.ops._matrix_state.mlstm import mlstm as mlstm
 from discretax.ops._matrix_state.ssd import ssd as ssd
+from discretax.ops._matrix_state.trapezoidal import (
+    TrapezoidalState as TrapezoidalState,
+    trapezoidal_ssd as trapezoidal_ssd,
+)
 from discretax.ops._recurrence.diagonal_ssm import diagonal_ssm as diagonal_ssm
 from discretax.ops._recurrence.linear_recurrence import linear_recurrence as linear_recurrence
 from discretax.ops._selective_scan.selective_scan import selective_scan as selective_scan

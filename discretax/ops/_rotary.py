@@ -44,7 +44,15 @@ def rotated(
     turns = np.rint(frequencies / (2 * np.pi) * 2.0**bits) % 2.0**bits
     counted = counts[:, None] * turns.astype(np.uint64).astype(counts.dtype)[None]
     angles = (counted.astype(float) * (2 * np.pi / 2.0**bits))[:, None]
-    cos, sin = jnp.cos(angles).astype(heads.dtype), jnp.sin(angles).astype(heads.dtype)
     first, second, rest = jnp.split(heads, (half, 2 * half), axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(turned, axis=-1)
+    return jnp.concatenate([*turned(first, second, angles), rest], axis=-1)
+
+
+def turned(
+    first: Float[Array, "*lead pairs"],
+    second: Float[Array, "*lead pairs"],
+    angles: Float[Array, "*lead pairs"],
+) -> tuple[Float[Array, "*lead pairs"], Float[Array, "*lead pairs"]]:
+    """Each pair of numbers, turned by its angle."""
+    cos, sin = jnp.cos(angles).astype(first.dtype), jnp.sin(angles).astype(first.dtype)
+    return first * cos - second * sin, second * cos + first * sin

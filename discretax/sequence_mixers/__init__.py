@@ -46,6 +46,7 @@ from discretax.sequence_mixers.ltv.kimi_delta_attention import (
 )
 from discretax.sequence_mixers.ltv.mamba import MambaSequenceMixer as MambaSequenceMixer
 from discretax.sequence_mixers.ltv.mamba2 import Mamba2SequenceMixer as Mamba2SequenceMixer
+from discretax.sequence_mixers.ltv.mamba3 import Mamba3SequenceMixer as Mamba3SequenceMixer
 from discretax.sequence_mixers.ltv.mlstm import MLSTMSequenceMixer as MLSTMSequenceMixer
 from discretax.sequence_mixers.ltv.retention import (
     RetentionSequenceMixer as RetentionSequenceMixer,

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -56,26 +58,78 @@ def depthwise_convolution(
     check_resets(resets, time)
     dtype = accumulation_dtype(*jax.tree.leaves((x, weight, bias, window)))
     window = jnp.zeros((past, features)) if window is None else window
-    u = zero_padding(x, length).astype(dtype)
-    # Each sample's sequence; those of the window belong to the zeroth.
-    sequence = None if resets is None else jnp.pad(jnp.cumsum(resets), (past, 0))
-    window = incoming_window(
-        window.astype(dtype),
-        lambda: _window_after(jnp.pad(u, ((past, 0), (0, 0))), sequence, time, past),
-        time,
-    )
-    samples = jnp.concatenate([window, u])
+    delayed, window = delays(x.astype(dtype), window.astype(dtype), length, resets)
 
     y = jnp.zeros((), dtype) if bias is None else bias.astype(dtype)
     for k in range(past + 1):
-        delayed = samples[k : k + time]
-        if sequence is not None:
-            same = sequence[k : k + time] == sequence[past:]
-            delayed = jnp.where(same[:, None], delayed, 0)
-        y = y + weight[:, k].astype(dtype) * delayed
-
-    window = _window_after(samples, sequence, time if length is None else length, past)
+        y = y + weight[:, k].astype(dtype) * delayed(past - k)
     return y.astype(x.dtype), window
+
+
+def token_shift(
+    x: Float[Array, "time features"],
+    last: Float[Array, " features"] | None = None,
+    *,
+    length: Int[Array, ""] | int | None = None,
+    resets: Bool[Array, " time"] | None = None,
+) -> tuple[Float[Array, "time features"], Float[Array, " features"]]:
+    r"""The sample before each one: $y_t = x_{t-1}$.
+
+    **Arguments:**
+
+    - `x`: the samples.
+    - `last`: the one before the first; zero if left out.
+    - `length`: number of valid samples.
+    - `resets`: where True at `t`, a new sequence begins, and zero comes before its first sample.
+
+    **Returns:**
+
+    The samples before, and the last valid one, with which the next chunk continues.
+
+    **Raises:**
+
+    `ValueError` if shapes do not fit or an input is not real.
+    """
+    if x.ndim != 2:
+        raise ValueError(f"`x` must be (time, features); got {x.shape}. Use `jax.vmap` to batch.")
+    time, features = x.shape
+    check_array("x", x, time=time, features=features)
+    check_array("last", last, features=features)
+    check_length(length, time)
+    check_resets(resets, time)
+    window = jnp.zeros((1, features), x.dtype) if last is None else last[None].astype(x.dtype)
+    delayed, window = delays(x, window, length, resets)
+    return delayed(1), window[0]
+
+
+def delays(
+    x: Float[Array, "time features"],
+    window: Float[Array, "past features"],
+    length: Int[Array, ""] | int | None,
+    resets: Bool[Array, " time"] | None,
+) -> tuple[Callable[[int], Float[Array, "time features"]], Float[Array, "past features"]]:
+    """`delayed(k)`, the samples `k` before each one, up to the `past` of the window, and the window
+    after the last valid sample."""
+    time, past = x.shape[0], window.shape[0]
+    x = zero_padding(x, length)
+    # Each sample's sequence; those of the window belong to the zeroth.
+    sequence = None if resets is None else jnp.pad(jnp.cumsum(resets), (past, 0))
+    window = incoming_window(
+        window,
+        lambda: _window_after(jnp.pad(x, ((past, 0), (0, 0))), sequence, time, past),
+        time,
+    )
+    samples = jnp.concatenate([window, x])
+
+    def delayed(k):
+        start = past - k
+        before = samples[start : start + time]
+        if sequence is None:
+            return before
+        same = sequence[start : start + time] == sequence[past:]
+        return jnp.where(same[:, None], before, 0)
+
+    return delayed, _window_after(samples, sequence, time if length is None else length, past)
 
 
 def _window_after(samples, sequence, length, past):

@@ -1,0 +1,85 @@
+"""Angles that add up along time."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from discretax._timeseries import check_length, check_resets, zero_padding
+from discretax._types import accumulation_dtype
+from discretax.ops._recurrence.linear_recurrence import linear_recurrence
+from discretax.ops._running.split_time import incoming_state
+
+
+def cumulative_angles(
+    turns: Float[Array, "time *angles"],
+    start: Float[Array, "*angles"] | None = None,
+    *,
+    length: Int[Array, ""] | int | None = None,
+    resets: Bool[Array, " time"] | None = None,
+) -> tuple[Float[Array, "time *angles"], Float[Array, "*angles"]]:
+    r"""$\theta_t = \theta_{t-1} + \delta_t$, from $-\pi$ to $\pi$, as exact after a million samples as
+    after one.
+
+    Angles are added up as whole numbers that run over where the angle does. In floating point late
+    ones would lose the digits of theirs.
+
+    **Arguments:**
+
+    - `turns`: $\delta$, in radians.
+    - `start`: the angle before the first sample; zero if left out.
+    - `length`: number of valid samples; those at or past it do not turn.
+    - `resets`: where True at `t`, the angle before `t` is zero.
+
+    **Returns:**
+
+    The angles, and the one after the last valid sample, in float32, or float64 if any input is.
+    """
+    time = turns.shape[0]
+    check_length(length, time)
+    check_resets(resets, time)
+    dtype = accumulation_dtype(*jax.tree.leaves((turns, start)))
+    turns = zero_padding(turns, length).astype(dtype)
+    resets = None if resets is None else zero_padding(resets, length)
+    start = jnp.zeros(turns.shape[1:], dtype) if start is None else start.astype(dtype)
+    if time == 0:
+        return turns, start
+    smooth = linear_recurrence(jnp.ones_like(start), turns, start, resets=resets)
+    angles = _with_slope_of(smooth, _added_up(turns, start, resets))
+    after = jnp.concatenate([start[None], angles])
+    return angles, after[time if length is None else length]
+
+
+@jax.custom_jvp
+def _with_slope_of(smooth: Array, exact: Array) -> Array:
+    """`exact`, whose derivative is that of `smooth`: the rounding to whole numbers has none."""
+    del smooth
+    return exact
+
+
+@_with_slope_of.defjvp
+def _(primals, tangents):
+    return _with_slope_of(*primals), tangents[0]
+
+
+def _added_up(turns: Array, start: Array, resets: Array | None) -> Array:
+    integer = jnp.int64 if turns.dtype == jnp.float64 else jnp.int32
+    # The sums run over at four turns: half a turn, rounded up, is well within.
+    turn = 2.0 ** (jnp.iinfo(integer).bits - 2)
+    counted = jnp.rint(_within_a_turn(turns) * (turn / (2 * math.pi))).astype(integer)
+    counts = jnp.cumsum(counted, axis=0)
+    angle_of = lambda counts: (4 * counts).astype(turns.dtype) * (math.pi / (2 * turn))
+    since_start = jnp.ones((len(turns), *(1,) * start.ndim), bool)
+    if resets is not None:
+        index = lax.cummax(jnp.where(resets, jnp.arange(len(turns)), -1))
+        since_start = (index < 0).reshape(since_start.shape)
+        counts -= jnp.where(since_start, 0, (counts - counted)[index])
+    last = angle_of(counts[-1])
+    start = incoming_state(start, lambda: (jnp.ones_like(start), last), resets)
+    return _within_a_turn(angle_of(counts) + jnp.where(since_start, start, 0))
+
+
+def _within_a_turn(angle: Array) -> Array:
+    return angle - 2 * math.pi * jnp.rint(angle / (2 * math.pi))
