@@ -26,6 +26,7 @@ from discretax.sequence_mixers import (
     GriffinSequenceMixer,
     LRUSequenceMixer,
     Mamba2SequenceMixer,
+    Mamba3SequenceMixer,
     MambaSequenceMixer,
     MLSTMSequenceMixer,
     RetentionSequenceMixer,
@@ -61,6 +62,10 @@ def mixers():
     yield (
         "Mamba2",
         lambda key: Mamba2SequenceMixer(FEATURES, key, state_dim=STATE, head_dim=2, **common),
+    )
+    yield (
+        "Mamba3",
+        lambda key: Mamba3SequenceMixer(FEATURES, key, state_dim=4, head_dim=4, rank=2, **common),
     )
     yield "Griffin", lambda key: GriffinSequenceMixer(FEATURES, key, num_heads=2)
     yield "Retention", lambda key: RetentionSequenceMixer(FEATURES, key, num_heads=2)

@@ -133,3 +133,33 @@ def test_unfit_length_and_resets_are_refused():
         ops.depthwise_convolution(*draw(), length=10)
     with pytest.raises(ValueError, match=r"booleans.*got bool\(8,\)"):
         ops.depthwise_convolution(*draw(), resets=jnp.zeros(8, bool))
+
+
+def test_token_shift_is_the_convolution_that_waits():
+    """Across chunks, resets and padding: the filter (1, 0)."""
+    x, *_ = draw()
+    waits, last = jnp.tile(jnp.array([1.0, 0.0]), (FEATURES, 1)), jnp.arange(1.0, 1 + FEATURES)
+    resets = jnp.arange(TIME) == 6
+    for options in ({}, {"length": 7}, {"length": 0}, {"resets": resets, "length": 8}):
+        shifted, after = ops.token_shift(x, last, **options)
+        expected, window = convolve(x, waits, None, last[None], **options)
+        assert_close((shifted, after), (expected, window[0]))
+    first, middle = ops.token_shift(x[:4])
+    second, end = ops.token_shift(x[4:], middle)
+    assert_close((jnp.concatenate([first, second]), end), ops.token_shift(x))
+
+
+def test_token_shift_lets_no_broken_sample_pass_a_reset():
+    x = draw()[0].at[3].set(jnp.nan)
+    shifted, _ = ops.token_shift(x, resets=jnp.arange(TIME) == 4)
+    assert_close(jnp.isfinite(shifted), jnp.ones((TIME, FEATURES), bool))
+
+
+def test_token_shift_refuses_what_does_not_fit():
+    x, *_ = draw()
+    with pytest.raises(ValueError, match=r"`x` must be \(time, features\)"):
+        ops.token_shift(x[0])
+    with pytest.raises(
+        ValueError, match=r"`last` must be floating, of shape \(features\) = \(3,\)"
+    ):
+        ops.token_shift(x, x[:, 0])

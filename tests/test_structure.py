@@ -62,7 +62,7 @@ OPERATION_MAY_SEE = {
     "_cross_entropy": ("_running",),
     "_convolution": (*_TOOLS, "_running"),
     "_recurrence": (*_TOOLS, "_running"),
-    "_angles": ("_running", "_recurrence"),
+    "_phase": ("_checks", "_running", "_recurrence"),
     "_selective_scan": (*_TOOLS, "_running"),
     "_depthwise_ssm": (*_TOOLS, "_running", "_recurrence", "_convolution"),
     "_matrix_state": (*_TOOLS, "_running", "_convolution"),

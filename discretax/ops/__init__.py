@@ -1,6 +1,5 @@
 """Pure array functions: recurrences and discretisations. They know no layer."""
 
-from discretax.ops._angles import cumulative_angles as cumulative_angles
 from discretax.ops._convolution.fft import (
     fft_convolution as fft_convolution,
     matrix_convolution as matrix_convolution,
@@ -33,6 +32,7 @@ from discretax.ops._matrix_state.trapezoidal import (
     TrapezoidalState as TrapezoidalState,
     trapezoidal_ssd as trapezoidal_ssd,
 )
+from discretax.ops._phase import cumulative_phase as cumulative_phase
 from discretax.ops._recurrence.diagonal_ssm import diagonal_ssm as diagonal_ssm
 from discretax.ops._recurrence.linear_recurrence import linear_recurrence as linear_recurrence
 from discretax.ops._selective_scan.selective_scan import selective_scan as selective_scan

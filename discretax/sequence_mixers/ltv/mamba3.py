@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from discretax._features import check_name, check_positive, check_size, divided, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.init import step_bias
-from discretax.ops import TrapezoidalState, cumulative_angles, trapezoidal_ssd
+from discretax.ops import TrapezoidalState, cumulative_phase, trapezoidal_ssd
 from discretax.ops._rms import rms_normalised
 from discretax.ops._rotary import turned
 from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
@@ -20,9 +20,9 @@ Rate = Literal["softplus", "heavy_tail"]
 
 
 class Mamba3Cache(NamedTuple):
-    """By how much the states are turned, the states, and the last sample, still to be written."""
+    """By which part of a turn the states are turned, the states, and the last sample."""
 
-    angle: Float[Array, "heads pairs"]
+    phase: Float[Array, "heads pairs"]
     state: TrapezoidalState
 
 
@@ -54,7 +54,7 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
     the other. That code turns neighbouring states, $2i$ and $2i + 1$, and with a rank $i$ and
     $i + \mathrm{state}/2$; so do we.
 
-    The cache holds the angles, `(heads, pairs)`, the states, `(heads, head_dim, state)`, and the
+    The cache holds $\theta / 2\pi$, `(heads, pairs)`, the states, `(heads, head_dim, state)`, and the
     inputs and $B$ of the last sample, `(rank, heads, head_dim)` and `(rank, heads, state)`.
 
     ??? cite
@@ -180,10 +180,10 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
     ) -> Mamba3Cache:
         del max_seqlen
         heads, rank, state = self.B_bias.shape
-        head_dim = self.out_proj.in_features // heads
+        head_dim = self.out_proj.weight.shape[1] // heads
         zeros = lambda *shape: zero_cache(batch_size, shape, dtype)
         return Mamba3Cache(
-            angle=zeros(heads, self.num_pairs),
+            phase=zeros(heads, self.num_pairs),
             state=TrapezoidalState(
                 h=zeros(heads, head_dim, state),
                 x=zeros(rank, heads, head_dim),
@@ -203,18 +203,19 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
         dtype = accumulation_dtype(x, self.D)
         wide = lambda array: array.astype(dtype)
         time, (heads, rank, state) = x.shape[0], self.B_bias.shape
-        inner, written = self.out_proj.in_features, self.num_groups * rank * state
+        inner, written = self.out_proj.weight.shape[1], self.num_groups * rank * state
         sizes = (inner, inner, written, written, heads, heads, heads)
         parts = jnp.split(linear(self.in_proj, x), np.cumsum(sizes), axis=-1)
         z, v, B, C, step, rate, trapezoid, omega = parts
         dt = jax.nn.softplus(wide(step) + wide(self.dt_bias))
         A = -jnp.maximum(RATES[self.rate](wide(rate)), self.A_floor)
-        angles, angle = cumulative_angles(
-            math.pi * jnp.tanh(wide(omega))[:, None] * dt[..., None],
-            cache.angle,
+        phases, phase = cumulative_phase(
+            jnp.tanh(wide(omega))[:, None] * dt[..., None] / 2,
+            cache.phase,
             length=length,
             resets=resets,
         )
+        angles = 2 * math.pi * phases
         z, v = (wide(array).reshape(time, 1, heads, inner // heads) for array in (z, v))
         v = v if self.in_weight is None else v * by_rank(wide(self.in_weight))
         y, after = trapezoidal_ssd(
@@ -235,7 +236,7 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
         y = y * jax.nn.silu(z)
         y = y if self.out_weight is None else y * by_rank(wide(self.out_weight))
         y = linear(self.out_proj, y.sum(1).reshape(time, inner).astype(x.dtype))
-        return y, Mamba3Cache(angle, after)
+        return y, Mamba3Cache(phase, after)
 
     def _turned(
         self,
@@ -252,11 +253,15 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
         neighbours = self.in_weight is None
         pairs = (state // 2, 2) if neighbours else (2, state // 2)
         axis = -1 if neighbours else -2
-        pair = jnp.unstack(rows.reshape(*rows.shape[:-1], *pairs), axis=axis)
-        rest = [part[..., self.num_pairs :] for part in pair]
-        both = turned(*(part[..., : self.num_pairs] for part in pair), angles[:, None])
-        whole = [jnp.concatenate(parts, axis=-1) for parts in zip(both, rest, strict=True)]
-        return jnp.stack(whole, axis=axis).reshape(rows.shape)
+        first, second = jnp.unstack(rows.reshape(*rows.shape[:-1], *pairs), axis=axis)
+        first, first_rest = jnp.split(first, [self.num_pairs], axis=-1)
+        second, second_rest = jnp.split(second, [self.num_pairs], axis=-1)
+        first, second = turned(first, second, angles[:, None])
+        both = [
+            jnp.concatenate([first, first_rest], axis=-1),
+            jnp.concatenate([second, second_rest], axis=-1),
+        ]
+        return jnp.stack(both, axis=axis).reshape(rows.shape)
 
 
 def by_rank(array: Float[Array, "heads rank _"]) -> Float[Array, "rank heads _"]:
