@@ -165,10 +165,8 @@ def _read_at_once(
     x: Float[Array, "time rank heads head_dim"],
     mask: Float[Array, "rank rank 1"] | None = None,
 ) -> Float[Array, "time rank heads head_dim"]:
-    """What the outputs read of the inputs that they are paired with, without a state.
-
-    Sums of products, not matrix products: those would be of `rank` rows each."""
-    scores = weight[:, None, None] * jnp.sum(C[:, :, None] * B[:, None], axis=-1)
+    """What the outputs read of the inputs that they are paired with, without a state."""
+    scores = weight[:, None, None] * jnp.einsum("trhn,tshn->trsh", C, B)
     if mask is not None:
         scores = mask * scores
-    return jnp.sum(scores[..., None] * x[:, None], axis=2)
+    return jnp.einsum("trsh,tshp->trhp", scores, x)
