@@ -146,32 +146,40 @@ def mixer_blocks(
 def residual_blocks(
     key: PRNGKeyArray,
     hidden_dim: int,
-    sequence_mixers: Sequence[Callable[..., AbstractSequenceMixer]],
-    expansion: int,
-    use_bias: bool,
+    num_blocks: int,
+    pattern: Sequence[Callable[..., AbstractSequenceMixer]],
+    channel_mixer: Callable[..., AbstractChannelMixer],
     drop_rate: float,
     prenorm: bool,
     norm: Norm,
 ) -> tuple[ResidualBlock, ...]:
-    """One block for each of `sequence_mixers`, with a gated MLP."""
+    """Blocks of the mixers of the `pattern`, and over again, a channel mixer after each."""
     hidden_dim = check_size("hidden_dim", hidden_dim)
-    check_size("num_blocks", len(sequence_mixers))
-    expansion = check_size("expansion", expansion)
+    num_blocks = check_size("num_blocks", num_blocks)
     block = ft.partial(
         ResidualBlock,
         hidden_dim,
-        channel_mixer=ft.partial(
-            SwiGLU,
-            intermediate_dim=expansion * hidden_dim,
-            use_bias=use_bias,
-            non_linearity="gelu",
-        ),
+        channel_mixer=channel_mixer,
         drop_rate=drop_rate,
         prenorm=prenorm,
         norm=norm,
     )
-    keys = jr.split(key, len(sequence_mixers))
     return tuple(
-        block(block_key, sequence_mixer=mixer)
-        for block_key, mixer in zip(keys, sequence_mixers, strict=True)
+        block(block_key, sequence_mixer=pattern[i % len(pattern)])
+        for i, block_key in enumerate(jr.split(key, num_blocks))
+    )
+
+
+def geglu(hidden_dim: int, expansion: int, use_bias: bool) -> Callable[..., SwiGLU]:
+    width = check_size("expansion", expansion) * check_size("hidden_dim", hidden_dim)
+    return ft.partial(SwiGLU, intermediate_dim=width, use_bias=use_bias, non_linearity="gelu")
+
+
+def swiglu(
+    hidden_ratio: float, intermediate_dim: int | None, use_bias: bool
+) -> Callable[..., SwiGLU]:
+    """Of the `intermediate_dim`, or of the width that the ratio gives if that is None."""
+    ratio = hidden_ratio if intermediate_dim is None else None
+    return ft.partial(
+        SwiGLU, hidden_ratio=ratio, intermediate_dim=intermediate_dim, use_bias=use_bias
     )

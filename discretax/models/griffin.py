@@ -4,7 +4,7 @@ from jaxtyping import PRNGKeyArray
 
 from discretax.blocks import ResidualBlock
 from discretax.blocks._parts import Norm
-from discretax.models._backbone import AbstractBackbone, residual_blocks
+from discretax.models._backbone import AbstractBackbone, geglu, residual_blocks
 from discretax.sequence_mixers import AttentionSequenceMixer, GriffinSequenceMixer
 
 
@@ -63,7 +63,8 @@ class Griffin(AbstractBackbone):
             rotary_fraction=rotary_fraction,
             out_bias=use_bias,
         )
-        mixers = [attention if i % 3 == 2 else recurrent for i in range(num_blocks)]
+        pattern = (recurrent, recurrent, attention)
+        mlp = geglu(hidden_dim, expansion, use_bias)
         self.blocks = residual_blocks(
-            key, hidden_dim, mixers, expansion, use_bias, drop_rate, prenorm, norm
+            key, hidden_dim, num_blocks, pattern, mlp, drop_rate, prenorm, norm
         )

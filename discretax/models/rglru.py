@@ -4,7 +4,7 @@ from jaxtyping import PRNGKeyArray
 
 from discretax.blocks import ResidualBlock
 from discretax.blocks._parts import Norm
-from discretax.models._backbone import AbstractBackbone, residual_blocks
+from discretax.models._backbone import AbstractBackbone, geglu, residual_blocks
 from discretax.sequence_mixers import GriffinSequenceMixer
 
 
@@ -52,6 +52,7 @@ class RGLRU(AbstractBackbone):
             a_max=a_max,
             use_bias=use_bias,
         )
+        mlp = geglu(hidden_dim, expansion, use_bias)
         self.blocks = residual_blocks(
-            key, hidden_dim, [mixer] * num_blocks, expansion, use_bias, drop_rate, prenorm, norm
+            key, hidden_dim, num_blocks, (mixer,), mlp, drop_rate, prenorm, norm
         )

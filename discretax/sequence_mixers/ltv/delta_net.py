@@ -60,7 +60,7 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
         shared_beta: bool = False,
         negative_eigenvalues: bool = False,
         gate: bool = False,
-        norm: bool = True,
+        output_norm: bool = True,
         norm_eps: float = 1e-5,
         scale: float | None = None,
         activation: Literal["silu"] | None = "silu",
@@ -77,8 +77,8 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
         - `shared_beta`: one $\beta$ for all heads instead of one each.
         - `negative_eigenvalues`: $\beta$ up to 2 instead of 1.
         - `gate`: multiplies what is read by $\mathrm{silu}(W_g x)$.
-        - `norm`, `norm_eps`: whether each head's output is normalised, and what is added to its mean
-            square.
+        - `output_norm`, `norm_eps`: whether each head's output is normalised, and what is added to
+            its mean square.
         - `scale`: $c$.
         - `activation`: of queries, keys and values, `"silu"`; None for none.
         - `key_norm`: brings queries and keys to length one, a function of the last axis.
@@ -106,7 +106,7 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
             sizes,
             out_key,
             gate_proj=sizes.for_each_head(sizes.value_dim, gate_key) if gate else None,
-            norm=rms_normalised if norm else None,
+            norm=rms_normalised if output_norm else None,
             norm_eps=norm_eps,
         )
         self.negative_eigenvalues = negative_eigenvalues

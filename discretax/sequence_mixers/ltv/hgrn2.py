@@ -1,11 +1,9 @@
-import math
 from typing import ClassVar
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._types import accumulation_dtype
 from discretax.ops import gated_linear_attention
@@ -25,7 +23,7 @@ class HGRN2SequenceMixer(AbstractMatrixMixer):
     y_t = W_o\, (w \odot \mathrm{rms}(S_t^T q_t))$$
 
     with the `lower_bound` $b$ of the forget gate $f$, which the paper raises from layer to layer, from
-    0 in the first. Each row of a head's state is a weighted mean of the $i$ so far. The norm is one
+    0 in the first, and trains: the model [`discretax.models.HGRN2`][] does. Each row of a head's state is a weighted mean of the $i$ so far. The norm is one
     over the heads together. The authors' code reads with $q / \sqrt{\mathrm{key}}$, which the norm
     undoes but for its `norm_eps`. See [`discretax.ops.gated_linear_attention`][] and [The matrix
     state](../matrix-state.md).
@@ -40,7 +38,7 @@ class HGRN2SequenceMixer(AbstractMatrixMixer):
 
     projections: Projections
     output: Output
-    lower_bound: float = eqx.field(static=True)
+    lower_bound: float | Float[Array, "heads key"]
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
@@ -63,7 +61,7 @@ class HGRN2SequenceMixer(AbstractMatrixMixer):
         - `head_dim`: forget gates of a head, the paper's expansion; `in_features / num_heads` if left
             out.
         - `value_dim`: length of the values $i$ of a head; `head_dim` if left out.
-        - `lower_bound`: $b$.
+        - `lower_bound`: $b$, one number.
         - `norm_eps`: added to the mean square of the norm.
 
         **Raises:**
@@ -85,10 +83,12 @@ class HGRN2SequenceMixer(AbstractMatrixMixer):
         self.lower_bound = lower_bound
 
     def attend(self, x, q, k, v, state, **options):
-        raw, b = k.astype(accumulation_dtype(k)), self.lower_bound
-        # Not the logarithm of f: where the gate closes, f has no digits left, nor has 1 - f where it opens.
-        log_f = jax.nn.log_sigmoid(raw)
-        if b:
-            log_f = jnp.logaddexp(math.log(b), math.log1p(-b) + log_f)
+        raw = k.astype(accumulation_dtype(k))
+        b = jnp.asarray(self.lower_bound, raw.dtype)
+        # The derivative of log b is not finite at 0, where nothing depends on it.
+        log_b = jnp.where(b > 0, jnp.log(jnp.where(b > 0, b, 1)), -jnp.inf)
+        # f is also sigma(raw) + b sigma(-raw). Not its logarithm: where the gate closes, f has no digits
+        # left, nor has 1 - f where it opens.
+        log_f = jnp.logaddexp(jax.nn.log_sigmoid(raw), log_b + jax.nn.log_sigmoid(-raw))
         room = (1 - b) * jax.nn.sigmoid(-raw)
         return gated_linear_attention(jax.nn.silu(q), room, v, None, log_f, state, **options)

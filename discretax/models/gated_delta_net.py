@@ -1,0 +1,73 @@
+import functools as ft
+
+from jaxtyping import PRNGKeyArray
+
+from discretax.blocks import ResidualBlock
+from discretax.blocks._parts import Norm
+from discretax.models._backbone import AbstractBackbone, residual_blocks, swiglu
+from discretax.sequence_mixers import GatedDeltaNetSequenceMixer
+
+
+class GatedDeltaNet(AbstractBackbone):
+    """Blocks of Gated DeltaNet and a gated MLP (arXiv:2412.06464).
+
+    The authors' own keys are three quarters as wide as the stream: six heads with `head_dim=256` at
+    a width of 2048.
+    """
+
+    blocks: tuple[ResidualBlock, ...]
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        *,
+        hidden_dim: int,
+        num_blocks: int = 4,
+        num_heads: int = 4,
+        num_value_heads: int | None = None,
+        head_dim: int | None = None,
+        value_dim: int | None = None,
+        conv_width: int | None = 4,
+        negative_eigenvalues: bool = False,
+        A_init_range: tuple[float, float] = (0.01, 16.0),
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        norm_eps: float = 1e-5,
+        hidden_ratio: float = 4.0,
+        intermediate_dim: int | None = None,
+        use_bias: bool = False,
+        drop_rate: float = 0.0,
+        prenorm: bool = True,
+        norm: Norm = "rms",
+    ):
+        """**Arguments:**
+
+        - `key`: for the initialisation.
+        - `hidden_dim`: width of the residual stream.
+        - `num_blocks`: how many blocks to stack.
+        - `num_heads`, `num_value_heads`, `head_dim`, `value_dim`, `conv_width`,
+            `negative_eigenvalues`, `A_init_range`, `dt_min`, `dt_max`, `dt_init_floor`, `norm_eps`:
+            as in [`discretax.sequence_mixers.GatedDeltaNetSequenceMixer`][].
+        - `hidden_ratio`, `use_bias`: of the gated MLP, a [`discretax.channel_mixers.SwiGLU`][].
+        - `intermediate_dim`: the width of the MLP, instead of that which `hidden_ratio` gives.
+        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.ResidualBlock`][].
+        """
+        mixer = ft.partial(
+            GatedDeltaNetSequenceMixer,
+            num_heads=num_heads,
+            num_value_heads=num_value_heads,
+            head_dim=head_dim,
+            value_dim=value_dim,
+            conv_width=conv_width,
+            negative_eigenvalues=negative_eigenvalues,
+            A_init_range=A_init_range,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init_floor=dt_init_floor,
+            norm_eps=norm_eps,
+        )
+        mlp = swiglu(hidden_ratio, intermediate_dim, use_bias)
+        self.blocks = residual_blocks(
+            key, hidden_dim, num_blocks, (mixer,), mlp, drop_rate, prenorm, norm
+        )
