@@ -10,7 +10,7 @@ import pytest
 from helpers import assert_close, changed, draw
 
 from discretax import Timeseries, inference_state, streaming_mode
-from discretax.models import LRU, Griffin, remat_blocks, scan_blocks
+from discretax.models import HGRN2, LRU, Griffin, remat_blocks, scan_blocks
 from discretax.sequence_mixers import LRUSequenceMixer
 
 pytestmark = pytest.mark.slow
@@ -22,6 +22,8 @@ MODELS = {
     "Griffin": ft.partial(
         Griffin, hidden_dim=WIDTH, num_blocks=7, num_heads=1, window=4, drop_rate=0.1
     ),
+    # Whose bounds are set when it is called.
+    "HGRN2": ft.partial(HGRN2, hidden_dim=WIDTH, num_blocks=3, num_heads=1, intermediate_dim=3),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 WAYS = {"scan": scan_blocks, "remat": remat_blocks, "both": lambda m: remat_blocks(scan_blocks(m))}

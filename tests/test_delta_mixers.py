@@ -97,7 +97,7 @@ ORIGINALS = {
             "head_dim": 4,
             "conv_width": None,
             "shared_beta": True,
-            "norm": False,
+            "output_norm": False,
             "scale": 1.0,
             "activation": None,
             "key_norm": namesake_norm,

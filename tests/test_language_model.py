@@ -19,6 +19,7 @@ from discretax.models import scan_blocks
 from discretax.ops import chunked_cross_entropy
 from discretax.sequence_mixers import (
     AttentionSequenceMixer,
+    GatedDeltaNetSequenceMixer,
     GriffinSequenceMixer,
     MambaSequenceMixer,
 )
@@ -41,12 +42,19 @@ MODELS = {
     },
 }
 every_model = pytest.mark.parametrize("name", MODELS)
+delta = ft.partial(GatedDeltaNetSequenceMixer, num_heads=2, value_dim=4)
+HYBRID = {
+    "pattern": (delta, delta, delta, attention),
+    "num_blocks": 4,
+    "channel_mixer": ft.partial(SwiGLU, intermediate_dim=12),
+}
 
 
 @ft.cache
 def make(name, **options):
+    sizes = HYBRID if name == "hybrid" else MODELS[name]
     model, state = eqx.nn.make_with_state(LanguageModel)(
-        jr.key(0), vocab_size=TOKENS, hidden_dim=WIDTH, **MODELS[name], **options
+        jr.key(0), vocab_size=TOKENS, hidden_dim=WIDTH, **sizes, **options
     )
     return changed(model), state
 
@@ -149,7 +157,7 @@ def test_logits_of_a_chunk_alone_exist():
     assert compiled.memory_analysis().temp_size_in_bytes < 3 * 4 * 128 * 4096
 
 
-@every_model
+@pytest.mark.parametrize("name", [*MODELS, "hybrid"])
 def test_streaming_and_blocks_in_a_loop(name):
     model, state = make(name)
     expected, _ = run(model, tokens(), state)
@@ -171,10 +179,13 @@ def test_initialisation():
 
     mamba = blocks(MambaSequenceMixer)
     griffin = blocks(recurrent, channel_mixer=SwiGLU)
+    deltas = blocks(GatedDeltaNetSequenceMixer)
     assert (mamba[0].sequence_mixer.in_proj.weight != mamba[1].sequence_mixer.in_proj.weight).any()
     for weight, sums in (
         (mamba[3].sequence_mixer.in_proj.weight, 1),
         (mamba[3].sequence_mixer.out_proj.weight, 8),
+        (deltas[2].sequence_mixer.beta_proj.weight, 1),
+        (deltas[2].sequence_mixer.output.out_proj.weight, 8),
         (griffin[1].sequence_mixer.linear_out.weight, 16),
         (griffin[1].channel_mixer.up_proj.weight, 1),
         (griffin[1].channel_mixer.down_proj.weight, 16),

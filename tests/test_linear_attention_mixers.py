@@ -133,45 +133,6 @@ def test_is_the_loop_over_its_equations(make, options, reference):
         assert_close(y, expected, 1e-12)
 
 
-def test_mlstm_is_the_layer_of_the_xlstm():
-    """Within its block: what the layer adds to its input, and then the feed-forward part."""
-    with jax.enable_x64(True):
-        golden = Golden("hf_xlstm_block_L37", "float64")
-        p = golden.fields("p")
-        layer = lambda name: p[f"mlstm_layer.{name}"]
-        names = ("q.weight", "k.weight", "v.weight", "igate_preact.weight", "igate_preact.bias")
-        names += ("fgate_preact.weight", "fgate_preact.bias", "ogate_preact.weight")
-        arrays = [layer(name) for name in names]
-        arrays += [layer("multihead_norm.weight").reshape(2, 8), layer("out_proj.weight")]
-        blank = MLSTMSequenceMixer(16, jr.key(0), num_heads=2)
-        mixer = eqx.tree_at(weights, blank, arrays)
-
-        def block(x):
-            x = x + mixer(normed(x, p["norm_mlstm.weight"]))[0]
-            u = normed(x, p["norm_ffn.weight"])
-            up, gate = (u @ p[f"ffn.{name}.weight"].T for name in ("proj_up", "proj_up_gate"))
-            return x + (jax.nn.silu(gate) * up) @ p["ffn.proj_down.weight"].T
-
-        normed = lambda x, w: x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-6) * w
-        assert_close(jax.vmap(block)(golden["x"]), golden["y"], 2e-6)
-
-
-def weights(mixer):
-    projections, output = mixer.projections, mixer.output
-    return [
-        projections.q_proj.weight,
-        projections.k_proj.weight,
-        projections.v_proj.weight,
-        mixer.input_proj.weight,
-        mixer.input_proj.bias,
-        mixer.forget_proj.weight,
-        mixer.forget_proj.bias,
-        output.gate_proj.weight,
-        output.norm_weight,
-        output.out_proj.weight,
-    ]
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
 def test_lightning_attention_is_made_of_the_same_parts(dtype, tolerance):
     """The layer of MiniMax: constant decays, no positions, a norm over the heads together."""

@@ -23,7 +23,7 @@ from discretax.ops import chunked_cross_entropy
 from discretax.sequence_mixers import AbstractSequenceMixer
 
 # The last maps of mixers, which write into the residual stream.
-RESIDUAL_MAPS = ("out_proj", "linear_out", "down_proj")
+RESIDUAL_MAPS = ("out_proj", "output.out_proj", "linear_out", "down_proj")
 
 
 class NextTokenLoss(NamedTuple):
@@ -101,7 +101,7 @@ class LanguageModel(eqx.nn.StatefulLayer):
         - `soft_cap`: as in [`discretax.heads.LanguageModelHead`][].
         - `initializer_range`: standard deviation with which the embedding starts. The last map of
             each mixer starts divided by the root of the number of residual sums, as in GPT-2, where
-            it has one: attention, Mamba, Griffin's mixer and `SwiGLU` do.
+            it has one: attention, Mamba, Griffin's mixer, those with a matrix state and `SwiGLU` do.
         - `dtype`: of the activations: `jnp.bfloat16` computes in it, while parameters, states and
             logits stay float32. That of the embedding if left out.
 
@@ -223,10 +223,14 @@ def _with_weight(head: LanguageModelHead, weight: Array | None) -> LanguageModel
 
 
 def _divided(block: AbstractBlock, divisor: float) -> AbstractBlock:
-    where = lambda block: [
-        getattr(mixer, name).weight
-        for mixer in (block.sequence_mixer, block.channel_mixer)
-        for name in RESIDUAL_MAPS
-        if hasattr(mixer, name)
-    ]
+    def where(block):
+        mixers = (block.sequence_mixer, block.channel_mixer)
+        maps = [_at(mixer, name) for mixer in mixers for name in RESIDUAL_MAPS]
+        return [layer.weight for layer in maps if layer is not None]
+
     return eqx.tree_at(where, block, replace_fn=lambda w: w / divisor) if where(block) else block
+
+
+def _at(mixer: eqx.Module, path: str) -> Any:
+    """None where there is no such thing."""
+    return ft.reduce(lambda part, name: getattr(part, name, None), path.split("."), mixer)

@@ -80,10 +80,14 @@ class HGRN2(eqx.nn.StatefulLayer):
         self, x: Samples, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Samples, eqx.nn.State]:
         """As [`discretax.models.AbstractBackbone`][] has it."""
-        shares = jax.nn.softmax(self.lower_bounds, axis=0).at[0].set(0)
         backbone = eqx.tree_at(
             lambda backbone: [block.sequence_mixer.lower_bound for block in backbone.blocks],
             self.backbone,
-            list(jnp.cumsum(shares, axis=0)),
+            list(self.bounds()),
         )
         return backbone(x, state, key)
+
+    def bounds(self) -> Float[Array, "num_blocks heads key"]:
+        """The least that the forget gates of each block leave: $b$."""
+        shares = jax.nn.softmax(self.lower_bounds, axis=0).at[0].set(0)
+        return jnp.cumsum(shares, axis=0)
