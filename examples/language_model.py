@@ -36,6 +36,7 @@ from discretax.blocks import OffsetRMSNorm
 from discretax.channel_mixers import SwiGLU
 from discretax.sequence_mixers import (
     AttentionSequenceMixer,
+    GatedDeltaNetSequenceMixer,
     GriffinSequenceMixer,
     LRUSequenceMixer,
     Mamba2SequenceMixer,
@@ -46,15 +47,18 @@ recurrent = partial(GriffinSequenceMixer, num_heads=2)
 attention = partial(
     AttentionSequenceMixer, num_heads=2, window=128, rotary_fraction=0.5, out_bias=True
 )
+delta = partial(GatedDeltaNetSequenceMixer, num_heads=2)
 PATTERNS = {
     "rglru": (recurrent,),
     "griffin": (recurrent, recurrent, attention),
     "lru": (partial(LRUSequenceMixer, state_dim=128, r_min=0.5, r_max=0.999),),
     "mamba": (MambaSequenceMixer,),
     "mamba2": (partial(Mamba2SequenceMixer, state_dim=64, norm_eps=1e-6),),
+    "gated_delta_net": (delta,),
+    "hybrid": (delta, delta, delta, attention),
 }
 MAMBAS = ("mamba", "mamba2")  # whose mixers are blocks of their own
-SAVED = tuple(name for name in PATTERNS if name != "lru")  # in the formats of published models
+SAVED = ("rglru", "griffin", "mamba", "mamba2")  # in the formats of published models
 START = 0  # the byte before every topic, which is in none
 
 

@@ -9,9 +9,9 @@ from discretax.sequence_mixers import KimiDeltaAttentionSequenceMixer
 
 
 class KimiDeltaAttention(AbstractBackbone):
-    """Blocks of Kimi Delta Attention and a gated MLP: Kimi Linear without its attention (arXiv:2510.26692).
+    """Blocks of Kimi Delta Attention and a gated MLP (arXiv:2510.26692).
 
-    For Kimi Linear's pattern, attention in each fourth block, see [Language
+    Kimi Linear has experts in place of the MLP, and attention in each fourth block: see [Language
     models](../language-models.md).
     """
 

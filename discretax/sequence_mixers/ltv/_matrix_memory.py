@@ -49,10 +49,7 @@ class AbstractMatrixMixer(AbstractLTVMixer[MatrixCache]):
         state: Float[Array, "heads key value"],
         **options: Any,
     ) -> tuple[Float[Array, "time heads value"], Float[Array, "heads key value"]]:
-        """What is read for each sample, and the state after the last: an operation on them.
-
-        `options`: `length` and `resets`, as every operation takes them.
-        """
+        """What is read for each sample, and the state after the last; `options`: length and resets."""
 
     def allocate_inference_cache(
         self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
