@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array
 
 from discretax import Timeseries
+from discretax._types import accumulation_dtype
 from discretax.sequence_mixers import AbstractSequenceMixer
 from discretax.sequence_mixers.base import check_call, check_step, zero_cache
 
@@ -161,8 +162,8 @@ class Leaky(AbstractSequenceMixer[dict[str, Array]]):
     ):
         zero = self.allocate_inference_cache()
         x, cache, gaps = check_call(self, x, cache, zero, integration_timesteps, length, resets)
-        time, rate = x.shape[0], self.rate.astype(jnp.result_type(float))
-        gaps = jnp.ones(time) if gaps is None else gaps
+        time, rate = x.shape[0], self.rate.astype(accumulation_dtype(self.rate, cache["h"]))
+        gaps = jnp.ones(time, rate.dtype) if gaps is None else gaps.astype(rate.dtype)
         fresh = jnp.zeros(time, bool) if resets is None else resets
         valid = jnp.arange(time) < (time if length is None else length)
 

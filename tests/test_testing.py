@@ -145,6 +145,12 @@ def batched_otherwise(y, x, rate):
     return y * jax.lax.stop_gradient(factor(jax.lax.stop_gradient(y[0, 0])))
 
 
+def grows_with_x64(mixer, x, cache, **options):
+    y, after = mixer(x, cache, **options)
+    widen = lambda leaf: leaf.astype(float) if eqx.is_inexact_array(leaf) else leaf
+    return y, jax.tree.map(widen, after)
+
+
 def untrained_if_narrow(y, x, rate):
     rate = jax.lax.stop_gradient(rate) if rate.dtype == jnp.bfloat16 else rate
     return y * rate.astype(y.dtype)
@@ -337,6 +343,18 @@ BROKEN = [
         output(untrained_if_narrow),
         {},
         r"parameters in bfloat16, against .*:\n +mixer.mixer.rate at",
+    ),
+    (
+        "a_stream_goes_on_with_x64",
+        altered(called=grows_with_x64),
+        {},
+        r"gives back a cache of the kind that it was given, .*float32\(4,\).*; got .*float64\(4,\)",
+    ),
+    (
+        "a_stream_goes_on_with_x64",
+        output(lambda y, x, rate: y * jnp.zeros(()).dtype.itemsize),
+        {},
+        "a sample with x64, against without:",
     ),
     (
         "stable_whatever_the_training",

@@ -1,5 +1,7 @@
 """8. Activations or parameters of half the width. 9. Stable, however trained and however long."""
 
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.flatten_util
@@ -10,7 +12,7 @@ from jaxtyping import PyTree
 
 from discretax.testing._compare import at, kind, require, same
 from discretax.testing._law import law
-from discretax.testing._subject import Subject, call, floats, parameters, weights
+from discretax.testing._subject import TIME, Subject, call, floats, parameters, take_step, weights
 
 
 @law()
@@ -60,6 +62,20 @@ def gradients_of_narrow_parameters(subject: Subject):
     pull = lambda mixer: subject.pull(call, cotangent, mixer, x).gradients
     of, to = "parameters in bfloat16", "the same numbers in float32"
     same(pull(rounded), pull(_cast(rounded, "float32")), 1e-2, of=of, to=to)
+
+
+@law(lambda subject: subject.streams)
+def a_stream_goes_on_with_x64(subject: Subject):
+    """A float32 cache is taken, and keeps its types, once x64 is on."""
+    mixer, x = subject.single()
+    cache = subject.used_cache()
+    expected = subject.run(mixer, x[:1], cache)
+    with jax.enable_x64(True):
+        for options in ({}, {"length": 5, "resets": np.arange(TIME) == 2}):
+            eqx.filter_eval_shape(ft.partial(call, **options), mixer, x, cache)
+        eqx.filter_eval_shape(take_step, mixer, x[0], cache)
+        outcome = subject.run(mixer, x[:1], cache)
+        same(outcome, expected, of="a sample with x64", to="without")
 
 
 @law(lambda subject: subject.transition_size is not None)
