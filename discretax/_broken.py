@@ -134,8 +134,9 @@ def broken_since_reset(
     """Whether a sample since the last reset is broken, or, without a reset, what was `before`."""
     time = broken.shape[0]
     index = jnp.arange(time).reshape(time, *(1,) * (broken.ndim - 1))
+    before = jnp.expand_dims(before, 0)
     if resets is None:
-        return before | (index >= jnp.where(broken, index, time).min(0))
+        return before | (index >= jnp.where(broken, index, time).min(0, keepdims=True))
     # The last of the events decides. Those that break are odd numbers, in the order of time.
     reset = jnp.where(resets.reshape(index.shape), 2 * index, jnp.where(before, -1, -2))
     return lax.cummax(jnp.where(broken, 2 * index + 1, reset)) % 2 == 1

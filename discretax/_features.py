@@ -7,6 +7,7 @@ from typing import Any, TypeVar, get_args
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float
 
 from discretax._types import conversion
@@ -17,7 +18,9 @@ Kind = TypeVar("Kind")
 def linear(layer: eqx.nn.Linear, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
     """Applies `layer` to the last axis, in the type of `x`: activations choose the precision."""
     y = x @ layer.weight.T.astype(x.dtype)
-    return y if layer.bias is None else y + layer.bias.astype(x.dtype)
+    if layer.bias is None:
+        return y
+    return y + lax.broadcast_to_rank(layer.bias.astype(x.dtype), y.ndim)
 
 
 def soft_capped(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:

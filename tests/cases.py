@@ -126,8 +126,8 @@ def convolve_states(mixer: AbstractLTIMixer, x: Array) -> Array:
     _, B_bar, C = mixer.discretize()
     kernel = mixer.compute_kernel(x.shape[0])
     drive = x.astype(B_bar.dtype) @ B_bar.T
-    h = sum(kernel[lag] * delayed(drive, lag) for lag in range(x.shape[0]))
-    return (h @ C.T).real + mixer.discretize().D * x
+    h = sum(kernel[lag, None] * delayed(drive, lag) for lag in range(x.shape[0]))
+    return (h @ C.T).real + mixer.discretize().D[None] * x
 
 
 def delayed(x: Array, lag: int) -> Array:
@@ -136,8 +136,8 @@ def delayed(x: Array, lag: int) -> Array:
 
 def convolve_features(mixer: S4DSequenceMixer | S4SequenceMixer, x: Array) -> Array:
     """y_t = sum_l K_l x_{t-l} + D x_t for each feature, lag by lag."""
-    kernel = mixer.compute_kernel(x.shape[0])[:, 0]
-    return sum(kernel[lag] * delayed(x, lag) for lag in range(x.shape[0])) + mixer.D[0] * x
+    kernel = mixer.compute_kernel(x.shape[0])  # (time, 1, features)
+    return sum(kernel[lag] * delayed(x, lag) for lag in range(x.shape[0])) + mixer.D * x
 
 
 def convolve_channels(mixer: Centaurus, x: Array) -> Array:
@@ -145,14 +145,14 @@ def convolve_channels(mixer: Centaurus, x: Array) -> Array:
     kernel = mixer.compute_kernel(x.shape[0])
     features = x.shape[1]
     if mixer.mode == "full":
-        u = x[:, None] * mixer.B.reshape(features, features)  # (time, out, in)
+        u = x[:, None] * mixer.B.reshape(1, features, features)  # (time, out, in)
         u = u.reshape(x.shape[0], -1)
     else:
-        u = x @ mixer.B.T if mixer.mode == "neck" else x * mixer.B
-    v = sum(kernel[lag] * delayed(u, lag) for lag in range(x.shape[0]))
+        u = x @ mixer.B.T if mixer.mode == "neck" else x * mixer.B[None]
+    v = sum(kernel[lag, None] * delayed(u, lag) for lag in range(x.shape[0]))
     if mixer.mode == "neck":
         return v @ mixer.C.T
-    v = v * mixer.C
+    v = v * mixer.C[None]
     return v.reshape(-1, features, features).sum(-1) if mixer.mode == "full" else v
 
 
@@ -197,15 +197,15 @@ def mamba_size(mixer: MambaSequenceMixer) -> Array:
     low_rank = 3 * jr.normal(jr.key(0), (100, mixer.dt_rank))
     steps = jax.nn.softplus(jax.vmap(mixer.dt_proj)(low_rank))
     if mixer.dt_A_bias is not None:
-        steps = jnp.linspace(0, 5, 100)[:, None] * jax.nn.softplus(mixer.dt_A_bias)
+        steps = jnp.linspace(0, 5, 100)[:, None] * jax.nn.softplus(mixer.dt_A_bias)[None]
     discretize = ops.bilinear if mixer.discretization == "bilinear" else ops.dirac
     return jnp.abs(discretize(-jnp.exp(mixer.A_log), steps[..., None])[0])
 
 
 def mamba2_size(mixer: Mamba2SequenceMixer) -> Array:
     """For steps that inputs of any size ask for."""
-    steps = jax.nn.softplus(jnp.linspace(-10, 10, 100)[:, None] + mixer.dt_bias)
-    return jnp.exp(-jnp.exp(mixer.A_log) * jnp.clip(steps, *mixer.dt_limit))
+    steps = jax.nn.softplus(jnp.linspace(-10, 10, 100)[:, None] + mixer.dt_bias[None])
+    return jnp.exp(-jnp.exp(mixer.A_log)[None] * jnp.clip(steps, *mixer.dt_limit))
 
 
 def mamba3(key: PRNGKeyArray, **options: Any) -> Mamba3SequenceMixer:
@@ -268,12 +268,12 @@ def loud(make: Callable[..., AbstractSequenceMixer], key: PRNGKeyArray) -> Abstr
 def rg_lru_size(mixer: RGLRUSequenceMixer) -> Array:
     """For every opening of the gate."""
     openings = jnp.linspace(0, 1, 100)[:, None]
-    return jnp.exp(-8 * openings * jax.nn.softplus(mixer.Lambda))
+    return jnp.exp(-8 * openings * jax.nn.softplus(mixer.Lambda)[None])
 
 
 def s7_size(mixer: S7SequenceMixer) -> Array:
     """For whatever the input adds to alpha."""
-    return jnp.abs(1 - 1 / ((jnp.linspace(-5, 5, 100)[:, None] + mixer.alpha) ** 2 + 0.5))
+    return jnp.abs(1 - 1 / ((jnp.linspace(-5, 5, 100)[:, None] + mixer.alpha[None]) ** 2 + 0.5))
 
 
 def bidirectional(key: PRNGKeyArray) -> Bidirectional:

@@ -170,7 +170,7 @@ def test_a_row_of_padding_alone(window):
     @eqx.filter_value_and_grad
     def loss(mixer, x, lengths):
         y = jax.vmap(lambda x, length: mixer(x, length=length)[0])(x, lengths)
-        valid = jnp.arange(TIME) < lengths[:, None]
+        valid = jnp.arange(TIME)[None] < lengths[:, None]
         return jnp.sum(jnp.where(valid[..., None], y, 0) ** 2)
 
     x = draw(2, TIME, FEATURES)

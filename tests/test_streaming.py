@@ -211,7 +211,7 @@ def test_streams_that_go_on_at_different_rates():
     so_far = jnp.zeros(BATCH, int)
     for lengths in ((2, 0, 5), (0, 0, 3), (5, 1, 0), (1, 5, 3)):
         lengths = jnp.array(lengths)
-        rows = jnp.clip(so_far[:, None] + jnp.arange(5), 0, TIME - 1)
+        rows = jnp.clip(so_far[:, None] + jnp.arange(5)[None], 0, TIME - 1)
         chunk = jax.vmap(nan_padded)(jnp.take_along_axis(x, rows[..., None], axis=1), lengths)
         y, stream_state = run_batch(live, stream_state, chunk)
         so_far += lengths

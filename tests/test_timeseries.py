@@ -138,7 +138,7 @@ def test_batch_axes_go_through_vmap():
 def test_padding_is_without_effect(norm):
     model, state = make(norm)
     x = draw(BATCH, TIME, FEATURES)
-    valid = (jnp.arange(TIME) < LENGTHS[:, None])[..., None]
+    valid = (jnp.arange(TIME)[None] < LENGTHS[:, None])[..., None]
     with_padding = lambda padding: Timeseries(jnp.where(valid, x, padding), length=LENGTHS)
     nan, other = with_padding(jnp.nan), with_padding(1e6 * draw(BATCH, TIME, FEATURES, seed=2))
 
@@ -184,7 +184,7 @@ def test_gaps_in_the_padding_are_without_effect(gap):
 def test_gradients_of_a_padded_batch_are_those_of_the_single_sequences():
     model, state = make()
     x = draw(BATCH, TIME, FEATURES)
-    valid = (jnp.arange(TIME) < LENGTHS[:, None])[..., None]
+    valid = (jnp.arange(TIME)[None] < LENGTHS[:, None])[..., None]
     padded = Timeseries(jnp.where(valid, x, jnp.nan), length=LENGTHS)
 
     @eqx.filter_jit

@@ -84,7 +84,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
             blended = blend(running_mean, mean), blend(running_var, var), blend(weight, 1.0)
             kept = (new.astype(old.dtype) for new, old in zip(blended, statistics, strict=True))
             state = state.set(self.statistics, tuple(kept))
-        y = (u - mean) * lax.rsqrt(var + self.eps) * scale + shift
+        factor = lax.rsqrt(var + self.eps)
+        y = (u - mean[None]) * factor[None] * scale[None] + shift[None]
         return y.astype(x.dtype), state
 
 
@@ -95,7 +96,7 @@ def _batch_statistics(x, length):
     total = lambda values: _sum_over_batch(jnp.where(valid, values, 0).sum(0))
     count = _sum_over_batch(valid.sum(dtype=x.dtype))
     mean = total(x) / jnp.maximum(count, 1)
-    return mean, total((x - mean) ** 2) / jnp.maximum(count, 1), count
+    return mean, total((x - mean[None]) ** 2) / jnp.maximum(count, 1), count
 
 
 def _sum_over_batch(value):

@@ -148,7 +148,7 @@ def _write(model: PyTree, state: eqx.nn.State, task: Task) -> Generated:
     start = _read_prompts(live, state, task)
     tokens = jnp.zeros((task.max_new_tokens, len(task.prompt)), int)
     _, texts, tokens = lax.while_loop(going_on, advance, (0, start, tokens))
-    written = jnp.arange(task.max_new_tokens) < texts.length[:, None]
+    written = jnp.arange(task.max_new_tokens)[None] < texts.length[:, None]
     return Generated(jnp.where(written, tokens.T, texts.token[:, None]), texts.length)
 
 
@@ -173,7 +173,7 @@ def _read_prompts(live: PyTree, state: eqx.nn.State, task: Task) -> _Text:
         state = lax.fori_loop(0, -(-before.max() // size), read_chunk, state)
     seen = None
     if task.sampling.repetition_penalty is not None:
-        valid = jnp.arange(time + 1) < task.length[:, None]
+        valid = jnp.arange(time + 1)[None] < task.length[:, None]
         tokens = jnp.where(valid, task.prompt, task.vocabulary)
         mark = lambda tokens: jnp.zeros(task.vocabulary, bool).at[tokens].set(True, mode="drop")
         seen = jax.vmap(mark)(tokens)

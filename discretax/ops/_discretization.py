@@ -24,6 +24,7 @@ def zoh(
 
     **Returns:** $(\bar A, \gamma)$.
     """
+    A, dt = jnp.broadcast_arrays(A, dt)
     z = A * dt
     return jnp.exp(z), dt * _mean_of_exp(0, z)
 
@@ -40,6 +41,7 @@ def bilinear(
 
     **Returns:** $(\bar A, \gamma)$.
     """
+    A, dt = jnp.broadcast_arrays(A, dt)
     denominator = 1 - A * dt / 2
     return (1 + A * dt / 2) / denominator, dt / denominator
 
@@ -56,6 +58,7 @@ def dirac(
 
     **Returns:** $(\bar A, \gamma)$.
     """
+    A, dt = jnp.broadcast_arrays(A, dt)
     A_bar = jnp.exp(A * dt)
     return A_bar, jnp.ones_like(A_bar)
 
@@ -73,7 +76,9 @@ def asynchronous(
 
     **Returns:** $(\bar A_t, \gamma)$.
     """
-    return jnp.exp(A * dt * timesteps), zoh(A, dt)[1]
+    A, dt = jnp.broadcast_arrays(A, dt)
+    z, timesteps = jnp.broadcast_arrays(A * dt, timesteps)
+    return jnp.exp(z * timesteps), zoh(A, dt)[1]
 
 
 @ft.partial(jax.custom_jvp, nondiff_argnums=(0,))

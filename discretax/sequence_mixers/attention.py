@@ -226,12 +226,14 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
                 for old, new in zip(_past(cache), (k, v, broken, positions, sequence), strict=True)
             )
         keys, values, of_broken, key_positions, key_sequence = samples
-        distance = positions[:, None] - key_positions
-        seen = (key_sequence == sequence[:, None]) & (distance >= 0) & (key_positions >= 0)
+        distance = positions[:, None] - key_positions[None]
+        seen = (
+            (key_sequence[None] == sequence[:, None]) & (distance >= 0) & (key_positions[None] >= 0)
+        )
         if self.window is not None:
             seen &= distance < self.window
         y = masked_attention(q, keys.astype(q.dtype), values.astype(q.dtype), seen)
-        unknown = (seen & of_broken).any(1)
+        unknown = (seen & of_broken[None]).any(1)
         if self.window is None:
             unknown |= positions >= slots
         # Counted on, the position would reach the end of its integers.

@@ -60,9 +60,9 @@ def depthwise_convolution(
     window = jnp.zeros((past, features)) if window is None else window
     delayed, window = delays(x.astype(dtype), window.astype(dtype), length, resets)
 
-    y = jnp.zeros((), dtype) if bias is None else bias.astype(dtype)
+    y = jnp.zeros((), dtype) if bias is None else bias.astype(dtype)[None]
     for k in range(past + 1):
-        y = y + weight[:, k].astype(dtype) * delayed(past - k)
+        y = y + weight[None, :, k].astype(dtype) * delayed(past - k)
     return y.astype(x.dtype), window
 
 

@@ -288,14 +288,14 @@ def _scan(transition: Transition, B, C, D, x, h0, length, resets):
 
         def advance(before):
             u = mended(x_chunk)
-            drive = (B_chunk if varying else B) * u[..., None, None]
+            drive = (B_chunk if varying else B[None]) * u[..., None, None]
             if system.U is None:
                 h = recurrence(system.A, drive, before, resets_chunk, planes=True)
             else:
                 h = _step_by_step(system, drive, before, resets_chunk, varying)
             y = jnp.einsum("cfpn,tfpn->tcf", C, h)
             if D is not None:
-                y = y + D * u[:, None]
+                y = y + D[None] * u[:, None]
             return y, state_at(h, before, left)
 
         y, h = contained(advance, h_initial, x_chunk, resets_chunk, left, by_feature=True)

@@ -45,7 +45,7 @@ class DiagonalPower(NamedTuple):
         product with all powers is far slower than that of a loop.
         """
         one = jnp.zeros_like(self.planes).at[:, 0].set(1)
-        forth, back = times_in_loop(self.planes), times_in_loop(conjugate(self.planes))
+        forth, back = times_in_loop(self.planes), times_in_loop(conjugate(self.planes)[None])
 
         @ft.partial(jax.checkpoint, prevent_cse=False)  # keeps what it starts from, alone
         def advance(carry, _):
@@ -60,7 +60,8 @@ class DiagonalPower(NamedTuple):
         self, left: Float[Array, "*lead features flat"]
     ) -> Float[Array, "*lead features flat"]:
         """left A. A complex number as a real 2x2 matrix is transposed by conjugation."""
-        return flat(times(conjugate(self.planes), unflat(left)))
+        left = unflat(left)
+        return flat(times(lax.broadcast_to_rank(conjugate(self.planes), left.ndim), left))
 
 
 class DensePower(NamedTuple):
@@ -93,7 +94,7 @@ def power_of(transition: Transition) -> DiagonalPower | DensePower:
         return DiagonalPower(A)
     state_dim = A.shape[-1]
     eye = jnp.eye(2 * state_dim, dtype=A.dtype).reshape(-1, 1, 2, state_dim)
-    columns = flat(times(A, eye))  # (column, features, row)
+    columns = flat(times(A[None], eye))  # (column, features, row)
     U = U.reshape(U.shape[0], -1, U.shape[-1])
     return DensePower(jnp.moveaxis(columns, 0, -1) + jnp.einsum("fsr,frt->fst", U, flat(W)))
 

@@ -113,6 +113,6 @@ def _running_maximum(log_f, i, start, fresh):
     summary = lambda: (gain[-1], own[-1])
     resets = None if fresh is None else fresh[:, 0]
     start = incoming_state(start, summary, resets, jnp.add, jnp.maximum)
-    m = unless_cut(gain, jnp.maximum(start + gain, own), own)
+    m = unless_cut(gain, jnp.maximum(start[None] + gain, own), own)
     before = jnp.concatenate([start[None], m[:-1]])
     return m, before if fresh is None else jnp.where(fresh, 0, before)

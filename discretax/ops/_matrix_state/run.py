@@ -129,7 +129,7 @@ def _chunk(state: State, samples: Samples, erase_first: bool) -> tuple[State, Ar
     seen = jnp.tri(samples.q.shape[0], dtype=bool)  # does sample i still know of sample j
     if resets is not None:
         sequence = jnp.cumsum(resets)
-        seen = seen & (sequence[:, None] == sequence)
+        seen = seen & (sequence[:, None] == sequence[None])
         samples, state, spoilt = _without_broken(samples, state, seen, sequence == 0)
     # Heads before time: the products then run head by head over adjacent numbers.
     q, k = jnp.moveaxis(samples.q, 0, 1), jnp.moveaxis(samples.k, 0, 1)
@@ -201,4 +201,4 @@ def _without_broken(
     known_of = jnp.einsum("ij,jgh->ghi", seen.astype(int), broken.astype(int)) > 0
     lost = is_broken(state, 2)
     state = jnp.where(lost[..., None, None], 0, state)
-    return samples, state, known_of | (lost[..., None] & first)
+    return samples, state, known_of | (lost[..., None] & first[None, None])

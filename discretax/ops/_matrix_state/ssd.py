@@ -78,10 +78,10 @@ def ssd(
     dtype = accumulation_dtype(*jax.tree.leaves((x, dt, A, B, C, D, h0)))
     dt = zero_padding(dt, length).astype(dtype)  # whose product with A has a gradient of its own
     samples, state = as_samples(
-        C, B, x, dt, dt * A.astype(dtype), None, None if h0 is None else h0.mT
+        C, B, x, dt, dt * A.astype(dtype)[None], None, None if h0 is None else h0.mT
     )
     y, h = matrix_state(samples, state, length=length, resets=resets, chunk_size=chunk_size)
     y = by_head(y, axis=1)
     if D is not None:
-        y = y + D.astype(dtype)[:, None] * x.astype(dtype)
+        y = y + D.astype(dtype)[None, :, None] * x.astype(dtype)
     return y.astype(x.dtype), by_head(h, axis=0).mT

@@ -88,7 +88,7 @@ def to_complex(planes: Array) -> Array:
 
 
 def conjugate(a: Array) -> Array:
-    return a * jnp.array([[1], [-1]], a.dtype)
+    return a * lax.broadcast_to_rank(jnp.array([[1], [-1]], a.dtype), a.ndim)
 
 
 def align(flags, values):

@@ -140,7 +140,7 @@ def selective_scan(
 
     y, h = over_time(samples, resets, A, incoming_state(h.T, summary, resets))
     if D is not None:
-        y = (y.astype(dtype) + D.astype(dtype) * x.astype(dtype)).astype(x.dtype)
+        y = (y.astype(dtype) + D.astype(dtype)[None] * x.astype(dtype)).astype(x.dtype)
     return y, h.T
 
 

@@ -65,7 +65,8 @@ class DepthwiseSystem(eqx.Module):
         W = to_complex(W).conj()
         mix = jnp.concatenate([U, U.conj()], -2) @ jnp.concatenate([W, W.conj()], -1) / 2
         diagonal = jnp.concatenate([diagonal, diagonal.conj()], -1)
-        return mix + diagonal[..., None] * jnp.eye(diagonal.shape[-1], dtype=diagonal.dtype)
+        eye = jnp.eye(diagonal.shape[-1], dtype=diagonal.dtype)
+        return mix + diagonal[..., None] * lax.broadcast_to_rank(eye, mix.ndim)
 
     @property
     def B_bar(self) -> Complex[Array, "*time features state"]:
@@ -112,7 +113,7 @@ class DepthwiseSystem(eqx.Module):
     ) -> tuple[Sample, Float[Array, "features 2 state"]]:
         def run(x, h):
             h = self.transition(h) + self.B_planes * x[:, None, None]
-            return jnp.einsum("cfpn,fpn->cf", self.C_planes, h) + self.D * x, h
+            return jnp.einsum("cfpn,fpn->cf", self.C_planes, h) + self.D * x[None], h
 
         y, h = contained_step(run, x, cache, by_feature=True)
         return y.reshape(-1), h
@@ -128,16 +129,20 @@ class DepthwiseSystem(eqx.Module):
         r"""$H(z) = \sum_l K_l z^{-l}$ of the impulse response $K$, in closed form."""
         A_bar, B_bar, C = self
         z = z.astype(A_bar.dtype)[..., None, None]
+        A_bar = lax.broadcast_to_rank(A_bar, z.ndim - 2 + A_bar.ndim)
 
         def series(z):
             if self.transition.U is None:
                 return jnp.einsum("cfn,...fn,fn->...cf", C, 1 / (1 - A_bar / z), B_bar)
-            eye = jnp.eye(A_bar.shape[-1], dtype=A_bar.dtype)
-            states = jnp.linalg.solve(eye - A_bar / z[..., None], B_bar[..., None])[..., 0]
+            eye = lax.broadcast_to_rank(jnp.eye(A_bar.shape[-1], dtype=A_bar.dtype), A_bar.ndim)
+            drive = lax.broadcast_to_rank(B_bar[..., None], A_bar.ndim)
+            states = jnp.linalg.solve(eye - A_bar / z[..., None], drive)[..., 0]
             return jnp.einsum("cfn,...fn->...cf", C, states)
 
-        response = (series(z) + series(z.conj()).conj()) / 2 + self.D.astype(A_bar.dtype)
-        matrix = response[..., None] * jnp.eye(A_bar.shape[0], dtype=A_bar.dtype)
+        response = (series(z) + series(z.conj()).conj()) / 2
+        response = response + lax.broadcast_to_rank(self.D.astype(A_bar.dtype), response.ndim)
+        eye = jnp.eye(self.D.shape[1], dtype=A_bar.dtype)
+        matrix = response[..., None] * lax.broadcast_to_rank(eye, response.ndim + 1)
         return matrix.reshape(*matrix.shape[:-3], -1, matrix.shape[-1])
 
     def _with_conjugates(self, vectors):

@@ -58,7 +58,7 @@ class DiagonalSystem(eqx.Module):
         B = lax.complex(*self.B_planes)
         if self.gamma_planes is None:
             return B
-        return to_complex(self.gamma_planes)[..., None] * B
+        return to_complex(self.gamma_planes)[..., None] * B[None]
 
     @property
     def C(self) -> Complex[Array, "features state"]:
@@ -116,7 +116,8 @@ class DiagonalSystem(eqx.Module):
     def transfer(self, z: Complex[Array, "*shape"]) -> Complex[Array, "*shape out features"]:
         r"""$H(z) = \sum_l K_l z^{-l}$ of the impulse response $K$, in closed form."""
         A_bar, B_bar, C = self
-        return transfer(A_bar, B_bar, C, z) + jnp.diag(self.D).astype(C.dtype)
+        skip = lax.broadcast_to_rank(jnp.diag(self.D).astype(C.dtype), z.ndim + 2)
+        return transfer(A_bar, B_bar, C, z) + skip
 
 
 def transfer(
@@ -130,5 +131,6 @@ def transfer(
     $(G(z) + \overline{G(\overline z)}) / 2$ with $G(z) = C (1 - \bar A / z)^{-1} \bar B$.
     """
     z = z.astype(A_bar.dtype)[..., None, None]
+    A_bar, C = (lax.broadcast_to_rank(array, z.ndim) for array in (A_bar, C))
     series = lambda z: (C / (1 - A_bar / z)) @ B_bar
     return (series(z) + series(z.conj()).conj()) / 2

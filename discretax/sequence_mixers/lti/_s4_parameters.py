@@ -204,12 +204,13 @@ class AbstractS4Mixer(AbstractContinuousMixer[Float[Array, "features 2 state"]])
         r"""$\Delta$ (over all timesteps, if given), $A$, $B$ and $2C$, complex, per feature."""
         dt = self.step_rescale * transformed(self.inv_dt, self.dt_transform)
         if timesteps is not None:
-            dt = dt * jnp.asarray(timesteps, dt.dtype)[..., None, None]
+            dt = jnp.multiply.outer(jnp.asarray(timesteps, dt.dtype), dt)
         real = -transformed(self.A_real, self.real_transform)
         if self.A_imag is None:
             A, B, C = (lax.complex(part, jnp.zeros_like(part)) for part in (real, self.B, self.C))
         else:
             A = lax.complex(real, -transformed(self.A_imag, self.imag_transform))
             B, C = joined(self.B), joined(self.C)
-        A, B = shared(A, self.in_features), shared(B, self.in_features)
+        A, B = (shared(v, self.in_features) for v in (A, B))
+        A, B = (lax.broadcast_to_rank(v, dt.ndim) for v in (A, B))
         return dt.astype(A.dtype), A, B, 2 * C

@@ -174,7 +174,7 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
         A = lax.complex(-jnp.exp(mixer.log_A_real), mixer.A_imag)
         dt = self.step_rescale * jnp.exp(mixer.log_delta)[:, None]
         if integration_timesteps is not None:
-            dt = dt * jnp.asarray(integration_timesteps, dt.dtype)[..., None, None]
+            dt = jnp.multiply.outer(jnp.asarray(integration_timesteps, dt.dtype), dt)
         dt = dt.astype(A.dtype)
         if self.discretization == "euler":
             A_bar = jnp.exp(dt * A)
@@ -243,14 +243,15 @@ class CentaurusSystem(eqx.Module):
     def B_bar(self) -> Complex[Array, "*time state features"]:
         eye = jnp.eye(self.in_features, dtype=self.B_in.dtype)
         drive = _complex(self._project(eye).T)  # (channels, features)
-        B_bar = self.channels.B_bar[..., None] * drive[:, None]
+        B_bar = self.channels.B_bar[..., None]
+        B_bar = B_bar * lax.broadcast_to_rank(drive[:, None], B_bar.ndim)
         return B_bar.reshape(*B_bar.shape[:-3], -1, B_bar.shape[-1])
 
     @property
     def C(self) -> Complex[Array, "features state"]:
         E = self.channels.C[0]
         readout = self._read_out(jnp.eye(E.shape[0], dtype=self.C_out.dtype)).T
-        return (_complex(readout)[:, :, None] * E).reshape(readout.shape[0], -1)
+        return (_complex(readout)[:, :, None] * E[None]).reshape(readout.shape[0], -1)
 
     def __iter__(self) -> Iterator[Array]:
         return iter((self.A_bar, self.B_bar, self.C))
@@ -309,19 +310,19 @@ class CentaurusSystem(eqx.Module):
         else:
             weights = self.B_in * self.C_out
             forced = matrix_convolution(
-                (kernel * weights).reshape(-1, self.in_features, self.in_features), x
+                (kernel * weights[None]).reshape(-1, self.in_features, self.in_features), x
             )
         return forced + self._read_out(free[:, 0]), h
 
     def _project(self, x: Float[Array, "time features"]) -> Float[Array, "time channels"]:
         if self.mode == "neck":
             return x @ self.B_in.T
-        return (x if self.mode == "dws" else jnp.tile(x, (1, self.in_features))) * self.B_in
+        return (x if self.mode == "dws" else jnp.tile(x, (1, self.in_features))) * self.B_in[None]
 
     def _read_out(self, v: Float[Array, "time channels"]) -> Float[Array, "time features"]:
         if self.mode == "neck":
             return v @ self.C_out.T
-        v = v * self.C_out
+        v = v * self.C_out[None]
         if self.mode == "dws":
             return v
         return v.reshape(-1, self.in_features, self.in_features).sum(-1)

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import discretax.sequence_mixers.lti._s4_parameters as s4
@@ -140,13 +141,12 @@ class S4SequenceMixer(s4.AbstractS4Mixer):
         mixer = widened(self)
         dt, Lambda, B, C = mixer._continuous_system(integration_timesteps)
         P = jax.vmap(lambda p: s4.shared(p, self.in_features), out_axes=-1)(s4.joined(mixer.P))
+        P = lax.broadcast_to_rank(P, dt.ndim + 1)
         R = 1 / (1 - dt * Lambda / 2)
         # With a step for each state, Delta multiplies the rows of A: it belongs to P, not to P^*.
         P_dt, RP_adjoint = dt[..., None] * P, R[..., None] * P.conj()
-        M = (
-            2 * jnp.eye(P.shape[-1], dtype=R.real.dtype)
-            + 2 * jnp.einsum("...fnr,...fns->...frs", RP_adjoint, P_dt).real
-        )
+        eye = lax.broadcast_to_rank(jnp.eye(P.shape[-1], dtype=R.real.dtype), P.ndim)
+        M = 2 * eye + 2 * jnp.einsum("...fnr,...fns->...frs", RP_adjoint, P_dt).real
         U = -2 * R[..., None] * P_dt @ _inverse(M).astype(P.dtype)
         W = 2 * jnp.swapaxes(RP_adjoint, -1, -2)
         B_bar = R * dt * B

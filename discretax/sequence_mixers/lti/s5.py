@@ -166,7 +166,7 @@ class S5SequenceMixer(AbstractContinuousMixer[Float[Array, "2 state"]]):
         mixer = widened(self)
         tau = jnp.ones((), mixer.D.dtype)
         if integration_timesteps is not None:
-            tau = jnp.asarray(integration_timesteps, mixer.D.dtype)[..., None]
+            tau = jnp.asarray(integration_timesteps, mixer.D.dtype)
         A_bar, gamma = mixer._transition(tau)
         conjugates = 2 if self.conj_sym else 1
         return DiagonalSystem(
@@ -189,13 +189,14 @@ class S5SequenceMixer(AbstractContinuousMixer[Float[Array, "2 state"]]):
             return Lambda, jnp.ones_like(Lambda)
         dt = (self.step_rescale * jnp.exp(self.log_step[:, 0])).astype(Lambda.dtype)
         tau = tau.astype(Lambda.dtype)
+        dt_tau = jnp.multiply.outer(tau, dt)
         if self.discretization == "zoh":
-            return zoh(Lambda, dt * tau)
+            return zoh(Lambda, dt_tau)
         if self.discretization == "async":
-            return asynchronous(Lambda, dt, tau)
+            return asynchronous(Lambda, dt, tau[..., None])
         if self.discretization == "dirac":
-            return dirac(Lambda, dt * tau)
-        return bilinear(Lambda, dt * tau)[0], bilinear(Lambda, dt)[1]
+            return dirac(Lambda, dt_tau)
+        return bilinear(Lambda, dt_tau)[0], bilinear(Lambda, dt)[1]
 
 
 class BidirectionalS5(AbstractSequenceMixer[None]):

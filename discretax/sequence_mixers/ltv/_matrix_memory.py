@@ -268,7 +268,8 @@ class Output(eqx.Module):
         dtype = accumulation_dtype(y, self.out_proj.weight)
         y = y.astype(dtype)
         if self.norm is not None and self.norm_weight is not None:
-            y = self.norm(y, self.norm_eps) * self.norm_weight.astype(dtype)
+            weight = lax.broadcast_to_rank(self.norm_weight.astype(dtype), y.ndim)
+            y = self.norm(y, self.norm_eps) * weight
         y = y.reshape(len(x), -1) if len(x) else jnp.zeros((0, self.out_proj.in_features), dtype)
         if self.gate_proj is not None:
             y = y * ACTIVATIONS[self.activation](projected(self.gate_proj, x).astype(dtype))
@@ -299,5 +300,5 @@ def rate_and_biased(raw: Array, A_log: Array, dt_bias: Array) -> tuple[Array, Ar
     r"""$e^{\mathrm{A\_log}}$, one for each head, and $r + \mathrm{dt\_bias}$ of each sample."""
     dtype = accumulation_dtype(raw, A_log)
     raw, A_log, dt_bias = (array.astype(dtype) for array in (raw, A_log, dt_bias))
-    rate = jnp.exp(A_log).reshape(-1, *(1,) * (dt_bias.ndim - 1))
-    return rate, raw.reshape(len(raw), *dt_bias.shape) + dt_bias
+    rate = jnp.exp(A_log).reshape(1, -1, *(1,) * (dt_bias.ndim - 1))
+    return rate, raw.reshape(len(raw), *dt_bias.shape) + dt_bias[None]

@@ -124,8 +124,8 @@ class CombaSequenceMixer(AbstractMatrixMixer):
         )
 
     def attend(self, x, q, k, v, state, **options):
-        inner = jax.nn.sigmoid(self.inner_decay.astype(state.dtype))[:, None]
-        correction = self.correction.astype(state.dtype)[:, None]
+        inner = jax.nn.sigmoid(self.inner_decay.astype(state.dtype))[None, :, None]
+        correction = self.correction.astype(state.dtype)[None, :, None]
         q, k = q.astype(state.dtype), k.astype(state.dtype)
         q, k = l2_normalised(q - correction * inner * k), l2_normalised(k)
         return delta_rule(

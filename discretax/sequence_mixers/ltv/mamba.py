@@ -222,4 +222,4 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
             return None
         timesteps = jnp.ones(time) if timesteps is None else timesteps
         per_interval = jax.nn.softplus(self.dt_A_bias.astype(accumulation_dtype(self.dt_A_bias)))
-        return timesteps.astype(per_interval.dtype)[:, None] * per_interval
+        return timesteps.astype(per_interval.dtype)[:, None] * per_interval[None]

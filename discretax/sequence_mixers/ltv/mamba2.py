@@ -171,7 +171,7 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
         y, state = ssd(
             v.reshape(time, *cache.state.shape[:2]),
             jnp.clip(
-                jax.nn.softplus(dt.astype(dtype) + self.dt_bias.astype(dtype)), *self.dt_limit
+                jax.nn.softplus(dt.astype(dtype) + self.dt_bias.astype(dtype)[None]), *self.dt_limit
             ),
             -jnp.exp(self.A_log.astype(dtype)),
             B.reshape(time, self.num_groups, self.state_dim),
@@ -189,4 +189,4 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
         time, inner = y.shape
         groups = y.reshape(time, self.num_groups, inner // self.num_groups)
         groups = rms_normalised(groups, self.norm_eps)
-        return groups.reshape(time, inner) * self.norm_weight.astype(y.dtype)
+        return groups.reshape(time, inner) * self.norm_weight.astype(y.dtype)[None]

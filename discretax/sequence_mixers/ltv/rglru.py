@@ -151,7 +151,7 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
         logits = logits.reshape(heads, -1, 2, width).transpose(2, 1, 0, 3)
         logits = logits + jnp.stack([self.a_bias, self.input_bias])[:, None]
         recurrence_gate, input_gate = jax.nn.sigmoid(logits).reshape(2, *x.shape)
-        log_a = -8 * recurrence_gate * jax.nn.softplus(self.Lambda)
+        log_a = -8 * recurrence_gate * jax.nn.softplus(self.Lambda)[None]
         share = jnp.where(first[:, None], 1, _sqrt(-jnp.expm1(2 * log_a)))
         return jnp.exp(log_a), share * input_gate * x
 

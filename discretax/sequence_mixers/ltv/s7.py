@@ -133,7 +133,7 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
             linear(self.x_proj, u), [sum(ends[: i + 1]) for i in range(4)], axis=-1
         )
         B, C = (matrix.reshape(-1, features, state_dim) for matrix in (B, C))
-        A_bar = 1 - 1 / ((alpha + self.alpha) ** 2 + 0.5)
+        A_bar = 1 - 1 / ((alpha + self.alpha[None]) ** 2 + 0.5)
         return A_bar, jnp.einsum("thn,th->tn", B, u) + b, (C, D * u, x)
 
 
