@@ -218,8 +218,8 @@ def mamba3(key: PRNGKeyArray, **options: Any) -> Mamba3SequenceMixer:
 def mamba3_size(mixer: Mamba3SequenceMixer) -> Array:
     """For steps and rates that inputs of any size ask for; to turn changes no size."""
     wide = jnp.linspace(-10, 10, 100)
-    steps = jax.nn.softplus(wide[:, None, None] + mixer.dt_bias)
-    return jnp.exp(-steps * jnp.maximum(RATES[mixer.rate](wide), mixer.A_floor)[:, None])
+    steps = jax.nn.softplus(wide[:, None, None] + mixer.dt_bias[None, None])
+    return jnp.exp(-steps * jnp.maximum(RATES[mixer.rate](wide), mixer.A_floor)[None, :, None])
 
 
 def matrix_memories():

@@ -168,5 +168,5 @@ def _read_at_once(
     """What the outputs read of the inputs that they are paired with, without a state."""
     scores = weight[:, None, None] * jnp.einsum("trhn,tshn->trsh", C, B)
     if mask is not None:
-        scores = mask * scores
+        scores = mask[None] * scores
     return jnp.einsum("trsh,tshp->trhp", scores, x)

@@ -207,7 +207,7 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
         sizes = (inner, inner, written, written, heads, heads, heads)
         parts = jnp.split(linear(self.in_proj, x), np.cumsum(sizes), axis=-1)
         z, v, B, C, step, rate, trapezoid, omega = parts
-        dt = jax.nn.softplus(wide(step) + wide(self.dt_bias))
+        dt = jax.nn.softplus(wide(step) + wide(self.dt_bias)[None])
         A = -jnp.maximum(RATES[self.rate](wide(rate)), self.A_floor)
         phases, phase = cumulative_phase(
             jnp.tanh(wide(omega))[:, None] * dt[..., None] / 2,
@@ -229,9 +229,9 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
             length=length,
             resets=resets,
         )
-        y = y + wide(self.D)[:, None] * v
+        y = y + wide(self.D)[None, None, :, None] * v
         if self.norm_weight is not None:
-            y = rms_normalised(y, self.norm_eps) * wide(self.norm_weight)
+            y = rms_normalised(y, self.norm_eps) * wide(self.norm_weight)[None, None]
         z = z if self.gate_weight is None else z * by_rank(wide(self.gate_weight))
         y = y * jax.nn.silu(z)
         y = y if self.out_weight is None else y * by_rank(wide(self.out_weight))
@@ -248,7 +248,7 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
         """Normalised, given to the heads of each group, and turned."""
         heads, rank, state = bias.shape
         rows = rows.astype(weight.dtype).reshape(len(rows), rank, self.num_groups, state)
-        rows = rms_normalised(rows, self.norm_eps) * weight
+        rows = rms_normalised(rows, self.norm_eps) * weight[None, None, None]
         rows = jnp.repeat(rows, heads // self.num_groups, axis=2) + by_rank(bias)
         neighbours = self.in_weight is None
         pairs = (state // 2, 2) if neighbours else (2, state // 2)
@@ -264,8 +264,8 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
         return jnp.stack(both, axis=axis).reshape(rows.shape)
 
 
-def by_rank(array: Float[Array, "heads rank _"]) -> Float[Array, "rank heads _"]:
-    return jnp.swapaxes(array, 0, 1)
+def by_rank(array: Float[Array, "heads rank _"]) -> Float[Array, "1 rank heads _"]:
+    return jnp.swapaxes(array, 0, 1)[None]
 
 
 def heavy_tail(x: Array) -> Array:
