@@ -34,6 +34,7 @@ from discretax.sequence_mixers import (
     GriffinSequenceMixer,
     HGRN2SequenceMixer,
     KimiDeltaAttentionSequenceMixer,
+    LinOSSSequenceMixer,
     LRUSequenceMixer,
     Mamba2SequenceMixer,
     Mamba3SequenceMixer,
@@ -134,6 +135,15 @@ def delayed(x: Array, lag: int) -> Array:
     return jnp.pad(x, ((lag, 0), (0, 0)))[: x.shape[0]]
 
 
+def convolve_positions(mixer: LinOSSSequenceMixer, x: Array) -> Array:
+    """y_t = sum_l K_l (B x)_{t-l}, lag by lag, for a kernel of shape (time, state)."""
+    kernel = mixer.compute_kernel(x.shape[0])
+    B, C = (jax.lax.complex(*jnp.moveaxis(parts, -1, 0)) for parts in (mixer.B, mixer.C))
+    force = x.astype(B.dtype) @ B.T
+    y = sum(kernel[lag].astype(C.dtype) * delayed(force, lag) for lag in range(x.shape[0]))
+    return (y @ C.T).real + mixer.D * x
+
+
 def convolve_features(mixer: S4DSequenceMixer | S4SequenceMixer, x: Array) -> Array:
     """y_t = sum_l K_l x_{t-l} + D x_t for each feature, lag by lag."""
     kernel = mixer.compute_kernel(x.shape[0])  # (time, 1, features)
@@ -154,6 +164,23 @@ def convolve_channels(mixer: Centaurus, x: Array) -> Array:
         return v @ mixer.C.T
     v = v * mixer.C[None]
     return v.reshape(-1, features, features).sum(-1) if mixer.mode == "full" else v
+
+
+def oscillator_size(mixer: LinOSSSequenceMixer) -> Array:
+    """Without damping it is one, to rounding."""
+    size = jnp.abs(mixer.discretize().eigenvalues())
+    return size / (1 + 2**-20)
+
+
+def linoss(variant: str, **options) -> Case:
+    return Case(
+        "LinOSSSequenceMixer",
+        lambda key: LinOSSSequenceMixer(FEATURES, key, state_dim=3, **options),
+        takes_timesteps=True,
+        reference=convolve_positions,
+        transition_size=oscillator_size,
+        variant=variant,
+    )
 
 
 def spectral_norm(mixer: S4SequenceMixer) -> Array:
@@ -308,6 +335,9 @@ CASES = (
         not_drawn=("Lambda_re", "Lambda_im"),
         variant="async",
     ),
+    linoss("", r_min=0.3),
+    linoss("IM", discretization="IM", damping=False),
+    linoss("IMEX", damping=False),
     Case(
         "BidirectionalS5",
         lambda key: BidirectionalS5(FEATURES, key, state_dim=4, discretization="bilinear"),

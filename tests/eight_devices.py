@@ -21,7 +21,7 @@ from discretax.channel_mixers import SwiGLU
 from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
 from discretax.models import LRU
-from discretax.ops import diagonal_ssm, linear_recurrence, selective_scan, ssd
+from discretax.ops import diagonal_ssm, linear_recurrence, oscillator_ssm, selective_scan, ssd
 from discretax.ops._attention import masked_attention
 from discretax.sequence_mixers import (
     AttentionSequenceMixer,
@@ -227,6 +227,11 @@ OPS = {
     "diagonal_ssm": (
         lambda p, x: diagonal_ssm(*p, x, jnp.zeros((2, 3)))[0],
         (shared(2, 3) / 2, shared(2, 3, 4), shared(4, 2, 3)),
+        draw(8, TIME, 4),
+    ),
+    "oscillator_ssm": (
+        lambda p, x: oscillator_ssm(*p, x, jnp.zeros((2, 2, 3)))[0],
+        (shared(2, 2, 3) / 2, shared(2, 3), shared(2, 3, 4), shared(4, 2, 3)),
         draw(8, TIME, 4),
     ),
     "attention": (

@@ -24,6 +24,7 @@ from discretax.sequence_mixers import (
     BidirectionalS5,
     GatedSequenceMixer,
     GriffinSequenceMixer,
+    LinOSSSequenceMixer,
     LRUSequenceMixer,
     Mamba2SequenceMixer,
     Mamba3SequenceMixer,
@@ -56,6 +57,7 @@ def mesh():
 def mixers():
     common = {"dt_min": 0.1, "dt_max": 1.0}
     yield "LRU", lambda key: LRUSequenceMixer(FEATURES, key, state_dim=STATE)
+    yield "LinOSS", lambda key: LinOSSSequenceMixer(FEATURES, key, state_dim=STATE)
     yield "S5", lambda key: S5SequenceMixer(FEATURES, key, state_dim=6, **common)
     yield "S4D", lambda key: S4DSequenceMixer(FEATURES, key, state_dim=4, **common)
     yield "Mamba", lambda key: MambaSequenceMixer(FEATURES, key, state_dim=STATE, **common)
@@ -118,8 +120,9 @@ def test_mixers_of_time_that_stays_the_same(name, mesh):
     check_mixer(MIXERS[name](jr.key(0)), mesh)
 
 
-def test_timesteps(mesh):
-    mixer = MIXERS["S5"](jr.key(0))
+@pytest.mark.parametrize("name", ["S5", "LinOSS"])
+def test_timesteps(name, mesh):
+    mixer = MIXERS[name](jr.key(0))
     check_mixer(mixer, mesh, integration_timesteps=jnp.abs(draw(TIME, seed=5)), length=LENGTH)
 
 

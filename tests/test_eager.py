@@ -15,7 +15,7 @@ from discretax import sample_token
 from discretax.architectures import LanguageModel
 from discretax.models import scan_blocks
 from discretax.ops import linear_recurrence
-from discretax.ops._recurrence import diagonal_ssm
+from discretax.ops._recurrence import projections
 from discretax.sequence_mixers import LRUSequenceMixer
 from discretax.sequence_mixers.ltv import rglru
 
@@ -43,8 +43,8 @@ def assert_compiled_once(run):
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_mixers(case, monkeypatch):
-    monkeypatch.setattr(diagonal_ssm, "WHOLE", 0)
-    monkeypatch.setattr(diagonal_ssm, "CHUNK", 64)
+    monkeypatch.setattr(projections, "WHOLE", 0)
+    monkeypatch.setattr(projections, "CHUNK", 64)
     monkeypatch.setattr(rglru, "CHUNK", 64)
     mixer, x = case.make(jr.key(0)), draw(TIME, FEATURES)
     cache = mixer.allocate_inference_cache() if case.streams else None

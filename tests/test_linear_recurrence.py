@@ -10,6 +10,8 @@ import pytest
 from helpers import assert_close
 
 from discretax.ops import diagonal_ssm, linear_recurrence
+from discretax.ops._recurrence.linear_recurrence import recurrence
+from discretax.ops._recurrence.transitions import MATRICES
 from discretax.ops._running.split_time import split_time
 
 TIME, STATE = 7, (2, 3)
@@ -61,6 +63,41 @@ def test_states_and_gradients(dtype, constant, resets, reverse, implementation):
             return jax.jit(jax.grad(loss, argnums=(0, 1, 2)))(*arguments)
 
         assert_close(gradients(ours), gradients(reference), 1e-12)
+
+
+def matrix_loop(a, b, h0, resets, reverse):
+    """Dense 2 x 2 matrices, one for each state."""
+    a = jnp.stack(
+        [jnp.stack([a[..., 0, :], a[..., 2, :]], -2), jnp.stack([a[..., 3, :], a[..., 1, :]], -2)],
+        -3,
+    )
+    a = jnp.broadcast_to(a, (TIME, 2, *STATE))
+    order, h, states = range(TIME)[::-1] if reverse else range(TIME), h0, {}
+    for t in order:
+        past = 0 if resets is not None and resets[t] else jnp.einsum("ijn,jn->in", a[t], h)
+        states[t] = h = past + b[t]
+    return jnp.stack([states[t] for t in range(TIME)])
+
+
+@pytest.mark.parametrize("implementation", ["sequential", "associative", None])
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("resets", [None, (0, 3, 4)], ids=["", "resets"])
+@pytest.mark.parametrize("constant", [True, False], ids=["constant", "varying"])
+def test_matrices(constant, resets, reverse, implementation):
+    with jax.enable_x64(True):
+        _, b, h0 = draw("float64", constant)
+        a = jr.normal(jr.key(1), (4, STATE[1]) if constant else (TIME, 4, STATE[1]))
+        if resets is not None:
+            resets = np.isin(np.arange(TIME), resets)
+        options = {"reverse": reverse, "transitions": MATRICES, "implementation": implementation}
+        ours = lambda a, b, h0: recurrence(a, b, h0, resets, **options)
+        reference = lambda a, b, h0: matrix_loop(a, b, h0, resets, reverse)
+        w = weights((TIME, *STATE), "float64")
+        both = lambda f: jax.jit(lambda *x: (f(*x), jax.vjp(f, *x)[1](w)))(a, b, h0)
+        assert_close(both(ours), both(reference), 1e-12)
+        along = a, b, h0
+        push = lambda f: jax.jit(lambda *x: jax.jvp(f, x, along)[1])(a, b, h0)
+        assert_close(push(ours), push(reference), 1e-12)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from discretax.ops import linear_recurrence
 from discretax.ops._recurrence import gpu, kernels
 from discretax.ops._recurrence.gpu import derivatives_gpu, states_gpu
 from discretax.ops._recurrence.linear_recurrence import recurrence
+from discretax.ops._recurrence.transitions import NUMBERS, PLANES
 from discretax.ops._running.walk_gpu import make_plan
 
 pytestmark = pytest.mark.slow
@@ -34,8 +35,8 @@ def draw(planes, constant, resets, time=19, state=4, dtype="float32"):
 def reference(a, b, h0, resets, reverse):
     def one(a, b, h0, resets):
         a = a[0] if a.shape[0] == 1 else a
-        options = {"reverse": reverse, "planes": b.shape[1] == 2, "implementation": "sequential"}
-        return recurrence(a, b, h0, resets, **options)
+        options = {"reverse": reverse, "transitions": PLANES if b.shape[1] == 2 else NUMBERS}
+        return recurrence(a, b, h0, resets, **options, implementation="sequential")
 
     return jax.vmap(one, in_axes=(0, 0, 0, None if resets is None else 0))(a, b, h0, resets)
 
@@ -198,7 +199,7 @@ def test_planes_with_more_axes_are_computed_by_xla():
     b = jnp.zeros((4, 3, 2, 8))
     run = jax.jit(
         lambda b, implementation=None: recurrence(
-            b, b, b[0], None, planes=True, implementation=implementation
+            b, b, b[0], None, transitions=PLANES, implementation=implementation
         ),
         static_argnames="implementation",
     )

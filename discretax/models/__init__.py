@@ -17,6 +17,7 @@ from discretax.models.gla import GLA as GLA
 from discretax.models.griffin import Griffin as Griffin
 from discretax.models.hgrn2 import HGRN2 as HGRN2
 from discretax.models.kimi_delta_attention import KimiDeltaAttention as KimiDeltaAttention
+from discretax.models.linoss import LinOSS as LinOSS
 from discretax.models.lru import LRU as LRU
 from discretax.models.mamba import Mamba as Mamba
 from discretax.models.mamba2 import Mamba2 as Mamba2

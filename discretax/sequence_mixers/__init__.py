@@ -17,6 +17,7 @@ from discretax.sequence_mixers.lti.centaurus import (
     CentaurusNeck as CentaurusNeck,
     CentaurusPWNeck as CentaurusPWNeck,
 )
+from discretax.sequence_mixers.lti.linoss import LinOSSSequenceMixer as LinOSSSequenceMixer
 from discretax.sequence_mixers.lti.lru import LRUSequenceMixer as LRUSequenceMixer
 from discretax.sequence_mixers.lti.s4 import S4SequenceMixer as S4SequenceMixer
 from discretax.sequence_mixers.lti.s4d import S4DSequenceMixer as S4DSequenceMixer

@@ -13,7 +13,7 @@ from discretax.ops._convolution.fft import fft_convolution
 from discretax.ops._depthwise_ssm.matrices import Chunk, boundary_states, state_within
 from discretax.ops._depthwise_ssm.transition import Transition, flat, power_of
 from discretax.ops._recurrence.linear_recurrence import recurrence
-from discretax.ops._recurrence.xla import times
+from discretax.ops._recurrence.transitions import PLANES, times
 from discretax.ops._running.chunks import Left, scan_chunks, state_at, whole_chunks
 from discretax.ops._running.derivatives import (
     differentiated,
@@ -290,7 +290,7 @@ def _scan(transition: Transition, B, C, D, x, h0, length, resets):
             u = mended(x_chunk)
             drive = (B_chunk if varying else B[None]) * u[..., None, None]
             if system.U is None:
-                h = recurrence(system.A, drive, before, resets_chunk, planes=True)
+                h = recurrence(system.A, drive, before, resets_chunk, transitions=PLANES)
             else:
                 h = _step_by_step(system, drive, before, resets_chunk, varying)
             y = jnp.einsum("cfpn,tfpn->tcf", C, h)

@@ -15,6 +15,7 @@ from discretax.ops._depthwise_ssm.transition import (
     unflat,
 )
 from discretax.ops._recurrence.linear_recurrence import recurrence
+from discretax.ops._recurrence.transitions import PLANES
 
 
 class Chunk(NamedTuple):
@@ -62,7 +63,7 @@ def boundary_states(
     if isinstance(power, DensePower):
         after, before = lax.scan(lambda h, v: (power(h) + v, h), flat(h0), inputs)
         return before, after
-    after = recurrence(power.planes, unflat(inputs), h0, None, planes=True)
+    after = recurrence(power.planes, unflat(inputs), h0, None, transitions=PLANES)
     return flat(jnp.concatenate([h0[None], after[:-1]])), flat(after[-1])
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from discretax.ops._recurrence.xla import conjugate, times, times_in_loop
+from discretax.ops._recurrence.transitions import conjugate, times, times_in_loop
 
 
 class Transition(NamedTuple):

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from discretax._broken import contained
 from discretax.ops._recurrence.linear_recurrence import Implementation, recurrence
-from discretax.ops._recurrence.xla import times
+from discretax.ops._recurrence.transitions import NUMBERS, Transitions
 from discretax.ops._running.chunks import Left, scan_chunks_in_place, state_at
 from discretax.ops._running.split_time import incoming_state
 
@@ -24,7 +24,7 @@ def chunked_recurrence(
     resets: Bool[Array, " time"] | None,
     length: Left | None,
     chunk_size: int,
-    planes: bool = False,
+    transitions: Transitions = NUMBERS,
     implementation: Implementation = None,
 ) -> tuple[Float[Array, "*state"], Float[Array, "time ..."]]:
     """The last valid state, and the readout of all, whose states exist a chunk at a time.
@@ -33,15 +33,15 @@ def chunked_recurrence(
     `inputs`, and whatever `readout` makes the output from, besides weights and states. Neither closes
     over anything. `terms` mends the samples, of which some may be broken.
     """
-    form = _Form(terms, readout, planes, implementation)
+    form = _Form(terms, readout, transitions, implementation)
 
     def summary():
-        one = jnp.zeros_like(h0).at[..., 0, :].set(1) if planes else jnp.ones_like(h0)
-        start = one, jnp.zeros_like(h0)
-        return _over_time(_summarise, form, chunk_size, weights, start, chunks, length)[0]
+        start = transitions.basis(h0), jnp.zeros_like(h0)
+        basis, h = _over_time(_summarise, form, chunk_size, weights, start, chunks, length)[0]
+        return transitions.of_basis(*basis), h
 
     chunks = samples, inputs, resets
-    h0 = incoming_state(h0, summary, resets, times if planes else jnp.multiply)
+    h0 = incoming_state(h0, summary, resets, transitions.apply)
     return _over_time(_run, form, chunk_size, weights, h0, chunks, length)
 
 
@@ -50,11 +50,11 @@ class _Form(NamedTuple):
 
     terms: Callable[[Any, Array, Any], tuple[Array, Array, Any]]
     readout: Callable[[Any, Array, Any], Array]
-    planes: bool
+    transitions: Transitions
     implementation: Implementation
 
     def states(self, a, b, h, resets):
-        options = {"planes": self.planes, "implementation": self.implementation}
+        options = {"transitions": self.transitions, "implementation": self.implementation}
         return recurrence(a, b, h, resets, **options)
 
 
@@ -80,8 +80,9 @@ def _summarise(form: _Form, weights, before, chunk, left):
     samples, inputs, resets = chunk
 
     def advance(before):
-        (a, b, _), (decay, h) = form.terms(weights, samples, inputs), before
-        after = form.states(a, jnp.zeros_like(b), decay, resets), form.states(a, b, h, resets)
-        return None, tuple(map(state_at, after, before, (left, left)))
+        (a, b, _), (basis, h) = form.terms(weights, samples, inputs), before
+        carried = tuple(form.states(a, jnp.zeros_like(b), one, resets) for one in basis)
+        after = carried, form.states(a, b, h, resets)
+        return None, jax.tree.map(lambda *states: state_at(*states, left), after, before)
 
     return contained(advance, before, samples, resets, left)[1], None

@@ -1,13 +1,11 @@
 """A diagonal state space model from real input to real output, its projections around the scan."""
 
-import jax
 from jaxtyping import Array, Bool, Float, Int
 
-from discretax._broken import mended
 from discretax.ops._recurrence.chunked import chunked_recurrence
 from discretax.ops._recurrence.linear_recurrence import Implementation
-from discretax.ops._recurrence.xla import times
-from discretax.ops._scaled import scaled
+from discretax.ops._recurrence.projections import choose_chunk_size, project, skip
+from discretax.ops._recurrence.transitions import PLANES, times
 
 
 def diagonal_ssm(
@@ -53,9 +51,8 @@ def diagonal_ssm(
 
     The output, and the planes of the state after the last valid sample.
     """
-    state_dim = A.shape[-1]
     if chunk_size is None:
-        chunk_size = _choose_chunk_size(x.shape[0], state_dim)
+        chunk_size = choose_chunk_size(x.shape[0], A.shape[-1])
     varying = A.ndim == 3
     h_final, y = chunked_recurrence(
         _terms,
@@ -67,7 +64,7 @@ def diagonal_ssm(
         resets=resets,
         length=length,
         chunk_size=chunk_size,
-        planes=True,
+        transitions=PLANES,
         implementation=implementation,
     )
     return y, h_final
@@ -76,7 +73,7 @@ def diagonal_ssm(
 def _terms(weights, x, inputs):
     A, B, _, _ = weights
     A_chunk, gamma = inputs
-    drive = _project(B.reshape(-1, B.shape[-1]), x).reshape(-1, *B.shape[:-1])
+    drive = project(B.reshape(-1, B.shape[-1]), x).reshape(-1, *B.shape[:-1])
     drive = drive if gamma is None else times(gamma, drive)
     return A_chunk if A is None else A, drive, x
 
@@ -85,29 +82,4 @@ def _readout(weights, h, x):
     _, _, C, D = weights
     C = C.reshape(C.shape[0], -1)
     y = h.reshape(-1, C.shape[1]) @ C.T
-    return y if D is None else y + _skip(D, x)
-
-
-# Mended again in the backward pass, which so keeps no copy of the samples.
-@jax.checkpoint
-def _project(B, x):
-    return mended(x) @ B.T
-
-
-@jax.checkpoint
-def _skip(D, x):
-    return scaled(mended(x), D, 0)
-
-
-# On CPU one sequence at once is faster than its chunks, which a batch is not: with 4096 samples of 64
-# states, alone 0.7 of their time, eight 1.45 times. So up to 2 MB of states, which is `WHOLE` complex
-# numbers, time * state, are taken whole; beyond, chunks need a fraction of the memory. Both ways on
-# both sides: "choices" in docs/performance.md. A parallel scan, which is what other devices run,
-# wants the whole sequence.
-WHOLE = 2**18
-CHUNK = 1024
-
-
-def _choose_chunk_size(time: int, state_dim: int) -> int:
-    whole = jax.default_backend() != "cpu" or time * state_dim <= WHOLE
-    return time if whole else CHUNK
+    return y if D is None else y + skip(D, x)

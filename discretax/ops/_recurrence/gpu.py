@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from discretax.ops._recurrence.transitions import NUMBERS, PLANES
 from discretax.ops._recurrence.xla import associative
 from discretax.ops._running.walk_gpu import Plan, Planes, make_plan, select, walk
 
@@ -104,7 +105,8 @@ def _starts(plan: Plan, streams, start: Array, interpret, *, adjoint: bool) -> A
     one = zero.at[:, :, 0].set(1)
     _, summary = walk(plan, streams, {}, [one, zero], use, [], interpret)
     factor, last = (jnp.moveaxis(value, 1, 0) for value in summary)
-    after = associative(plan.planes == 2, plan.down, factor, last, start, None)
+    transitions = PLANES if plan.planes == 2 else NUMBERS
+    after = associative(transitions, plan.down, factor, last, start, None)
     before = (
         jnp.concatenate([after[1:], start[None]])
         if plan.down

@@ -9,11 +9,20 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from discretax.ops._recurrence.xla import to_complex, to_planes
+from discretax.ops._recurrence.transitions import (
+    MATRICES,
+    PLANES,
+    Transitions,
+    to_complex,
+    to_planes,
+)
 
 
-def why_no_kernel(planes: bool, b: Array, kernel: str) -> str | None:
+def why_no_kernel(transitions: Transitions, b: Array, kernel: str) -> str | None:
     """What keeps a batch of recurrences with drive `b` from a kernel, or None."""
+    planes = transitions is PLANES
+    if transitions is MATRICES:
+        return "its states are carried on by numbers; got matrices"
     if b.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16, jnp.complex64):
         return f"it computes in float32, from 16 or 32 bits a number; got {b.dtype}"
     if kernel == "mosaic_tpu" and b.dtype == jnp.float16:

@@ -12,14 +12,8 @@ from jaxtyping import Array, Bool, Inexact
 
 from discretax._features import check_name
 from discretax.ops._recurrence import kernels
-from discretax.ops._recurrence.xla import (
-    accumulated,
-    align,
-    associative,
-    conjugate,
-    sequential,
-    times,
-)
+from discretax.ops._recurrence.transitions import NUMBERS, PLANES, Transitions
+from discretax.ops._recurrence.xla import accumulated, align, associative, sequential
 from discretax.ops._running.derivatives import differentiated, differentiated_as
 from discretax.ops._running.dispatch import kernel_on, operation, over_batch
 from discretax.ops._running.manual_axes import split_by_compiler, vary_alike
@@ -113,31 +107,35 @@ def recurrence(
     resets: Array | None,
     *,
     reverse: bool = False,
-    planes: bool = False,
+    transitions: Transitions = NUMBERS,
     implementation: Implementation = None,
 ) -> Array:
-    """`linear_recurrence` without checks, also for complex states held as real planes.
+    """`linear_recurrence` without checks, also for states held as two real planes.
 
-    With `planes`, axis -2 of `a`, `b` and `h0` has size two and holds real and imaginary part:
+    With `PLANES`, axis -2 of `a`, `b` and `h0` has size two and holds real and imaginary part:
     a float array of shape (time, 2, state), which a reshape turns into the (time, 2*state) that
-    one real matrix product yields or consumes.
+    one real matrix product yields or consumes. With `MATRICES`, the planes are any two numbers, and
+    axis -2 of `a` has size four.
     """
     if b.shape[0] == 0:
         return b
     if implementation is None and split_by_compiler():
         implementation = "xla"
     arrays = vary_alike(a, b, h0, resets)
-    return _recurrence((planes, reverse, implementation), *arrays)
+    return _recurrence((transitions, reverse, implementation), *arrays)
 
 
 def _run(options, a, b, h0, resets):
-    planes, reverse, implementation = options
+    transitions, reverse, implementation = options
     if implementation == "sequential" or b.shape[0] == 1:
-        return sequential(planes, reverse, a, b, h0, resets)
+        return sequential(transitions, reverse, a, b, h0, resets)
     if implementation == "associative":
-        return associative(planes, reverse, a, b, h0, resets)
-    options = {"planes": planes, "reverse": reverse, "implementation": implementation}
-    return _states(a, b, h0, *_given(resets), **options)[0]
+        return associative(transitions, reverse, a, b, h0, resets)
+    return _states(a, b, h0, *_given(resets), **_named(options))[0]
+
+
+def _named(options):
+    return dict(zip(("transitions", "reverse", "implementation"), options, strict=True))
 
 
 def _given(resets):
@@ -151,7 +149,7 @@ def _forward(options, a, b, h0, resets):
 
 def _push(options, kept, tangents):
     """Of the same recurrence, driven by what changes in `b` and in the product with `a`."""
-    planes, reverse, _ = options
+    transitions, reverse, _ = options
     a, h0, resets, h = kept
     d_a, d_b, d_h0 = tangents
     drive = jnp.zeros_like(h) if d_b is None else d_b
@@ -162,7 +160,7 @@ def _push(options, kept, tangents):
             before = jnp.where(align(resets, before), 0, before)
         wide = accumulated(h)
         d_a = (d_a if d_a.ndim == h.ndim else d_a[None]).astype(wide)
-        change = (times if planes else jnp.multiply)(d_a, before.astype(wide))
+        change = transitions.apply(d_a, before.astype(wide))
         drive = (drive.astype(wide) + change).astype(h.dtype)
     d_h0 = jnp.zeros_like(h0) if d_h0 is None else d_h0
     return _recurrence(options, a, drive, d_h0, resets)
@@ -178,25 +176,29 @@ def _pull(options, kept, g):
 _recurrence = differentiated(_run, _forward, _push, _pull)
 
 
-def _states_on(platform, a, b, h0, resets=None, *, planes, reverse, implementation):
-    kernel = kernel_on(platform, implementation, ft.partial(kernels.why_no_kernel, planes, b))
+def _states_on(platform, a, b, h0, resets=None, *, transitions, reverse, implementation):
+    kernel = kernel_on(platform, implementation, ft.partial(kernels.why_no_kernel, transitions, b))
     if kernel is not None:
-        return [kernels.states(kernel, planes, reverse, a, b, h0, resets)]
+        return [kernels.states(kernel, transitions is PLANES, reverse, a, b, h0, resets)]
     form = sequential if platform == "cpu" else associative
-    run = lambda a, b, h0, resets=None: [form(planes, reverse, a, b, h0, resets)]
+    run = lambda a, b, h0, resets=None: [form(transitions, reverse, a, b, h0, resets)]
     return over_batch(run, a, b, h0, *_given(resets))
 
 
-def _axes(b):
-    """Names of the axes of `b`, of the state, and of `resets`; a batch can be split, and channels."""
-    state = "uvwxyz"[: b.ndim - 3] + "n" * (b.ndim > 2)
-    return "bt" + state, "b" + state, "bt"
+def _axes(a, b):
+    """Names of the axes of `a`, of `b` and of the state; a batch can be split, and channels.
+
+    The planes of a matrix are more than those of a state.
+    """
+    state, transition = (
+        planes[: b.ndim - 3] + "n" * (b.ndim > 2) for planes in ("uvwxyz", "ijklmo")
+    )
+    return "bt"[: 1 + (a.ndim == b.ndim)] + transition, "bt" + state, "b" + state
 
 
 def _states_axes(a, b, h0, *resets, **options):
-    b_axes, h_axes, flags = _axes(b)
-    a_axes = b_axes if a.ndim == b.ndim else h_axes
-    return [a_axes, b_axes, h_axes, flags][: 3 + len(resets)], [b_axes]
+    a_axes, b_axes, h_axes = _axes(a, b)
+    return [a_axes, b_axes, h_axes, "bt"][: 3 + len(resets)], [b_axes]
 
 
 _states = operation(
@@ -204,18 +206,17 @@ _states = operation(
 )
 
 
-def _derivatives_on(platform, a, h0, h, g, resets=None, *, planes, reverse, implementation):
-    why_not = ft.partial(kernels.why_no_kernel, planes, h)
+def _derivatives_on(platform, a, h0, h, g, resets=None, *, transitions, reverse, implementation):
+    why_not = ft.partial(kernels.why_no_kernel, transitions, h)
     if kernel_on(platform, implementation, why_not) == "mosaic_gpu":
-        return kernels.derivatives(planes, reverse, a, h0, h, g, resets)
-    run = ft.partial(_derivatives_by_recurrence, (planes, reverse, implementation))
+        return kernels.derivatives(transitions is PLANES, reverse, a, h0, h, g, resets)
+    run = ft.partial(_derivatives_by_recurrence, (transitions, reverse, implementation))
     return over_batch(run, a, h0, h, g, *_given(resets))
 
 
 def _derivatives_axes(a, h0, h, g, *resets, **options):
-    h_axes, h0_axes, flags = _axes(h)
-    a_axes = h_axes if a.ndim == h.ndim else h0_axes
-    inputs = [a_axes, h0_axes, h_axes, h_axes, flags]
+    a_axes, h_axes, h0_axes = _axes(a, h)
+    inputs = [a_axes, h0_axes, h_axes, h_axes, "bt"]
     return inputs[: 4 + len(resets)], [a_axes, h_axes, h0_axes]
 
 
@@ -229,7 +230,7 @@ _derivatives_operation = operation(
 
 def _derivatives_by_recurrence(options, a, h0, h, g, resets=None):
     """The cotangents of `a`, `b` and `h0`; that of `b` is the recurrence run backward."""
-    planes, reverse, implementation = options
+    transitions, reverse, implementation = options
     first = -1 if reverse else 0
     earlier, later = slice(None, -1), slice(1, None)
     if reverse:
@@ -240,23 +241,20 @@ def _derivatives_by_recurrence(options, a, h0, h, g, resets=None):
         return jnp.concatenate([end, value[later]] if reverse else [value[later], end])
 
     varying = a.ndim == h.ndim
-    # As a real 2x2 matrix, a complex number is transposed by conjugation.
-    transpose = conjugate if planes else lambda value: value
-    multiply = times if planes else jnp.multiply
-    adjoint = transpose(a)
+    adjoint = transitions.transpose(a)
     d_b = recurrence(
         next_sample(adjoint) if varying else adjoint,
         g,
         jnp.zeros_like(h0),
         None if resets is None else next_sample(resets),
         reverse=not reverse,
-        planes=planes,
+        transitions=transitions,
         implementation=implementation,
     )
     adjoint, lam, h, h0_wide = (value.astype(accumulated(value)) for value in (adjoint, d_b, h, h0))
-    d_h0 = multiply(adjoint[first] if varying else adjoint, lam[first])
-    d_a_first = multiply(transpose(h0_wide), lam[first])
-    d_a_later = multiply(transpose(h[earlier]), lam[later])
+    d_h0 = transitions.apply(adjoint[first] if varying else adjoint, lam[first])
+    d_a_first = transitions.outer(lam[first], h0_wide)
+    d_a_later = transitions.outer(lam[later], h[earlier])
     if resets is not None:
         d_h0 = jnp.where(resets[first], 0, d_h0)
         d_a_first = jnp.where(resets[first], 0, d_a_first)
@@ -271,6 +269,4 @@ def _derivatives_by_recurrence(options, a, h0, h, g, resets=None):
 
 @ft.partial(differentiated_as, _derivatives_by_recurrence)
 def _derivatives(options, a, h0, h, g, resets):
-    names = ("planes", "reverse", "implementation")
-    named = dict(zip(names, options, strict=True))
-    return tuple(_derivatives_operation(a, h0, h, g, *_given(resets), **named))
+    return tuple(_derivatives_operation(a, h0, h, g, *_given(resets), **_named(options)))

@@ -8,7 +8,7 @@ from jaxtyping import Array, Complex, Float
 from discretax._broken import contained_step
 from discretax._types import Length, Resets, Sample, Values
 from discretax.ops import Route, Transition, depthwise_kernel, depthwise_ssm
-from discretax.ops._recurrence.xla import to_complex, to_planes
+from discretax.ops._recurrence.transitions import to_complex, to_planes
 from discretax.ops._running.split_time import time_parts
 
 

@@ -9,7 +9,7 @@ from discretax._broken import contained_step
 from discretax._types import Length, Resets, Sample, Values
 from discretax.ops._recurrence.diagonal_ssm import diagonal_ssm
 from discretax.ops._recurrence.linear_recurrence import recurrence
-from discretax.ops._recurrence.xla import times, to_complex
+from discretax.ops._recurrence.transitions import PLANES, times, to_complex
 
 Planes = tuple[Array, Array]
 
@@ -106,7 +106,9 @@ class DiagonalSystem(eqx.Module):
         rounding.
         """
         impulse = jnp.zeros((length, *self.A_planes.shape), self.A_planes.dtype).at[0, 0].set(1)
-        h = recurrence(self.A_planes, impulse, jnp.zeros_like(self.A_planes), None, planes=True)
+        h = recurrence(
+            self.A_planes, impulse, jnp.zeros_like(self.A_planes), None, transitions=PLANES
+        )
         return to_complex(h)
 
     def eigenvalues(self) -> Complex[Array, " state"]:

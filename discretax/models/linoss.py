@@ -1,0 +1,56 @@
+import functools as ft
+import math
+
+from jaxtyping import PRNGKeyArray
+
+from discretax.blocks import StandardBlock
+from discretax.blocks._parts import Norm
+from discretax.channel_mixers import GLU
+from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.sequence_mixers import LinOSSSequenceMixer
+from discretax.sequence_mixers.lti.linoss import Discretization
+
+
+class LinOSS(AbstractBackbone):
+    """Blocks of LinOSS and GLU (arXiv:2410.03943, arXiv:2505.12171)."""
+
+    blocks: tuple[StandardBlock, ...]
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        *,
+        hidden_dim: int,
+        num_blocks: int = 4,
+        state_dim: int = 64,
+        discretization: Discretization = "IMEX",
+        damping: bool = True,
+        r_min: float = 0.9,
+        theta_max: float = math.pi,
+        drop_rate: float = 0.1,
+        prenorm: bool = True,
+        use_bias: bool = True,
+        norm: Norm = "batch",
+    ):
+        """**Arguments:**
+
+        - `key`: for the initialisation.
+        - `hidden_dim`: width of the residual stream.
+        - `num_blocks`: how many blocks to stack.
+        - `state_dim`, `discretization`, `damping`, `r_min`, `theta_max`: as in
+            [`discretax.sequence_mixers.LinOSSSequenceMixer`][].
+        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        - `use_bias`: in the GLU.
+        """
+        mixer = ft.partial(
+            LinOSSSequenceMixer,
+            state_dim=state_dim,
+            discretization=discretization,
+            damping=damping,
+            r_min=r_min,
+            theta_max=theta_max,
+        )
+        channel_mixer = ft.partial(GLU, use_bias=use_bias)
+        self.blocks = standard_blocks(
+            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm
+        )

@@ -1,0 +1,83 @@
+"""Second-order oscillators from real input to real output, their projections around the scan."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from discretax.ops._recurrence.chunked import chunked_recurrence
+from discretax.ops._recurrence.linear_recurrence import Implementation
+from discretax.ops._recurrence.projections import choose_chunk_size, project, skip
+from discretax.ops._recurrence.transitions import MATRICES, matrices
+
+
+def oscillator_ssm(
+    M: Float[Array, "2 2 state"] | Float[Array, "time 2 2 state"],
+    F: Float[Array, "2 state"] | Float[Array, "time 2 state"],
+    B: Float[Array, "2 state features"],
+    C: Float[Array, "out 2 state"],
+    x: Float[Array, "time features"],
+    h0: Float[Array, "2 2 state"],
+    *,
+    D: Float[Array, " out"] | None = None,
+    length: Int[Array, ""] | int | None = None,
+    resets: Bool[Array, " time"] | None = None,
+    chunk_size: int | None = None,
+    implementation: Implementation = None,
+) -> tuple[Float[Array, "time out"], Float[Array, "2 2 state"]]:
+    r"""Velocity $z$ and position $y$ of each oscillator, of which the position is read out:
+
+    $$\begin{pmatrix} z_t \\ y_t \end{pmatrix} = M_t \begin{pmatrix} z_{t-1} \\ y_{t-1} \end{pmatrix}
+    + F_t\, (B x_t), \qquad o_t = \mathrm{Re}(C y_t) + D \odot x_t.$$
+
+    $M$ and $F$ are real, $B$, $C$ and the state complex. A real matrix carries both parts of a complex
+    state alike, whatever its eigenvectors, of which it may have one only: nothing is diagonalised.
+    Memory is that of [`discretax.ops.diagonal_ssm`][] with twice as many states.
+
+    **Arguments:**
+
+    - `M`: the transition, `M[i, j]` from component `j` to component `i`, constant or one per sample.
+    - `F`: by what a force moves velocity and position, constant if `M` is.
+    - `B`, `C`: planes of the projections, as in [`discretax.ops.diagonal_ssm`][].
+    - `x`: the input.
+    - `h0`: the state before the first sample: velocity and position, each in real and imaginary part.
+    - `D`: the elementwise skip; none if left out.
+    - `length`: number of valid samples; the rest changes nothing that is returned as state.
+    - `resets`: where True at `t`, the state before `t` is zero.
+    - `chunk_size`: samples per chunk; `None` chooses from the shapes.
+    - `implementation`: as in [`discretax.ops.linear_recurrence`][], without the kernels.
+
+    **Returns:**
+
+    The output, and the state after the last valid sample.
+    """
+    if chunk_size is None:
+        chunk_size = choose_chunk_size(x.shape[0], 2 * M.shape[-1])
+    varying = M.ndim == 4
+    M = matrices(*(M[..., i, j, :] for i in (0, 1) for j in (0, 1)))
+    h_final, y = chunked_recurrence(
+        _terms,
+        _readout,
+        (None if varying else (M, F), B, C, D),
+        h0.reshape(2, -1),
+        x,
+        (M, F) if varying else None,
+        resets=resets,
+        length=length,
+        chunk_size=chunk_size,
+        transitions=MATRICES,
+        implementation=implementation,
+    )
+    return y, h_final.reshape(h0.shape)
+
+
+def _terms(weights, x, inputs):
+    constant, B, _, _ = weights
+    of_both_parts = lambda planes: jnp.concatenate([planes, planes], axis=-1)
+    M, F = map(of_both_parts, inputs if constant is None else constant)
+    force = project(B.reshape(-1, B.shape[-1]), x)
+    return M, F * force[:, None], x
+
+
+def _readout(weights, h, x):
+    _, _, C, D = weights
+    y = h[:, 1] @ C.reshape(C.shape[0], -1).T
+    return y if D is None else y + skip(D, x)
