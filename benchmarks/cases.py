@@ -12,6 +12,7 @@ import numpy as np
 
 from benchmarks import language_model
 from discretax.sequence_mixers import (
+    LinOSSSequenceMixer,
     LRUSequenceMixer,
     RGLRUSequenceMixer,
     S4DSequenceMixer,
@@ -45,6 +46,7 @@ class Case:
             "LRU": ("usual", "discretax_0_3", "memax_0_1"),
             "S5": ("usual", "discretax_0_3"),
             "S4D": ("usual", "discretax_0_3"),
+            "LinOSS": ("discretax_0_3",),
             "ssd": ("usual", "mamba2_jax_1_1"),
             "train LRU": ("discretax_0_3",),
             "train S5": ("discretax_0_3",),
@@ -160,6 +162,11 @@ def mixer_cases() -> list[Case]:
     return cases
 
 
+def oscillator_cases() -> list[Case]:
+    sizes = ((1024, 1), (4096, 1), (16384, 1), (4096, 8))
+    return [Case("LinOSS", time, 64, 64, batch) for time, batch in sizes]
+
+
 def draw(case: Case, key: jax.Array, folder: pathlib.Path) -> dict[str, np.ndarray]:
     """Parameters `p.*`, inputs `x` or `x.*` and `weights` of the sum whose gradient is taken.
 
@@ -184,6 +191,11 @@ def draw(case: Case, key: jax.Array, folder: pathlib.Path) -> dict[str, np.ndarr
             )
         case "S5":
             mixer = S5SequenceMixer(case.features, mixer_key, state_dim=case.state)
+        case "LinOSS":
+            # Beyond, in float32, the peer parts from its own double precision.
+            mixer = LinOSSSequenceMixer(
+                case.features, mixer_key, state_dim=case.state, theta_max=math.pi / 2
+            )
         case "RG-LRU":
             mixer = RGLRUSequenceMixer(case.features, mixer_key, num_heads=HEADS)
         case "S4D":
@@ -245,8 +257,8 @@ def floor_seconds(case: Case, rates: dict[str, float]) -> float | None:
     products = exponentials = 0.0
     if case.op.startswith("step "):
         return case.time * 2 * 2 * case.features * 2 * case.state / rates["products"]
-    if case.op in ("LRU", "S5"):
-        real_state = 2 * case.state if case.op == "LRU" else case.state
+    if case.op in ("LRU", "S5", "LinOSS"):
+        real_state = case.state if case.op == "S5" else 2 * case.state
         products = 3 * 2 * 2 * numbers * real_state
     elif case.op == "RG-LRU":
         products = 3 * 2 * 2 * numbers * case.features / HEADS
@@ -265,6 +277,7 @@ def floor_seconds(case: Case, rates: dict[str, float]) -> float | None:
 
 TABLES = {
     "mixers": mixer_cases,
+    "oscillators": oscillator_cases,
     "choices": choice_cases,
     "steps": step_cases,
     "generation": generation_cases,

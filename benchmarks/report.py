@@ -53,6 +53,7 @@ WAYS = {
 SIZE = "| op | time | features | state | batch "
 COLUMNS = {
     "mixers": f"{SIZE}| | ms (quartiles) | takes | temporary MB | takes | x floor |",
+    "oscillators": f"{SIZE}| | ms (quartiles) | takes | temporary MB | takes | x floor |",
     "choices": f"{SIZE}| way | ms (quartiles) | takes | temporary MB | takes |",
     "steps": "| op | features = state | | us per step (quartiles) | takes | x floor |",
     "generation": "| model | batch | | ms per token (quartiles) | tokens/s | takes | x floor | temporary MB |",
@@ -84,12 +85,12 @@ def _cells(name: str, outcome: dict, subject: str, result: dict, ours: dict) -> 
     memory = result.get("temporary_bytes", math.nan)  # XLA's plan, which torch has none of
     floors = f"{result['median'] / outcome['floor']:.1f}" if outcome["floor"] else ""
     match name:
-        case "mixers" | "choices":
+        case "mixers" | "oscillators" | "choices":
             larger = f"{memory / max(ours['temporary_bytes'], 1):.1f}x"
             cells = [quartiles(result, 1e3), slower, _megabytes(memory), larger]
-            if name == "mixers":
-                return [*sizes, who, *cells, floors]
-            return [*sizes, _way(case, subject), *cells]
+            if name == "choices":
+                return [*sizes, _way(case, subject), *cells]
+            return [*sizes, who, *cells, floors]
         case "generation":
             spread = quartiles(result, 1e3 / case["time"])
             rate = f"{case['batch'] * case['time'] / result['median']:.1f}"

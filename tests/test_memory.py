@@ -12,6 +12,7 @@ import pytest
 from discretax.models import LRU, remat_blocks, scan_blocks
 from discretax.ops import linear_recurrence, selective_scan, ssd
 from discretax.sequence_mixers import (
+    LinOSSSequenceMixer,
     LRUSequenceMixer,
     RGLRUSequenceMixer,
     S4DSequenceMixer,
@@ -45,6 +46,7 @@ MIXERS = {
         (8, 16384, 64),
         42.5,
     ),
+    "LinOSS": (lambda: LinOSSSequenceMixer(64, jr.key(0), state_dim=64), (16384, 64), 6.4),
     "S5 chunks": (lambda: S5SequenceMixer(256, jr.key(0), state_dim=256), (16384, 256), 20.7),
     "S4D": (lambda: S4DSequenceMixer(256, jr.key(0), state_dim=64), (1024, 256), 26.5),
     "S4D blocks": (lambda: S4DSequenceMixer(256, jr.key(0), state_dim=64), (16384, 256), 28.1),

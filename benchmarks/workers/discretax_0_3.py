@@ -9,6 +9,7 @@ import discretax.models.lru
 import discretax.models.s5
 from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
+from discretax.sequence_mixers.linoss import LinOSSSequenceMixer
 from discretax.sequence_mixers.lru import LRUSequenceMixer
 from discretax.sequence_mixers.s4d import S4DSequenceMixer
 from discretax.sequence_mixers.s5 import S5SequenceMixer
@@ -16,7 +17,12 @@ from discretax.sequence_mixers.s5 import S5SequenceMixer
 __all__ = ["prepare", "versions"]
 
 MODELS = {"LRU": discretax.models.lru.LRU, "S5": discretax.models.s5.S5}
-MIXERS = {"LRU": LRUSequenceMixer, "S5": S5SequenceMixer, "S4D": S4DSequenceMixer}
+MIXERS = {
+    "LRU": LRUSequenceMixer,
+    "S5": S5SequenceMixer,
+    "S4D": S4DSequenceMixer,
+    "LinOSS": LinOSSSequenceMixer,
+}
 
 
 def prepare(case: dict, arrays: dict) -> Job:

@@ -24,6 +24,7 @@ from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
 from discretax.sequence_mixers import (
     Discretized,
+    LinOSSSequenceMixer,
     LRUSequenceMixer,
     RGLRUSequenceMixer,
     S4DSequenceMixer,
@@ -38,6 +39,7 @@ MIXERS = {
     "S5": S5SequenceMixer,
     "S4D": S4DSequenceMixer,
     "S4": S4SequenceMixer,
+    "LinOSS": LinOSSSequenceMixer,
 }
 
 

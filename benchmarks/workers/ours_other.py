@@ -5,17 +5,19 @@ import ours
 from job import Job
 from measuring import versions
 
-from discretax.ops import _chunks, _depthwise_ssm, _diagonal_ssm
-from discretax.sequence_mixers import rglru
+from discretax.ops._depthwise_ssm import depthwise_ssm
+from discretax.ops._recurrence import projections
+from discretax.ops._running import chunks
+from discretax.sequence_mixers.ltv import rglru
 
 __all__ = ["prepare", "versions"]
 
 MODULES = {
-    "WHOLE": _diagonal_ssm,
-    "HEAVY": _chunks,
-    "STEPS": _depthwise_ssm,
-    "LARGE_BEYOND": _depthwise_ssm,
-    "LONG": _depthwise_ssm,
+    "WHOLE": projections,
+    "HEAVY": chunks,
+    "STEPS": depthwise_ssm,
+    "LARGE_BEYOND": depthwise_ssm,
+    "LONG": depthwise_ssm,
     "CHUNK": rglru,
 }
 CHOSEN = {name: getattr(module, name) for name, module in MODULES.items()}
