@@ -57,7 +57,10 @@ def mesh():
 def mixers():
     common = {"dt_min": 0.1, "dt_max": 1.0}
     yield "LRU", lambda key: LRUSequenceMixer(FEATURES, key, state_dim=STATE)
-    yield "LinOSS", lambda key: LinOSSSequenceMixer(FEATURES, key, state_dim=STATE)
+    yield (
+        "LinOSS",
+        lambda key: LinOSSSequenceMixer(FEATURES, key, state_dim=STATE, r_min=0.3, theta_max=2),
+    )
     yield "S5", lambda key: S5SequenceMixer(FEATURES, key, state_dim=6, **common)
     yield "S4D", lambda key: S4DSequenceMixer(FEATURES, key, state_dim=4, **common)
     yield "Mamba", lambda key: MambaSequenceMixer(FEATURES, key, state_dim=STATE, **common)

@@ -83,6 +83,6 @@ def _summarise(form: _Form, weights, before, chunk, left):
         (a, b, _), (basis, h) = form.terms(weights, samples, inputs), before
         carried = tuple(form.states(a, jnp.zeros_like(b), one, resets) for one in basis)
         after = carried, form.states(a, b, h, resets)
-        return None, jax.tree.map(lambda *states: state_at(*states, left), after, before)
+        return None, jax.tree.map(lambda last, first: state_at(last, first, left), after, before)
 
     return contained(advance, before, samples, resets, left)[1], None
