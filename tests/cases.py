@@ -140,8 +140,8 @@ def convolve_positions(mixer: LinOSSSequenceMixer, x: Array) -> Array:
     kernel = mixer.compute_kernel(x.shape[0])
     B, C = (jax.lax.complex(*jnp.moveaxis(parts, -1, 0)) for parts in (mixer.B, mixer.C))
     force = x.astype(B.dtype) @ B.T
-    y = sum(kernel[lag].astype(C.dtype) * delayed(force, lag) for lag in range(x.shape[0]))
-    return (y @ C.T).real + mixer.D * x
+    y = sum(kernel[lag].astype(C.dtype)[None] * delayed(force, lag) for lag in range(x.shape[0]))
+    return (y @ C.T).real + mixer.D[None] * x
 
 
 def convolve_features(mixer: S4DSequenceMixer | S4SequenceMixer, x: Array) -> Array:

@@ -153,7 +153,7 @@ def test_frequency_response_is_the_transform_of_the_impulse_response(kind):
         assert_close(mixer.discretize().transfer(jnp.asarray(z)), expected, 1e-10)
         if kind == "damped":
             on_circle = np.fft.fft(K, axis=0)[:3]
-            assert_close(frequency_response(mixer, np.arange(3) / 3000), on_circle, 1e-2)
+            assert_close(frequency_response(mixer, jnp.arange(3) / 3000), on_circle, 1e-2)
 
 
 def test_discrete_system_unpacks():

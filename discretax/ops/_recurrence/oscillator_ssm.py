@@ -1,6 +1,7 @@
 """Second-order oscillators from real input to real output, their projections around the scan."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from discretax.ops._recurrence.chunked import chunked_recurrence
@@ -74,7 +75,7 @@ def _terms(weights, x, inputs):
     of_both_parts = lambda planes: jnp.concatenate([planes, planes], axis=-1)
     M, F = map(of_both_parts, inputs if constant is None else constant)
     force = project(B.reshape(-1, B.shape[-1]), x)
-    return M, F * force[:, None], x
+    return M, lax.broadcast_to_rank(F, 3) * force[:, None], x
 
 
 def _readout(weights, h, x):

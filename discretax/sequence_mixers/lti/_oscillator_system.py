@@ -52,7 +52,8 @@ class OscillatorSystem(eqx.Module):
 
     @property
     def B_bar(self) -> Complex[Array, "*time 2 state features"]:
-        return lax.complex(*(self.F[..., None] * part for part in self.B_planes))
+        F = self.F[..., None]
+        return lax.complex(*(F * lax.broadcast_to_rank(part, F.ndim) for part in self.B_planes))
 
     @property
     def C(self) -> Complex[Array, "features 2 state"]:
@@ -84,7 +85,7 @@ class OscillatorSystem(eqx.Module):
 
     def step(self, x: Sample, cache: Cache) -> tuple[Sample, Cache]:
         def run(x, h):
-            force = self.F[:, None] * (self.B_planes @ x)
+            force = self.F[:, None] * (self.B_planes @ x)[None]
             h = jnp.einsum("ijn,jpn->ipn", self.A_bar, h) + force
             return jnp.einsum("opn,pn->o", self.C_planes, h[1]) + self.D * x, h
 
@@ -113,9 +114,12 @@ class OscillatorSystem(eqx.Module):
             part.astype(np.promote_types(part.dtype, np.complex64))
             for part in (self.A_bar, self.F, self.B_planes, self.C_planes, self.D)
         )
-        (M_11, M_12), (M_21, M_22) = M
         w = 1 / z.astype(M.dtype)[..., None]
+        (M_11, M_12), (M_21, M_22), (F_1, F_2) = (
+            [lax.broadcast_to_rank(entry, w.ndim) for entry in row] for row in (*M, F)
+        )
         determinant = (1 - M_11 * w) * (1 - M_22 * w) - M_12 * M_21 * w**2
-        position = (M_21 * w * F[0] + (1 - M_11 * w) * F[1]) / determinant
+        position = (M_21 * w * F_1 + (1 - M_11 * w) * F_2) / determinant
         # The planes of B and C are real numbers, and so are the positions' responses.
-        return jnp.einsum("opn,...n,pnf->...of", C, position, B) + jnp.diag(D)
+        response = jnp.einsum("opn,...n,pnf->...of", C, position, B)
+        return response + lax.broadcast_to_rank(jnp.diag(D), response.ndim)

@@ -5,6 +5,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._features import check_name, check_positive, check_size
@@ -137,8 +138,9 @@ class LinOSSSequenceMixer(AbstractContinuousMixer[Float[Array, "2 2 state"]]):
         G = jnp.zeros_like(A) if mixer.G_diag is None else jax.nn.relu(mixer.G_diag)
         own_step = None
         if integration_timesteps is not None:
-            own_step = step
-            step = step * jnp.asarray(integration_timesteps, step.dtype)[..., None]
+            timesteps = jnp.asarray(integration_timesteps, step.dtype)
+            own_step, step = step, jnp.multiply.outer(timesteps, step)
+            A, G, own_step = (lax.broadcast_to_rank(part, step.ndim) for part in (A, G, own_step))
         if self.discretization == "IM":
             M, F = _implicit(A, step)
         else:
