@@ -3,6 +3,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._types import accumulation_dtype
@@ -84,7 +85,7 @@ class HGRN2SequenceMixer(AbstractMatrixMixer):
 
     def attend(self, x, q, k, v, state, **options):
         raw = k.astype(accumulation_dtype(k))
-        b = jnp.asarray(self.lower_bound, raw.dtype)
+        b = lax.broadcast_to_rank(jnp.asarray(self.lower_bound, raw.dtype), raw.ndim)
         # The derivative of log b is not finite at 0, where nothing depends on it.
         log_b = jnp.where(b > 0, jnp.log(jnp.where(b > 0, b, 1)), -jnp.inf)
         # f is also sigma(raw) + b sigma(-raw). Not its logarithm: where the gate closes, f has no digits
