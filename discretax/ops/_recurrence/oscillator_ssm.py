@@ -1,13 +1,15 @@
 """Second-order oscillators from real input to real output, their projections around the scan."""
 
+import functools as ft
+
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from discretax.ops._recurrence.chunked import chunked_recurrence
 from discretax.ops._recurrence.linear_recurrence import Implementation
 from discretax.ops._recurrence.projections import choose_chunk_size, project, skip
 from discretax.ops._recurrence.transitions import MATRICES, matrices
+from discretax.ops._scaled import scaled
 
 
 def oscillator_ssm(
@@ -75,7 +77,8 @@ def _terms(weights, x, inputs):
     of_both_parts = lambda planes: jnp.concatenate([planes, planes], axis=-1)
     M, F = map(of_both_parts, inputs if constant is None else constant)
     force = project(B.reshape(-1, B.shape[-1]), x)
-    return M, lax.broadcast_to_rank(F, 3) * force[:, None], x
+    times = jnp.multiply if constant is None else ft.partial(scaled, axis=0)
+    return M, jnp.stack([times(force, F[..., i, :]) for i in (0, 1)], axis=1), x
 
 
 def _readout(weights, h, x):
