@@ -194,6 +194,31 @@ def check_timesteps(
         )
 
 
+def mirrored(
+    time: int,
+    length: Length | None,
+    resets: Resets | None,
+    timesteps: Timesteps | None = None,
+) -> tuple[Int[Array, " time"], Resets | None, Timesteps | None]:
+    """A sequence from its last valid sample to its first: by which index, with which resets and gaps.
+
+    The index is its own inverse. What stands at t belongs to the border between t - 1 and t. From the
+    other side, that border is met on arriving at t - 1. A sequence begins with no border, so with a
+    gap of one.
+    """
+    index = jnp.arange(time)
+    valid = time if length is None else jnp.asarray(length).astype(int)
+    mirror = jnp.where(index < valid, valid - 1 - index, index)
+    from_behind = lambda per_sample: jnp.roll(per_sample, -1)[mirror]
+    begins = index == 0
+    if resets is not None:
+        resets = from_behind(resets) & ~begins
+        begins = begins | resets
+    if timesteps is not None:
+        timesteps = jnp.where(begins, jnp.ones_like(timesteps), from_behind(timesteps))
+    return mirror, resets, timesteps
+
+
 def known(value: Any) -> np.ndarray | None:
     """The numbers, where there are any: a traced value has none yet."""
     return None if isinstance(value, Tracer) else np.asarray(value)

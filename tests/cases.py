@@ -33,12 +33,16 @@ from discretax.sequence_mixers import (
     GLASequenceMixer,
     GriffinSequenceMixer,
     HGRN2SequenceMixer,
+    HydraSequenceMixer,
+    IdentitySequenceMixer,
     KimiDeltaAttentionSequenceMixer,
     LinOSSSequenceMixer,
     LRUSequenceMixer,
     Mamba2SequenceMixer,
     Mamba3SequenceMixer,
     MambaSequenceMixer,
+    MinGRUSequenceMixer,
+    MinLSTMSequenceMixer,
     MLSTMSequenceMixer,
     RetentionSequenceMixer,
     RGLRUSequenceMixer,
@@ -47,6 +51,7 @@ from discretax.sequence_mixers import (
     S5SequenceMixer,
     S7SequenceMixer,
     SequenceParallel,
+    ShortConvSequenceMixer,
 )
 from discretax.sequence_mixers.base import zero_cache
 from discretax.sequence_mixers.lti._diagonal_system import DiagonalSystem
@@ -303,6 +308,78 @@ def s7_size(mixer: S7SequenceMixer) -> Array:
     return jnp.abs(1 - 1 / ((jnp.linspace(-5, 5, 100)[:, None] + mixer.alpha[None]) ** 2 + 0.5))
 
 
+def applied(layer: eqx.nn.Linear | None, x: Array) -> Array:
+    if layer is None:
+        return x
+    y = x @ layer.weight.T
+    return y if layer.bias is None else y + jax.lax.broadcast_to_rank(layer.bias, y.ndim)
+
+
+def min_gru(mixer: MinGRUSequenceMixer, x: Array) -> Array:
+    """Sample by sample, with the gate of the paper."""
+    return minimal(mixer, x, lambda x: jax.nn.sigmoid(applied(mixer.gate_proj, x)))
+
+
+def min_lstm(mixer: MinLSTMSequenceMixer, x: Array) -> Array:
+    def share(x):
+        gates = (jax.nn.sigmoid(applied(p, x)) for p in (mixer.forget_proj, mixer.input_proj))
+        forget, enter = gates
+        return enter / (forget + enter)
+
+    return minimal(mixer, x, share)
+
+
+def minimal(mixer, x: Array, share: Callable[[Array], Array]) -> Array:
+    h, states = 0, []
+    for sample in x:
+        u, z = applied(mixer.candidate_proj, sample), share(sample)
+        h = (1 - z) * h + z * jnp.where(u >= 0, u + 0.5, jax.nn.sigmoid(u))
+        states.append(h)
+    return applied(mixer.out_proj, jnp.stack(states))
+
+
+def largest_held(mixer: MinGRUSequenceMixer | MinLSTMSequenceMixer) -> Array:
+    """Of the past, for inputs of any size."""
+    return jax.nn.sigmoid(-mixer.log_odds(10 * jr.normal(jr.key(0), (100, FEATURES))))
+
+
+def short_convolution(mixer: ShortConvSequenceMixer, x: Array) -> Array:
+    b, c, u = jnp.split(applied(mixer.in_proj, x), 3, axis=-1)
+    width = mixer.conv_weight.shape[1]
+    taps = [mixer.conv_weight[None, :, width - 1 - k] * delayed(b * u, k) for k in range(width)]
+    return applied(mixer.out_proj, c * (sum(taps) + mixer.conv_bias[None]))
+
+
+def quasiseparable(mixer: HydraSequenceMixer, x: Array) -> Array:
+    """One matrix over time for each head, entry by entry."""
+    time, inner, heads = len(x), mixer.norm_weight.size, mixer.D.size
+    z, u, d = jnp.split(x @ mixer.in_proj.weight.T, (inner, inner + len(mixer.conv_weight)), axis=1)
+    half = mixer.conv_weight.shape[1] // 2
+    padded = jnp.pad(u, ((half, half), (0, 0)))
+    taps = (w[None] * padded[k : k + time] for k, w in enumerate(mixer.conv_weight.T))
+    u = jax.nn.silu(sum(taps) + mixer.conv_bias[None])
+    v, rest = u[:, :inner].reshape(time, heads, -1), u[:, inner:]
+    B_f, C_f, B_b, C_b = (
+        jnp.repeat(p.reshape(time, mixer.num_groups, -1), heads // mixer.num_groups, axis=1)
+        for p in jnp.split(rest, 4, axis=1)
+    )
+    dt_f, dt_b = (jax.nn.softplus(p + mixer.dt_bias[None]) for p in jnp.split(d, 2, axis=1))
+    a_f, a_b = (-jnp.exp(mixer.A_log)[None] * dt for dt in (dt_f, dt_b))
+    rows = []
+    for t in range(time):
+        y = ((v[t].reshape(-1) @ mixer.D_proj.weight.T) + mixer.D)[:, None] * v[t]
+        for s in range(t):  # read out one sample before
+            weight = jnp.exp(a_f[s + 1 : t].sum(0)) * dt_f[s] * (C_f[t - 1] * B_f[s]).sum(-1)
+            y = y + weight[:, None] * v[s]
+        for s in range(t + 1, time):
+            weight = jnp.exp(a_b[t + 1 : s].sum(0)) * dt_b[s] * (C_b[t + 1] * B_b[s]).sum(-1)
+            y = y + weight[:, None] * v[s]
+        rows.append(y.reshape(-1))
+    y = jnp.stack(rows)
+    y = y / jnp.sqrt((y**2).mean(1, keepdims=True) + mixer.norm_eps) * mixer.norm_weight[None]
+    return (y * jax.nn.silu(z)) @ mixer.out_proj.weight.T
+
+
 def bidirectional(key: PRNGKeyArray) -> Bidirectional:
     forward_key, backward_key = jr.split(key)
     return Bidirectional(Decay(FEATURES, forward_key), Decay(FEATURES, backward_key))
@@ -403,6 +480,44 @@ CASES = (
         lambda key: GriffinSequenceMixer(FEATURES, key, lru_width=6, num_heads=2),
         transition_size=lambda mixer: rg_lru_size(mixer.rg_lru),
         not_drawn=("a_bias", "input_bias", "conv_bias"),
+    ),
+    Case(
+        "MinGRUSequenceMixer",
+        lambda key: MinGRUSequenceMixer(FEATURES, key),
+        reference=min_gru,
+        transition_size=largest_held,
+    ),
+    Case(
+        "MinLSTMSequenceMixer",
+        lambda key: MinLSTMSequenceMixer(FEATURES, key, expand=2),
+        reference=min_lstm,
+        transition_size=largest_held,
+    ),
+    Case(
+        "ShortConvSequenceMixer",
+        lambda key: ShortConvSequenceMixer(FEATURES, key, use_bias=True),
+        reference=short_convolution,
+    ),
+    Case(
+        "HydraSequenceMixer",
+        lambda key: HydraSequenceMixer(
+            FEATURES,
+            key,
+            state_dim=3,
+            conv_width=5,
+            head_dim=2,
+            num_groups=2,
+            dt_min=0.1,
+            dt_max=1.0,
+        ),
+        streams=False,
+        reference=quasiseparable,
+        not_drawn=("A_log", "D", "norm_weight"),
+    ),
+    Case(
+        "IdentitySequenceMixer",
+        lambda key: IdentitySequenceMixer(FEATURES, key),
+        reference=lambda mixer, x: x,
     ),
     Case(
         "S7SequenceMixer",

@@ -21,6 +21,7 @@ OPTIONS = {
     "Centaurus": {"state_dim": 4},
     "GatedSequenceMixer": {"bottleneck": 2, "gate": 1},
     "GriffinSequenceMixer": {"lru_width": 4, "num_heads": 2},
+    "HydraSequenceMixer": {"head_dim": 4, "num_groups": 2, "conv_width": 5},
     "Mamba2SequenceMixer": {"head_dim": 4, "num_groups": 2},
     "Mamba2": {"head_dim": 4},
     "MambaSequenceMixer": {"dt_rank": 2},

@@ -74,7 +74,7 @@ MIXER_MAY_SEE = {
     "ltv": ("base", "wrappers"),
     "wrappers": ("base",),
     "base": (),
-    "attention": ("base",),
+    **dict.fromkeys(("attention", "identity", "short_convolution"), ("base",)),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

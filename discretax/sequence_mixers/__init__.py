@@ -10,6 +10,7 @@ from discretax.sequence_mixers.base import (
     refuse_to_stream as refuse_to_stream,
     zero_cache as zero_cache,
 )
+from discretax.sequence_mixers.identity import IdentitySequenceMixer as IdentitySequenceMixer
 from discretax.sequence_mixers.lti.centaurus import (
     Centaurus as Centaurus,
     CentaurusDWS as CentaurusDWS,
@@ -42,12 +43,15 @@ from discretax.sequence_mixers.ltv.gated_delta_product import (
 )
 from discretax.sequence_mixers.ltv.gla import GLASequenceMixer as GLASequenceMixer
 from discretax.sequence_mixers.ltv.hgrn2 import HGRN2SequenceMixer as HGRN2SequenceMixer
+from discretax.sequence_mixers.ltv.hydra import HydraSequenceMixer as HydraSequenceMixer
 from discretax.sequence_mixers.ltv.kimi_delta_attention import (
     KimiDeltaAttentionSequenceMixer as KimiDeltaAttentionSequenceMixer,
 )
 from discretax.sequence_mixers.ltv.mamba import MambaSequenceMixer as MambaSequenceMixer
 from discretax.sequence_mixers.ltv.mamba2 import Mamba2SequenceMixer as Mamba2SequenceMixer
 from discretax.sequence_mixers.ltv.mamba3 import Mamba3SequenceMixer as Mamba3SequenceMixer
+from discretax.sequence_mixers.ltv.min_gru import MinGRUSequenceMixer as MinGRUSequenceMixer
+from discretax.sequence_mixers.ltv.min_lstm import MinLSTMSequenceMixer as MinLSTMSequenceMixer
 from discretax.sequence_mixers.ltv.mlstm import MLSTMSequenceMixer as MLSTMSequenceMixer
 from discretax.sequence_mixers.ltv.retention import (
     RetentionSequenceMixer as RetentionSequenceMixer,
@@ -57,6 +61,9 @@ from discretax.sequence_mixers.ltv.rglru import (
     RGLRUSequenceMixer as RGLRUSequenceMixer,
 )
 from discretax.sequence_mixers.ltv.s7 import S7SequenceMixer as S7SequenceMixer
+from discretax.sequence_mixers.short_convolution import (
+    ShortConvSequenceMixer as ShortConvSequenceMixer,
+)
 from discretax.sequence_mixers.wrappers.bidirectional import Bidirectional as Bidirectional
 from discretax.sequence_mixers.wrappers.discretized import Discretized as Discretized
 from discretax.sequence_mixers.wrappers.gated import GatedSequenceMixer as GatedSequenceMixer

@@ -1,12 +1,11 @@
 from typing import Any, ClassVar, NoReturn
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
 from discretax._features import check_instance
-from discretax._timeseries import check_length, check_resets, check_timesteps
+from discretax._timeseries import check_length, check_resets, check_timesteps, mirrored
 from discretax._types import Length, Resets, Timesteps, Values
 from discretax.sequence_mixers.base import AbstractSequenceMixer, refuse_to_stream
 
@@ -76,20 +75,7 @@ class Bidirectional(AbstractSequenceMixer[None]):
             resets=resets,
             key=forward_key,
         )
-        index = jnp.arange(time)
-        valid = time if length is None else jnp.asarray(length).astype(int)
-        mirror = jnp.where(index < valid, valid - 1 - index, index)
-
-        # What stands at t belongs to the border between t - 1 and t. From the other side, that border
-        # is met on arriving at t - 1. A sequence begins with no border, so with a gap of one.
-        from_behind = lambda per_sample: jnp.roll(per_sample, -1)[mirror]
-        begins, timesteps = index == 0, integration_timesteps
-        if resets is not None:
-            resets = from_behind(resets) & ~begins
-            begins = begins | resets
-        if timesteps is not None:
-            timesteps = jnp.where(begins, jnp.ones_like(timesteps), from_behind(timesteps))
-
+        mirror, resets, timesteps = mirrored(time, length, resets, integration_timesteps)
         y_backward, _ = self.backward(
             x[mirror],
             integration_timesteps=timesteps,
