@@ -188,6 +188,25 @@ def public_names() -> list[str]:
     return names
 
 
+NAMES_OF_0_3 = {
+    "blocks": "AbstractBlock StandardBlock",
+    "channel_mixers": "AbstractChannelMixer GLU IdentityChannelMixer MLPChannelMixer SwiGLU",
+    "encoder": "AbstractEncoder EmbeddingEncoder LinearEncoder",
+    "heads": "AbstractHead ClassificationHead RegressionHead",
+    "models": "DeltaNet LRU LinOSS S5",
+    "sequence_mixers": (
+        "AbstractSequenceMixer DeltaNetSequenceMixer IdentitySequenceMixer LRUSequenceMixer "
+        "LinOSSSequenceMixer S4DSequenceMixer S5SequenceMixer"
+    ),
+}
+
+
+@pytest.mark.parametrize("room", NAMES_OF_0_3)
+def test_names_of_the_package_before_are_kept(room):
+    """What the rooms of discretax 0.3.0 export."""
+    assert set(NAMES_OF_0_3[room].split()) <= set(vars(getattr(discretax, room)))
+
+
 def reference_entries() -> set[str]:
     return {
         line.split()[1]
