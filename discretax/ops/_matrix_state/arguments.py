@@ -5,7 +5,7 @@ from jaxtyping import Array
 
 from discretax._timeseries import known
 from discretax.ops._checks import check_array
-from discretax.ops._matrix_state.run import Samples, State
+from discretax.ops._matrix_state.run import Samples
 
 
 def as_samples(
@@ -16,9 +16,11 @@ def as_samples(
     log_decay: Array | None,
     erase: Array | None,
     initial_state: Array | None,
-) -> tuple[Samples, State | None]:
-    """Heads by the group that shares a key, and an axis of steps where there was none."""
-    if q.ndim != 3 or k.ndim not in (3, 4) or v.ndim != k.ndim or (erase is None and k.ndim == 4):
+    *,
+    in_steps: bool = False,
+) -> Samples:
+    """With `in_steps`, a sample may have several."""
+    if q.ndim != 3 or v.ndim != k.ndim or k.ndim not in ((3, 4) if in_steps else (3,)):
         raise ValueError(
             "`q` and `k` must be (time, key_heads, key) and `v` (time, heads, value); got "
             f"q: {q.shape}, k: {k.shape} and v: {v.shape}. Use `jax.vmap` to batch."
@@ -39,21 +41,7 @@ def as_samples(
     check_array("beta", beta, time=time, **steps, heads=heads)
     check_array("initial_state", initial_state, heads=heads, key=key, value=value)
     log_decay = _log_decay(log_decay, v.dtype, time=time, heads=heads, key=key)
-
-    def grouped(array, axis):
-        shape = (*array.shape[:axis], groups, heads // groups, *array.shape[axis + 1 :])
-        return array.reshape(shape)
-
-    in_steps = lambda array: array if steps else array[:, None]
-    samples = Samples(
-        q=q,
-        k=in_steps(k),
-        v=grouped(in_steps(v), 2),
-        beta=None if beta is None else grouped(in_steps(beta), 2),
-        log_decay=grouped(log_decay, 1),
-        erase=None if erase is None else in_steps(erase),
-    )
-    return samples, None if initial_state is None else grouped(initial_state, 0)
+    return Samples(q, k, v, beta, log_decay, erase)
 
 
 def _log_decay(log_decay: Array | None, dtype, **axes: int) -> Array:
@@ -63,12 +51,6 @@ def _log_decay(log_decay: Array | None, dtype, **axes: int) -> Array:
     kinds = {1: ("heads",), 2: ("time", "heads")}.get(log_decay.ndim, tuple(axes))
     check_array("log_decay", log_decay, **{axis: axes[axis] for axis in kinds})
     return jnp.broadcast_to(log_decay, (time, heads)) if log_decay.ndim == 1 else log_decay
-
-
-def by_head(array: Array, axis: int) -> Array:
-    """The groups of heads one after the other again."""
-    groups, heads = array.shape[axis : axis + 2]
-    return array.reshape(*array.shape[:axis], groups * heads, *array.shape[axis + 2 :])
 
 
 def check_decay(log_decay: Array | None) -> None:

@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Bool, Float, Int
 
-from discretax.ops._matrix_state.arguments import as_samples, by_head, check_decay
+from discretax.ops._matrix_state.arguments import as_samples, check_decay
 from discretax.ops._matrix_state.run import matrix_state
 
 
@@ -22,7 +22,7 @@ def delta_rule(
     scale: float = 1.0,
     length: Int[Array, ""] | int | None = None,
     resets: Bool[Array, " time"] | None = None,
-    chunk_size: int = 64,
+    chunk_size: int = 32,
 ) -> tuple[Float[Array, "time heads value"], Float[Array, "heads key value"]]:
     r"""Each head is a matrix that decays, forgets along one key and is written to along another.
 
@@ -67,15 +67,16 @@ def delta_rule(
         Yang et al., Parallelizing Linear Transformers with the Delta Rule over Sequence Length,
         NeurIPS 2024 (arXiv:2406.06484).
     """
-    erase = k if erase is None else erase
-    samples, state = as_samples(q, k, v, beta, log_decay, erase, initial_state)
+    samples = as_samples(q, k, v, beta, log_decay, erase, initial_state, in_steps=True)
     check_decay(log_decay)
     y, state = matrix_state(
         samples,
-        state,
+        initial_state,
+        erases=True,
         erase_first=erase_first,
+        scale=scale,
         length=length,
         resets=resets,
         chunk_size=chunk_size,
     )
-    return by_head(scale * y, axis=1).astype(v.dtype), by_head(state, axis=0)
+    return y.astype(v.dtype), state

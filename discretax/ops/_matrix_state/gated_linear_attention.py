@@ -2,7 +2,7 @@
 
 from jaxtyping import Array, Bool, Float, Int
 
-from discretax.ops._matrix_state.arguments import as_samples, by_head, check_decay
+from discretax.ops._matrix_state.arguments import as_samples, check_decay
 from discretax.ops._matrix_state.run import matrix_state
 
 
@@ -68,7 +68,9 @@ def gated_linear_attention(
         Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training, ICML 2024
         (arXiv:2312.06635).
     """
-    samples, state = as_samples(q, k, v, beta, log_decay, None, initial_state)
+    samples = as_samples(q, k, v, beta, log_decay, None, initial_state)
     check_decay(log_decay)
-    y, state = matrix_state(samples, state, length=length, resets=resets, chunk_size=chunk_size)
-    return by_head(scale * y, axis=1).astype(v.dtype), by_head(state, axis=0)
+    y, state = matrix_state(
+        samples, initial_state, scale=scale, length=length, resets=resets, chunk_size=chunk_size
+    )
+    return y.astype(v.dtype), state

@@ -9,20 +9,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 Lower = Float[Array, "*lead time time"]
+Parts = Float[Array, "*lead parts samples key"]
 
 
-def two_halves(rows: Float[Array, "*lead time key"], half: int) -> tuple[Array, Array]:
-    """The earlier and the later half of each `2 * half` samples, `(*lead, pairs, half, key)`."""
-    pairs = rows.reshape(*rows.shape[:-2], -1, 2, half, rows.shape[-1])
-    return pairs[..., 0, :, :], pairs[..., 1, :, :]
+def in_parts(rows: Float[Array, "*lead time key"], parts: int) -> Parts:
+    return rows.reshape(*rows.shape[:-2], parts, -1, rows.shape[-1])
+
+
+def earlier_and_later(parts: Parts) -> tuple[Array, Array]:
+    """Of each two parts that follow one another."""
+    return parts[..., 0::2, :, :], parts[..., 1::2, :, :]
+
+
+def in_one(earlier: Parts, later: Parts) -> Parts:
+    """Each two parts, one behind the other."""
+    return jnp.concatenate([earlier, later], -2)
 
 
 def joined(own: Float[Array, "*lead parts half half"], across: Array) -> Array:
-    """[[own, 0], [across, own]] for each pair of `own` blocks."""
-    half = own.shape[-1]
-    pairs = own.reshape(*own.shape[:-3], -1, 2, half, half)
-    earlier = jnp.concatenate([pairs[..., 0, :, :], jnp.zeros_like(across)], -1)
-    return jnp.concatenate([earlier, jnp.concatenate([across, pairs[..., 1, :, :]], -1)], -2)
+    """[[own, 0], [across, own]] for each two parts."""
+    earlier, later = earlier_and_later(own)
+    above = jnp.concatenate([earlier, jnp.zeros_like(across)], -1)
+    return in_one(above, jnp.concatenate([across, later], -1))
 
 
 @jax.custom_jvp
@@ -44,13 +52,25 @@ def _(primals, tangents):
 
 
 def _inverse(lower: Lower) -> Lower:
-    time = lower.shape[-1]
-    inverse = jnp.ones((*lower.shape[:-1], 1, 1), lower.dtype)
-    half = 1
-    while half < time:
-        by_pair = lower.reshape(*lower.shape[:-2], time // (2 * half), 2, half, -1, 2, half)
-        below = jnp.einsum("...iaib->...iab", by_pair[..., 1, :, :, 0, :])
-        earlier, later = inverse[..., 0::2, :, :], inverse[..., 1::2, :, :]
-        inverse = joined(inverse, -later @ (below @ earlier))
-        half *= 2
-    return inverse[..., 0, :, :]
+    return _inverses(lower[..., None, :, :])[..., 0, :, :]
+
+
+def _inverses(lower: Float[Array, "*lead parts time time"]) -> Array:
+    half = lower.shape[-1] // 2
+    if half == 0:
+        return jnp.ones_like(lower)
+    halves = jnp.stack([lower[..., :half, :half], lower[..., half:, half:]], -3)
+    own = _inverses(halves.reshape(*lower.shape[:-3], -1, half, half))
+    earlier, later = earlier_and_later(own)
+    return joined(own, -_product(later, _product(lower[..., half:, :half], earlier)))
+
+
+def _product(a: Array, b: Array) -> Array:
+    if a.shape[-1] < SMALL:
+        return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
+    return a @ b
+
+
+# XLA takes a product of matrices smaller than this by itself, which on CPU takes ten times as long as
+# a sum.
+SMALL = 8

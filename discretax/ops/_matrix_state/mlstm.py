@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from discretax._timeseries import check_length, check_resets, valid_samples, zero_padding
 from discretax._types import accumulation_dtype
 from discretax.ops._checks import check_array
-from discretax.ops._matrix_state.arguments import as_samples, by_head
+from discretax.ops._matrix_state.arguments import as_samples
 from discretax.ops._matrix_state.run import matrix_state
 from discretax.ops._running.split_time import incoming_state
 
@@ -82,14 +82,15 @@ def mlstm(
     fresh = None if resets is None else zero_padding(resets, length)[:, None]
     m, before = _running_maximum(log_f, i, start, fresh)
     ones = jnp.ones((time, heads, 1), v.dtype)
-    samples, memory = as_samples(
+    samples = as_samples(
         q, k, jnp.concatenate([v, ones], -1), jnp.exp(i - m), log_f + before - m, None, memory
     )
-    y, memory = matrix_state(samples, memory, length=length, resets=resets, chunk_size=chunk_size)
-    y = scale * by_head(y, axis=1)
+    y, memory = matrix_state(
+        samples, memory, scale=scale, length=length, resets=resets, chunk_size=chunk_size
+    )
     size = jnp.maximum(jnp.abs(y[..., -1:]), jnp.exp(-m)[..., None]) + eps
     last = m[-1] if time else start
-    return (y[..., :-1] / size).astype(v.dtype), (by_head(memory, axis=0), last)
+    return (y[..., :-1] / size).astype(v.dtype), (memory, last)
 
 
 def _running_maximum(log_f, i, start, fresh):

@@ -6,7 +6,7 @@ from jaxtyping import Array, Bool, Float, Int
 from discretax._timeseries import zero_padding
 from discretax._types import accumulation_dtype
 from discretax.ops._checks import check_array
-from discretax.ops._matrix_state.arguments import as_samples, by_head
+from discretax.ops._matrix_state.arguments import as_samples
 from discretax.ops._matrix_state.run import matrix_state
 
 
@@ -77,11 +77,9 @@ def ssd(
     check_array("h0", h0, heads=heads, head_dim=head_dim, state=state_dim)
     dtype = accumulation_dtype(*jax.tree.leaves((x, dt, A, B, C, D, h0)))
     dt = zero_padding(dt, length).astype(dtype)  # whose product with A has a gradient of its own
-    samples, state = as_samples(
-        C, B, x, dt, dt * A.astype(dtype)[None], None, None if h0 is None else h0.mT
-    )
+    state = None if h0 is None else h0.mT
+    samples = as_samples(C, B, x, dt, dt * A.astype(dtype)[None], None, state)
     y, h = matrix_state(samples, state, length=length, resets=resets, chunk_size=chunk_size)
-    y = by_head(y, axis=1)
     if D is not None:
         y = y + D.astype(dtype)[None, :, None] * x.astype(dtype)
-    return y.astype(x.dtype), by_head(h, axis=0).mT
+    return y.astype(x.dtype), h.mT
