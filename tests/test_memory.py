@@ -10,7 +10,14 @@ import jax.random as jr
 import pytest
 
 from discretax.models import LRU, remat_blocks, scan_blocks
-from discretax.ops import linear_recurrence, selective_scan, ssd
+from discretax.ops import (
+    delta_rule,
+    gated_linear_attention,
+    linear_recurrence,
+    mlstm,
+    selective_scan,
+    ssd,
+)
 from discretax.sequence_mixers import (
     LinOSSSequenceMixer,
     LRUSequenceMixer,
@@ -80,12 +87,76 @@ def test_selective_scan(time, bound, batch):
     assert megabytes(run, inputs, inputs, states, states, params=-jnp.ones((256, 16))) < bound
 
 
-@pytest.mark.parametrize(("time", "bound"), [(1024, 9.1), (4096, 31)])
-def test_ssd(time, bound):
+HEADS, KEY = 8, 64
+SHARED = (1, KEY)  # by all heads
+OWN, NUMBER = (HEADS, KEY), (HEADS,)
+# Shapes of a sample; bounds for 1024 samples and for 4096.
+MATRIX_STATE = {
+    "ssd": (
+        lambda x, dt, B, C: ssd(x, dt, -jnp.ones(HEADS), B, C)[0],
+        (OWN, NUMBER, SHARED, SHARED),
+        (6.4, 21.5),
+    ),
+    "ssd, a group for each head": (
+        lambda x, dt, B, C: ssd(x, dt, -jnp.ones(HEADS), B, C)[0],
+        (OWN, NUMBER, OWN, OWN),
+        (5.8, 19.2),
+    ),
+    "linear attention": (
+        lambda q, k, v, g, **options: gated_linear_attention(q, k, v, None, g, **options)[0],
+        (OWN, OWN, OWN, NUMBER),
+        (5.7, 18.9),
+    ),
+    "linear attention, vector decay": (
+        lambda q, k, v, g, **options: gated_linear_attention(q, k, v, None, g, **options)[0],
+        (OWN, OWN, OWN, OWN),
+        (6.8, 19.3),
+    ),
+    "delta": (
+        lambda *arrays, **options: delta_rule(*arrays, **options)[0],
+        (OWN, OWN, OWN, NUMBER, NUMBER),
+        (7.5, 27.3),
+    ),
+    "delta, vector decay": (
+        lambda *arrays, **options: delta_rule(*arrays, **options)[0],
+        (OWN, OWN, OWN, NUMBER, OWN),
+        (7.6, 27.4),
+    ),
+    "mLSTM": (
+        lambda *arrays: mlstm(*arrays)[0],
+        (OWN, OWN, OWN, NUMBER, NUMBER),
+        (11.8, 46.9),
+    ),
+}
+
+
+@pytest.mark.parametrize("time", [1024, 4096])
+@pytest.mark.parametrize("name", MATRIX_STATE)
+def test_matrix_state(name, time):
     """States for all samples would fill 1024 * 8 * 64 * 64 * 4 bytes = 128 MB, and 512 MB."""
-    inputs, states = (time, 8, 64), (time, 1, 64)
-    run = lambda A, x, dt, B, C: ssd(x, dt, A, B, C)[0]
-    assert megabytes(run, inputs, (time, 8), states, states, params=-jnp.ones(8)) < bound
+    run, shapes, bounds = MATRIX_STATE[name]
+    used = megabytes(lambda _, *arrays: run(*arrays), *((time, *shape) for shape in shapes))
+    assert used < dict(zip((1024, 4096), bounds, strict=True))[time]
+
+
+@pytest.mark.parametrize("name", ["linear attention", "delta", "delta, vector decay"])
+def test_matrix_state_of_a_long_sequence(name):
+    """States for all samples would fill 16 GB. Kept are the output and a state for each chunk of 64
+    or 32 samples: as much as two or three inputs."""
+    run, shapes, _ = MATRIX_STATE[name]
+    time = 2**17
+    used = megabytes(lambda _, *arrays: run(*arrays), *((time, *shape) for shape in shapes))
+    assert used < 3.3 * time * HEADS * KEY * 4 / 2**20
+
+
+@pytest.mark.parametrize("name", ["linear attention", "delta, vector decay"])
+def test_matrix_state_of_a_batch(name):
+    """With lengths of their own: neither the batch nor the padding makes a copy of an input."""
+    run, shapes, (bound, _) = MATRIX_STATE[name]
+    lengths = jnp.arange(8)
+    batched = jax.vmap(lambda length, *arrays: run(*arrays, length=length))
+    run = lambda _, *arrays: batched(lengths, *arrays)
+    assert megabytes(run, *((8, 1024, *shape) for shape in shapes)) < 8 * bound
 
 
 def test_remat():

@@ -81,12 +81,16 @@ def mlstm(
         i, log_f = jnp.where(valid, i, -jnp.inf), jnp.where(valid, log_f, 0)
     fresh = None if resets is None else zero_padding(resets, length)[:, None]
     m, before = _running_maximum(log_f, i, start, fresh)
-    ones = jnp.ones((time, heads, 1), v.dtype)
-    samples = as_samples(
-        q, k, jnp.concatenate([v, ones], -1), jnp.exp(i - m), log_f + before - m, None, memory
-    )
+    samples = as_samples(q, k, v, jnp.exp(i - m), log_f + before - m, None, None)
+    check_array("initial_state", memory, heads=heads, key=q.shape[-1], value=v.shape[-1] + 1)
     y, memory = matrix_state(
-        samples, memory, scale=scale, length=length, resets=resets, chunk_size=chunk_size
+        samples,
+        memory,
+        counted=True,
+        scale=scale,
+        length=length,
+        resets=resets,
+        chunk_size=chunk_size,
     )
     size = jnp.maximum(jnp.abs(y[..., -1:]), jnp.exp(-m)[..., None]) + eps
     last = m[-1] if time else start

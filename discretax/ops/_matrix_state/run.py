@@ -14,7 +14,7 @@ from discretax._timeseries import check_length, check_resets, zero_padding
 from discretax._types import accumulation_dtype
 from discretax.ops._matrix_state.decay import ScalarDecay, VectorDecay
 from discretax.ops._matrix_state.halves import solve_unit_lower
-from discretax.ops._running.chunks import scan_chunks, whole_chunks
+from discretax.ops._running.chunks import scan_chunks_in_place, whole_chunks
 from discretax.ops._running.split_time import incoming_state
 
 State = Float[Array, "heads key value"]
@@ -40,6 +40,7 @@ class Samples(NamedTuple):
 class Rule(NamedTuple):
     erases: bool
     erase_first: bool  # of the state before the decay
+    counted: bool
 
 
 def matrix_state(
@@ -48,6 +49,7 @@ def matrix_state(
     *,
     erases: bool = False,
     erase_first: bool = False,
+    counted: bool = False,
     scale: float = 1.0,
     length: Int[Array, ""] | int | None,
     resets: Bool[Array, " time"] | None,
@@ -55,12 +57,13 @@ def matrix_state(
 ) -> tuple[Float[Array, "time heads value"], State]:
     r"""$S_t = (I - \beta_t k_t e_t^T) \mathrm{Diag}(\alpha_t) S_{t-1} + \beta_t k_t v_t^T$ and
     $y_t = c\, S_t^T q_t$; with `erase_first`, $e_t$ acts on $S_{t-1}$ itself. $e = 0$ unless it `erases`.
+    Where it is `counted` what is written, values have one more column, all ones.
     """
     chunk_size = check_size("chunk_size", chunk_size)
     floating = [array for array in samples[:-1] if array is not None]
     dtype = accumulation_dtype(*floating, *([] if state is None else [state]))
     time, key = samples.q.shape[0], samples.q.shape[-1]
-    heads, value = samples.v.shape[-2:]
+    heads, value = samples.v.shape[-2], samples.v.shape[-1] + counted
     check_length(length, time)
     check_resets(resets, time)
     start = jnp.zeros((heads, key, value), dtype) if state is None else state.astype(dtype)
@@ -69,7 +72,7 @@ def matrix_state(
     if resets is not None:
         samples = samples._replace(resets=zero_padding(resets, length))
     steps = samples.k.shape[1] if samples.k.ndim == 4 else 1
-    rule = Rule(erases, erase_first)
+    rule = Rule(erases, erase_first, counted)
     over_time = ft.partial(_over_time, rule, max(1, chunk_size // steps), scale, length)
 
     def summary():
@@ -101,39 +104,39 @@ def _over_time(
 ):
     advance = _sample if samples.q.shape[0] == 1 else _chunk
 
-    def run(state, samples, left):
+    def run(scale, state, samples, left):
         if length is not None:  # padding becomes a decay of one and writes nothing
             samples = jax.tree.map(lambda array: zero_padding(array, left), samples)
         wide = jax.tree.map(
             lambda array: array if array.dtype == bool else array.astype(state.dtype), samples
         )
-        return advance(rule, state, wide._replace(q=scale * wide.q))
+        v = jnp.pad(wide.v, [(0, 0), (0, 0), (0, 1)], constant_values=1) if rule.counted else wide.v
+        return advance(rule, state, wide._replace(q=scale * wide.q, v=v))
 
-    return scan_chunks(run, state, samples, length, per_chunk)
+    return scan_chunks_in_place(run, scale, state, samples, length, per_chunk)
 
 
 def _sample(rule: Rule, state: State, samples: Samples) -> tuple[State, Array]:
     """The equation as it stands."""
     heads, key, value = state.shape
     groups = samples.q.shape[1]
-    q, k, v, beta, log_decay, erase, resets = jax.tree.map(lambda array: array[0], samples)
-    in_steps = lambda array, ndim: array if array is None or array.ndim > ndim else array[None]
-    by_group = lambda array, axis: array.reshape(
-        *array.shape[:axis], groups, heads // groups, *array.shape[axis + 1 :]
-    )
-    state, v = by_group(state, 0), by_group(in_steps(v, 2), 1)
-    k, erase, beta = in_steps(k, 2), in_steps(erase, 2), in_steps(beta, 1)
+    q, log_decay, resets = samples.q[0], samples.log_decay[0], samples.resets
+    erase = samples.k if samples.erase is None else samples.erase
+    in_steps = lambda array: array[0] if samples.k.ndim == 4 else array
+    k, v, beta, erase = jax.tree.map(in_steps, (samples.k, samples.v, samples.beta, erase))
+    by_group = lambda array: array.reshape(groups, heads // groups, *array.shape[1:])
+    state = by_group(state)
     if resets is not None:
-        state = jnp.where(resets, 0, state)
+        state = jnp.where(resets[0], 0, state)
     alpha = jnp.exp(log_decay).reshape(groups, heads // groups, -1, 1)
     for step in range(k.shape[0]):
         decayed = alpha * state if step == 0 else state
-        w = v[step]
+        w = by_group(v[step])
         if rule.erases:
             seen = state if rule.erase_first else decayed
-            w = w - jnp.einsum("gk,ghkv->ghv", (k if erase is None else erase)[step], seen)
+            w = w - jnp.einsum("gk,ghkv->ghv", erase[step], seen)
         if beta is not None:
-            w = by_group(beta[step], 0)[..., None] * w
+            w = by_group(beta[step])[..., None] * w
         state = decayed + k[step][:, None, :, None] * w[..., None, :]
     y = jnp.einsum("gk,ghkv->ghv", q, state)
     return state.reshape(heads, key, value), y.reshape(1, heads, value)
