@@ -21,7 +21,16 @@ from discretax.channel_mixers import SwiGLU
 from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
 from discretax.models import LRU
-from discretax.ops import diagonal_ssm, linear_recurrence, oscillator_ssm, selective_scan, ssd
+from discretax.ops import (
+    delta_rule,
+    diagonal_ssm,
+    gated_linear_attention,
+    linear_recurrence,
+    mlstm,
+    oscillator_ssm,
+    selective_scan,
+    ssd,
+)
 from discretax.ops._attention import masked_attention
 from discretax.sequence_mixers import (
     AttentionSequenceMixer,
@@ -246,6 +255,21 @@ OPS = {
         shared(2),
         (draw(8, TIME, 2, 2), draw(8, TIME, 1, 2)),
     ),
+    "gated_linear_attention": (
+        lambda a, x: gated_linear_attention(x, x, x, None, -a, chunk_size=3)[0],
+        shared(2),
+        draw(8, TIME, 2, 4),
+    ),
+    "delta_rule": (
+        lambda a, x: delta_rule(x, x, x, None, -a * jnp.abs(x), chunk_size=4)[0],
+        shared(1, 2, 4),
+        draw(8, TIME, 2, 4) / 2,
+    ),
+    "mlstm": (
+        lambda a, x: mlstm(x, x, x, x[..., 0], a - x[..., 1], chunk_size=3)[0],
+        shared(1, 2),
+        draw(8, TIME, 2, 4),
+    ),
 }
 
 
@@ -310,6 +334,29 @@ def test_channels_split_over_the_model_send_sums_alone(name):
     assert {c.kind for c in sent} == {"all-reduce"} and not any(c.in_loop for c in sent)
     assert sum(c.size for c in sent) == sums
     assert_close(compiled(*arguments), jax.jit(gradients)(params, inputs))
+
+
+@pytest.mark.parametrize("per_key", [1, 2])
+@pytest.mark.parametrize("vector", [False, True])
+@pytest.mark.parametrize("name", ["gated_linear_attention", "delta_rule"])
+def test_heads_split_over_the_model_send_nothing(name, vector, per_key):
+    """Nor do examples, forward and backward."""
+    mesh = make_mesh(data=4, model=2)
+    heads = 4
+    of_keys = draw(8, TIME, heads // per_key, 4) / 2
+    values, decay = draw(8, TIME, heads, 3), shared(8, TIME, heads, *((4,) if vector else ()))
+    rule = {"gated_linear_attention": gated_linear_attention, "delta_rule": delta_rule}[name]
+    one = lambda k, v, decay: rule(k, k, v, None, -decay, chunk_size=4)[0]
+
+    def gradients(*arrays):
+        return jax.grad(lambda arrays: (jax.vmap(one)(*arrays) ** 2).sum())(arrays)
+
+    spread = NamedSharding(mesh, P("data", None, "model"))
+    arrays = jax.device_put((of_keys, values, decay), spread)
+    for run in (jax.vmap(one), gradients):
+        compiled = jax.jit(run, out_shardings=spread).lower(*arrays).compile()
+        assert not collectives(compiled.as_text())
+        assert_close(compiled(*arrays), jax.jit(run)(of_keys, values, decay))
 
 
 @pytest.mark.parametrize("shared_state", [False, True])

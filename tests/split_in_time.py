@@ -22,8 +22,12 @@ from discretax.ops._running.split_time import split_time
 from discretax.sequence_mixers import (
     AttentionSequenceMixer,
     BidirectionalS5,
+    GatedDeltaProductSequenceMixer,
     GatedSequenceMixer,
+    GLASequenceMixer,
     GriffinSequenceMixer,
+    HGRN2SequenceMixer,
+    KimiDeltaAttentionSequenceMixer,
     LinOSSSequenceMixer,
     LRUSequenceMixer,
     Mamba2SequenceMixer,
@@ -73,6 +77,21 @@ def mixers():
         lambda key: Mamba3SequenceMixer(FEATURES, key, state_dim=4, head_dim=4, rank=2, **common),
     )
     yield "Griffin", lambda key: GriffinSequenceMixer(FEATURES, key, num_heads=2)
+    heads = {"num_heads": 2, "head_dim": 3}
+    decaying = {**heads, **common, "conv_width": 2, "A_init_range": (0.3, 2.0)}
+    yield (
+        "GatedDeltaProduct",
+        lambda key: GatedDeltaProductSequenceMixer(FEATURES, key, value_dim=2, **decaying),
+    )
+    yield (
+        "KimiDeltaAttention",
+        lambda key: KimiDeltaAttentionSequenceMixer(FEATURES, key, num_value_heads=4, **decaying),
+    )
+    yield (
+        "GLA",
+        lambda key: GLASequenceMixer(FEATURES, key, conv_width=2, temperature=2.0, **heads),
+    )
+    yield "HGRN2", lambda key: HGRN2SequenceMixer(FEATURES, key, lower_bound=0.3, **heads)
     yield "Retention", lambda key: RetentionSequenceMixer(FEATURES, key, num_heads=2)
     yield (
         "MLSTM",
@@ -136,7 +155,7 @@ def test_no_valid_samples_leave_the_cache(mesh):
     assert_close(split(draw(TIME, FEATURES), cache, length=0)[1], cache)
 
 
-@pytest.mark.parametrize("name", ["LRU", "S4D", "Mamba2"])
+@pytest.mark.parametrize("name", ["LRU", "S4D", "Mamba2", "KimiDeltaAttention"])
 @pytest.mark.parametrize("resets", [None, RESETS], ids=["", "resets"])
 def test_a_broken_sample_reaches_the_parts_behind_it(name, resets, mesh):
     mixer = MIXERS[name](jr.key(0))
@@ -216,7 +235,7 @@ def test_communication_is_that_of_the_formula(mesh):
     assert sent(compiled(mamba, mesh, TIME, False)) == states + 4 * 3 * inner
 
 
-@pytest.mark.parametrize("name", ["Mamba", "Mamba2"])
+@pytest.mark.parametrize("name", ["Mamba", "Mamba2", "KimiDeltaAttention"])
 def test_communication_does_not_grow_with_time(name, mesh):
     """Nor that of the gradients."""
     mixer = MIXERS[name](jr.key(0))

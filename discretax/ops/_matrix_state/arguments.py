@@ -45,12 +45,11 @@ def as_samples(
 
 
 def _log_decay(log_decay: Array | None, dtype, **axes: int) -> Array:
-    time, heads, _ = axes.values()
     if log_decay is None:
-        return jnp.zeros((time, heads), dtype)
+        return jnp.zeros(axes["heads"], dtype)
     kinds = {1: ("heads",), 2: ("time", "heads")}.get(log_decay.ndim, tuple(axes))
     check_array("log_decay", log_decay, **{axis: axes[axis] for axis in kinds})
-    return jnp.broadcast_to(log_decay, (time, heads)) if log_decay.ndim == 1 else log_decay
+    return log_decay
 
 
 def check_decay(log_decay: Array | None) -> None:

@@ -32,7 +32,7 @@ class Samples(NamedTuple):
     k: Float[Array, "time *steps groups key"]
     v: Float[Array, "time *steps heads value"]
     beta: Float[Array, "time *steps heads"] | None
-    log_decay: Float[Array, "time heads *key"]
+    log_decay: Float[Array, "time heads *key"] | Float[Array, " heads"]
     erase: Float[Array, "time *steps groups key"] | None
     resets: Bool[Array, " time"] | None = None
 
@@ -82,7 +82,7 @@ def matrix_state(
             nothing = jnp.zeros((*samples.v.shape[:-1], key), samples.v.dtype)
             unit = jnp.broadcast_to(jnp.eye(key, dtype=dtype), (heads, key, key))
             return over_time(unit, samples._replace(v=nothing))[0], last
-        whole = zero_padding(samples.log_decay, length).astype(dtype)
+        whole = zero_padding(_each_sample(samples), length).astype(dtype)
         if samples.resets is not None:  # which leave nothing to decay
             whole = jnp.where(samples.resets.any(), 0, whole)
         return jnp.exp(whole.sum(0)).reshape(heads, -1, 1), last
@@ -103,9 +103,16 @@ def _over_time(
     samples: Samples,
 ):
     advance = _sample if samples.q.shape[0] == 1 else _chunk
+    constant = samples.log_decay if samples.log_decay.ndim == 1 else None
+    samples = samples if constant is None else samples._replace(log_decay=None)
 
-    def run(scale, state, samples, left):
-        if length is not None:  # padding becomes a decay of one and writes nothing
+    def run(weights, state, samples, left):
+        scale, constant = weights
+        if constant is not None:
+            samples = samples._replace(log_decay=constant)
+            samples = samples._replace(log_decay=_each_sample(samples))
+        if not isinstance(left, int) or left < samples.q.shape[0]:
+            # Padding becomes a decay of one and writes nothing: the identity on the state.
             samples = jax.tree.map(lambda array: zero_padding(array, left), samples)
         wide = jax.tree.map(
             lambda array: array if array.dtype == bool else array.astype(state.dtype), samples
@@ -113,7 +120,12 @@ def _over_time(
         v = jnp.pad(wide.v, [(0, 0), (0, 0), (0, 1)], constant_values=1) if rule.counted else wide.v
         return advance(rule, state, wide._replace(q=scale * wide.q, v=v))
 
-    return scan_chunks_in_place(run, scale, state, samples, length, per_chunk)
+    return scan_chunks_in_place(run, (scale, constant), state, samples, length, per_chunk)
+
+
+def _each_sample(samples: Samples) -> Float[Array, "time heads *key"]:
+    decay = samples.log_decay
+    return jnp.broadcast_to(decay, (samples.q.shape[0], *decay.shape)) if decay.ndim == 1 else decay
 
 
 def _sample(rule: Rule, state: State, samples: Samples) -> tuple[State, Array]:

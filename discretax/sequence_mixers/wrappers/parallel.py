@@ -164,10 +164,11 @@ def _in_parts(parallel: SequenceParallel, indices, samples, cache, length, key):
             y, after = mixer(
                 x, cache, integration_timesteps=timesteps, length=length, resets=resets, key=key
             )
-        if split.handed_over < len(jax.tree.leaves(cache)):
+        carried = sum(array.size > 0 for array in jax.tree.leaves(cache))
+        if split.handed_over < carried:
             raise ValueError(
                 f"`{type(mixer).__name__}` cannot be split along time: of the "
-                f"{len(jax.tree.leaves(cache))} arrays of its cache, {split.handed_over} are "
+                f"{carried} arrays of its cache, {split.handed_over} are "
                 "handed from device to device. Mixers of recurrences do that by the operations "
                 "of `discretax.ops`."
             )
