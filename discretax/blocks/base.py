@@ -47,15 +47,8 @@ class AbstractBlock(AbstractStreamingLayer):
         self, u: Values, x: Samples, state: eqx.nn.State, key: PRNGKeyArray | None
     ) -> tuple[Values, eqx.nn.State]:
         """`u` through the sequence mixer, with what `x` says of timesteps, length and resets."""
-        options = {}
-        if isinstance(x, Timeseries):
-            options = {
-                "integration_timesteps": x.timesteps,
-                "length": x.length,
-                "resets": x.resets,
-            }
         cache = self.read_cache(state) if self.streaming else None
-        u, cache = self.sequence_mixer(u, cache, key=key, **options)
+        u, cache = self.sequence_mixer(u, cache, key=key, **mixer_options(x))
         if self.streaming:
             state = state.set(self.cache_index, cache)
         return u, state
@@ -72,6 +65,13 @@ class AbstractBlock(AbstractStreamingLayer):
             )
         mask: Array = self.dropout(jnp.ones(u.shape[1], u.dtype), key=key)
         return u * mask
+
+
+def mixer_options(x: Array | Timeseries) -> dict[str, Any]:
+    """What `x` says of timesteps, length and resets."""
+    if not isinstance(x, Timeseries):
+        return {}
+    return {"integration_timesteps": x.timesteps, "length": x.length, "resets": x.resets}
 
 
 def normalise(

@@ -23,6 +23,7 @@ from discretax.models.mamba import Mamba as Mamba
 from discretax.models.mamba2 import Mamba2 as Mamba2
 from discretax.models.retnet import RetNet as RetNet
 from discretax.models.rglru import RGLRU as RGLRU
+from discretax.models.rwkv7 import RWKV7 as RWKV7
 from discretax.models.s4 import S4 as S4
 from discretax.models.s4d import S4D as S4D
 from discretax.models.s5 import S5 as S5

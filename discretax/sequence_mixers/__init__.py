@@ -60,6 +60,10 @@ from discretax.sequence_mixers.ltv.rglru import (
     GriffinSequenceMixer as GriffinSequenceMixer,
     RGLRUSequenceMixer as RGLRUSequenceMixer,
 )
+from discretax.sequence_mixers.ltv.rwkv7 import (
+    RWKV7ChannelMixer as RWKV7ChannelMixer,
+    RWKV7SequenceMixer as RWKV7SequenceMixer,
+)
 from discretax.sequence_mixers.ltv.s7 import S7SequenceMixer as S7SequenceMixer
 from discretax.sequence_mixers.short_convolution import (
     ShortConvSequenceMixer as ShortConvSequenceMixer,

@@ -1,0 +1,54 @@
+import jax.random as jr
+from jaxtyping import PRNGKeyArray
+
+from discretax._features import check_size
+from discretax.blocks import RWKV7Block
+from discretax.models._backbone import AbstractBackbone
+
+
+class RWKV7(AbstractBackbone):
+    """RWKV-7 "Goose", with the initial values of its authors' code (arXiv:2503.14456)."""
+
+    blocks: tuple[RWKV7Block, ...]
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        *,
+        hidden_dim: int,
+        num_blocks: int = 4,
+        head_dim: int = 64,
+        decay_rank: int | None = None,
+        strength_rank: int | None = None,
+        value_rank: int | None = None,
+        gate_rank: int | None = None,
+        intermediate_dim: int | None = None,
+        drop_rate: float = 0.0,
+        norm_eps: float = 1e-5,
+    ):
+        """**Arguments:**
+
+        - `key`: for the initialisation.
+        - `hidden_dim`: width of the residual stream.
+        - `num_blocks`: how many blocks to stack.
+        - `head_dim`, `decay_rank`, `strength_rank`, `value_rank`, `gate_rank`,
+            `intermediate_dim`, `drop_rate`, `norm_eps`: as in [`discretax.blocks.RWKV7Block`][].
+        """
+        num_blocks = check_size("num_blocks", num_blocks)
+        self.blocks = tuple(
+            RWKV7Block(
+                hidden_dim,
+                block_key,
+                layer=layer,
+                num_layers=num_blocks,
+                head_dim=head_dim,
+                decay_rank=decay_rank,
+                strength_rank=strength_rank,
+                value_rank=value_rank,
+                gate_rank=gate_rank,
+                intermediate_dim=intermediate_dim,
+                drop_rate=drop_rate,
+                norm_eps=norm_eps,
+            )
+            for layer, block_key in enumerate(jr.split(key, num_blocks))
+        )
