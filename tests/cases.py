@@ -46,6 +46,8 @@ from discretax.sequence_mixers import (
     MLSTMSequenceMixer,
     RetentionSequenceMixer,
     RGLRUSequenceMixer,
+    RWKV7ChannelMixer,
+    RWKV7SequenceMixer,
     S4DSequenceMixer,
     S4SequenceMixer,
     S5SequenceMixer,
@@ -297,6 +299,30 @@ def loud(make: Callable[..., AbstractSequenceMixer], key: PRNGKeyArray) -> Abstr
     return eqx.tree_at(weight, make(key), replace_fn=lambda weight: 8 * weight)
 
 
+def noisy(make: Callable[..., AbstractSequenceMixer], key: PRNGKeyArray) -> AbstractSequenceMixer:
+    """For mixers that start as constants, or at zero: noise is added to every number."""
+    make_key, *keys = jr.split(key, 100)
+    arrays, rest = eqx.partition(make(make_key), eqx.is_array)
+    leaves, tree = jax.tree.flatten(arrays)
+    drawn = [leaf + 0.5 * jr.normal(k, leaf.shape) for leaf, k in zip(leaves, keys, strict=False)]
+    return eqx.combine(jax.tree.unflatten(tree, drawn), rest)
+
+
+def rwkv7(key: PRNGKeyArray, in_features: int = FEATURES, **options: Any) -> AbstractSequenceMixer:
+    make = ft.partial(
+        RWKV7SequenceMixer,
+        in_features,
+        head_dim=2,
+        decay_rank=2,
+        strength_rank=2,
+        value_rank=2,
+        gate_rank=2,
+        norm_eps=0.1,
+        **options,
+    )
+    return noisy(make, key)
+
+
 def rg_lru_size(mixer: RGLRUSequenceMixer) -> Array:
     """For every opening of the gate."""
     openings = jnp.linspace(0, 1, 100)[:, None]
@@ -469,6 +495,13 @@ CASES = (
         variant="rank",
     ),
     *matrix_memories(),
+    Case("RWKV7SequenceMixer", rwkv7),
+    Case(
+        "RWKV7SequenceMixer",
+        ft.partial(rwkv7, in_features=FEATURES // 2, value_residual="takes", layer=1, num_layers=3),
+        variant="takes",
+    ),
+    Case("RWKV7ChannelMixer", ft.partial(noisy, ft.partial(RWKV7ChannelMixer, FEATURES))),
     Case(
         "RGLRUSequenceMixer",
         lambda key: RGLRUSequenceMixer(FEATURES, key, num_heads=2, a_min=0.3, a_max=0.9),

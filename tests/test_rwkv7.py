@@ -4,22 +4,19 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 import pytest
 from golden_file import FOLDER, Golden
-from helpers import assert_close, changed, draw
+from helpers import assert_close
 from safetensors.numpy import load_file
 
-from discretax import Timeseries
-from discretax.blocks import RWKV7Block
 from discretax.models import RWKV7
-from discretax.sequence_mixers import RWKV7ChannelMixer, RWKV7SequenceMixer
-from discretax.testing import check_streaming
 
 LAYERS, WIDTH, HEAD = 3, 16, 8
 RANKS = {"decay_rank": 4, "strength_rank": 5, "value_rank": 3, "gate_rank": 6}
 SIZES = {"hidden_dim": WIDTH, "num_blocks": LAYERS, "head_dim": HEAD, "intermediate_dim": 48}
-PRECISIONS = pytest.mark.parametrize(("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)])
+PRECISIONS = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)]
+)
 
 
 def weights(model, p):

@@ -132,7 +132,7 @@ class RWKV7Block(AbstractBlock):
         mixed, state = normalise(self.sequence_norm, u, state, x)
         mixed = jnp.concatenate([mixed, values], axis=-1)
         mixed, cache = self.sequence_mixer(mixed, caches[0], **options)
-        mixed, given = jnp.split(mixed, [self.hidden_dim], axis=-1)
+        mixed, values = jnp.split(mixed, [self.hidden_dim], axis=-1)
         u = u + self.drop(mixed, keys[0])
 
         mixed, state = normalise(self.channel_norm, u, state, x)
@@ -141,6 +141,6 @@ class RWKV7Block(AbstractBlock):
 
         if self.streaming:
             state = state.set(self.cache_index, (cache, channel_cache))
-        if self.hands_on:  # the values of the first layer, which are given here or came with `x`
-            u = jnp.concatenate([u, values, given], axis=-1)
+        if self.hands_on:
+            u = jnp.concatenate([u, values], axis=-1)
         return with_values(x, u), state

@@ -46,8 +46,8 @@ class RWKV7SequenceMixer(AbstractLTVMixer[RWKV7Cache]):
 
     In a model the values of all layers lean on those of the first, $v \leftarrow v + \sigma(f_v(x^v))
     \odot (v^{first} - v)$. A mixer with `value_residual="gives"` puts its values out behind its
-    features, and one with `"takes"` expects those of the first layer behind the features of `x`;
-    [`discretax.models.RWKV7`][] connects them.
+    features, and one with `"takes"` expects those of the first layer behind the features of `x` and
+    hands them on; [`discretax.models.RWKV7`][] connects them.
 
     The cache holds the last sample, `(features,)`, and the state, `(heads, head_dim, head_dim)`.
 
@@ -190,7 +190,8 @@ class RWKV7SequenceMixer(AbstractLTVMixer[RWKV7Cache]):
         r, k, v = linear(self.r_proj, x_r), linear(self.k_proj, x_k), linear(self.v_proj, x_v)
         if self.value_gate is not None:
             v = v + (first_values - v) * jax.nn.sigmoid(self.value_gate(x_v))
-        values = v
+        elif self.value_residual == "gives":
+            first_values = v
         r, k, v = wide(r), wide(k), by_head(wide(v))
         log_decay = -math.exp(-0.5) * jax.nn.sigmoid(wide(self.decay(x_w)))
         a = jax.nn.sigmoid(wide(self.strength(x_a)))
@@ -215,9 +216,7 @@ class RWKV7SequenceMixer(AbstractLTVMixer[RWKV7Cache]):
         y = y + jnp.sum(r * k * wide(self.bonus)[None], axis=-1, keepdims=True) * v
         y = y.reshape(x.shape) * wide(self.gate(x_g))
         y = linear(self.out_proj, y.astype(x.dtype))
-        if self.value_residual == "gives":
-            y = jnp.concatenate([y, values], axis=-1)
-        return y, RWKV7Cache(last, state)
+        return jnp.concatenate([y, first_values], axis=-1), RWKV7Cache(last, state)
 
 
 class RWKV7ChannelMixer(AbstractLTVMixer[Float[Array, " features"]]):
@@ -340,6 +339,8 @@ def _orthogonal(
     layer = eqx.nn.Linear(in_features, out_features, use_bias=False, key=jr.key(0))
     shape = (out_features, in_features)
     weight = (
-        jnp.zeros(shape) if key is None else jax.nn.initializers.orthogonal(scale)(key, shape, float)
+        jnp.zeros(shape)
+        if key is None
+        else jax.nn.initializers.orthogonal(scale)(key, shape, float)
     )
     return eqx.tree_at(lambda layer: layer.weight, layer, weight)
