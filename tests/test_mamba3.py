@@ -1,5 +1,7 @@
 """Mamba-3 against the numbers of the original implementation."""
 
+import inspect
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -7,11 +9,13 @@ import jax.random as jr
 import numpy as np
 import pytest
 from golden_file import Golden
-from helpers import assert_close, assert_equal, draw
+from helpers import assert_close, assert_equal, changed, draw
 
+from discretax.models import Mamba3
 from discretax.ops import TrapezoidalState, cumulative_phase, ssd, trapezoidal_ssd
 from discretax.ops._rotary import turned
 from discretax.sequence_mixers import Mamba3SequenceMixer
+from discretax.testing import check_streaming
 
 PRECISIONS = pytest.mark.parametrize(
     ("dtype", "tolerance"), [("float64", 1e-10), ("float32", 1e-5)]
@@ -252,3 +256,45 @@ def test_scan_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=r"`initial_state.B` must be floating"):
         state = TrapezoidalState(jnp.zeros((2, 3, 4)), jnp.zeros((1, 2, 3)), jnp.zeros((1, 2, 3)))
         trapezoidal_ssd(x, dt, log_decay, dt, B, C, state)
+
+
+SMALL = {"state_dim": 4, "head_dim": 4, "intermediate_dim": 12}
+
+
+def test_model_is_a_stack_of_its_blocks():
+    model, state = eqx.nn.make_with_state(Mamba3)(jr.key(0), hidden_dim=4, num_blocks=2, **SMALL)
+    model, x = changed(model), draw(6, 4)
+    expected = x
+    for block in model.blocks:
+        normed = jax.vmap(block.sequence_norm)(expected)
+        expected = expected + block.sequence_mixer(normed)[0]
+        expected = expected + block.channel_mixer(jax.vmap(block.channel_norm)(expected))
+    assert_close(model(x, state)[0], expected)
+    check_streaming(model, state, x)
+
+
+def test_options_of_the_model_reach_the_mixer():
+    options = {
+        "state_dim": 6,
+        "expand": 4,
+        "head_dim": 2,
+        "num_groups": 2,
+        "rank": 3,
+        "rotary_fraction": 1.0,
+        "rate": "heavy_tail",
+        "A_floor": 0.1,
+        "dt_min": 0.2,
+        "dt_max": 0.9,
+        "dt_init_floor": 0.3,
+        "output_norm": True,
+        "norm_eps": 0.2,
+    }
+    model, _ = eqx.nn.make_with_state(Mamba3)(
+        jr.key(0), hidden_dim=4, num_blocks=1, intermediate_dim=12, **options
+    )
+    (block_key,) = jr.split(jr.key(0), 1)
+    mixer = Mamba3SequenceMixer(4, jr.split(block_key)[0], **options)
+    assert eqx.tree_equal(model.blocks[0].sequence_mixer, mixer)
+    default = inspect.signature(Mamba3SequenceMixer).parameters
+    assert options.keys() == default.keys() - {"in_features", "key"}
+    assert all(value != default[name].default for name, value in options.items())

@@ -21,6 +21,7 @@ from discretax.models.linoss import LinOSS as LinOSS
 from discretax.models.lru import LRU as LRU
 from discretax.models.mamba import Mamba as Mamba
 from discretax.models.mamba2 import Mamba2 as Mamba2
+from discretax.models.mamba3 import Mamba3 as Mamba3
 from discretax.models.retnet import RetNet as RetNet
 from discretax.models.rglru import RGLRU as RGLRU
 from discretax.models.rwkv7 import RWKV7 as RWKV7

@@ -163,9 +163,9 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
         self.D = jnp.ones(heads)
         self.in_weight = self.gate_weight = self.out_weight = None
         if rank is not None:
-            self.in_weight = jnp.full((heads, inputs, head_dim), 1 / inputs)
+            self.in_weight = jnp.full((heads, inputs, head_dim), 1 / inputs, float)
             self.gate_weight = jnp.ones((heads, inputs, head_dim))
-            self.out_weight = jnp.full((heads, inputs, head_dim), 1 / inputs)
+            self.out_weight = jnp.full((heads, inputs, head_dim), 1 / inputs, float)
         self.norm_weight = jnp.ones((heads, head_dim)) if output_norm else None
         self.out_proj = eqx.nn.Linear(inner, in_features, use_bias=False, key=out_key)
         self.in_features = in_features

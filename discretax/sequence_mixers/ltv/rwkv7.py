@@ -152,9 +152,10 @@ class RWKV7SequenceMixer(AbstractLTVMixer[RWKV7Cache]):
             rank("gate_rank", gate_rank, 5.0), width, keys[6], activation="sigmoid"
         )
         self.erase_scale = 0.71 - 0.1 * (along - 0.5)
-        self.strength_scale = jnp.full(width, 1.02)
-        self.bonus = jnp.full((heads, head_dim), -0.04)
-        self.norm_weight = jnp.full((heads, head_dim), ((1 + layer) / num_layers) ** 0.7)
+        self.strength_scale = jnp.full(width, 1.02, float)
+        self.bonus = jnp.full((heads, head_dim), -0.04, float)
+        scale = ((1 + layer) / num_layers) ** 0.7
+        self.norm_weight = jnp.full((heads, head_dim), scale, float)
         self.norm_bias = jnp.zeros((heads, head_dim))
         self.in_features = 2 * width if value_residual == "takes" else width
         self.value_residual = value_residual

@@ -1,0 +1,77 @@
+import functools as ft
+
+from jaxtyping import PRNGKeyArray
+
+from discretax.blocks import ResidualBlock
+from discretax.blocks._parts import Norm
+from discretax.models._backbone import AbstractBackbone, residual_blocks, swiglu
+from discretax.sequence_mixers import Mamba3SequenceMixer
+from discretax.sequence_mixers.ltv.mamba3 import Rate
+
+
+class Mamba3(AbstractBackbone):
+    """Blocks of Mamba-3 and a gated MLP (arXiv:2603.15569).
+
+    Unlike the first two, Mamba-3 stands beside an MLP, as attention does in a transformer.
+    """
+
+    blocks: tuple[ResidualBlock, ...]
+
+    def __init__(
+        self,
+        key: PRNGKeyArray,
+        *,
+        hidden_dim: int,
+        num_blocks: int = 4,
+        state_dim: int = 128,
+        expand: int = 2,
+        head_dim: int = 64,
+        num_groups: int = 1,
+        rank: int | None = None,
+        rotary_fraction: float = 0.5,
+        rate: Rate = "softplus",
+        A_floor: float = 1e-4,
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init_floor: float = 1e-4,
+        output_norm: bool = False,
+        norm_eps: float = 1e-5,
+        hidden_ratio: float = 4.0,
+        intermediate_dim: int | None = None,
+        use_bias: bool = False,
+        drop_rate: float = 0.0,
+        prenorm: bool = True,
+        norm: Norm = "rms",
+    ):
+        """**Arguments:**
+
+        - `key`: for the initialisation.
+        - `hidden_dim`: width of the residual stream.
+        - `num_blocks`: how many blocks to stack.
+        - `state_dim`, `expand`, `head_dim`, `num_groups`, `rank`, `rotary_fraction`, `rate`,
+            `A_floor`, `dt_min`, `dt_max`, `dt_init_floor`, `output_norm`, `norm_eps`: as in
+            [`discretax.sequence_mixers.Mamba3SequenceMixer`][].
+        - `hidden_ratio`, `use_bias`: of the gated MLP, a [`discretax.channel_mixers.SwiGLU`][].
+        - `intermediate_dim`: the width of the MLP, instead of that which `hidden_ratio` gives.
+        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.ResidualBlock`][].
+        """
+        mixer = ft.partial(
+            Mamba3SequenceMixer,
+            state_dim=state_dim,
+            expand=expand,
+            head_dim=head_dim,
+            num_groups=num_groups,
+            rank=rank,
+            rotary_fraction=rotary_fraction,
+            rate=rate,
+            A_floor=A_floor,
+            dt_min=dt_min,
+            dt_max=dt_max,
+            dt_init_floor=dt_init_floor,
+            output_norm=output_norm,
+            norm_eps=norm_eps,
+        )
+        mlp = swiglu(hidden_ratio, intermediate_dim, use_bias)
+        self.blocks = residual_blocks(
+            key, hidden_dim, num_blocks, (mixer,), mlp, drop_rate, prenorm, norm
+        )
