@@ -11,10 +11,11 @@ import pytest
 from helpers import assert_close, assert_equal, draw
 
 from discretax import Timeseries
+from discretax.blocks._batch_norm import BatchNorm
 from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
 from discretax.models import S5, Griffin
-from discretax.ops import diagonal_ssm
+from discretax.ops import diagonal_ssm, linear_recurrence
 from discretax.sequence_mixers import (
     AttentionSequenceMixer,
     Centaurus,
@@ -125,6 +126,35 @@ def test_a_reset_heals_a_stream(make):
     d_mixer, d_x, _ = gradients(mixer, x[5:], behind, cache, resets=resets)
     alone, d_alone, _ = gradients(mixer, x[8:], behind[3:])
     assert_close((floats(d_mixer), d_x[3:]), (floats(alone), d_alone))
+
+
+@pytest.mark.parametrize("implementation", ["sequential", "associative"])
+@pytest.mark.parametrize("varying, broken", [(True, "a"), (True, "b"), (False, "b")])
+def test_the_recurrence_learns_from_what_is_behind_a_reset(implementation, varying, broken):
+    """By itself, where no mixer has put zero in the place of what is broken."""
+    arrays = {"a": 0.3 * draw(12, 3), "b": draw(12, 3, seed=2)}
+
+    @jax.jit
+    @jax.grad
+    def gradient(arrays, resets):
+        a = arrays["a"] if varying else arrays["a"][-1]
+        h = linear_recurrence(a, arrays["b"], resets=resets, implementation=implementation)
+        return jnp.sum(jnp.sin(h[-5:]))
+
+    behind = jax.tree.map(lambda array: array[-5:], arrays)
+    alone = gradient(behind, jnp.arange(5) == 0)
+    arrays[broken] = arrays[broken].at[3, 1].set(jnp.nan)
+    expected = jax.tree.map(lambda array: jnp.pad(array, ((7, 0), (0, 0))), alone)
+    assert_close(gradient(arrays, jnp.arange(12) == 7), expected)
+
+
+def test_batch_norm_has_a_broken_sample_in_its_statistics():
+    norm, state = eqx.nn.make_with_state(BatchNorm)(3)
+    train = jax.vmap(norm, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
+    y, after = jax.jit(train)(draw(2, 5, 3).at[0, 2, 1].set(jnp.nan), state)
+    assert_equal(jnp.isnan(y), np.broadcast_to([False, True, False], y.shape))
+    mean, variance, _ = after.get(norm.statistics)
+    assert_equal(jnp.isnan(jnp.stack([mean, variance])), np.array([[False, True, False]] * 2))
 
 
 def test_a_broken_sample_of_padding_alone_leaves_the_state():

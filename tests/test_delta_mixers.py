@@ -176,7 +176,8 @@ def test_comba_erases_before_the_decay():
         r = unit(q - np.asarray(mixer.correction)[0] * inner * k)
         k = unit(k)
         beta = sigmoid(at(mixer.beta_proj))
-        log_decay = -np.exp(mixer.A_log) * np.log1p(np.exp(at(mixer.decay_proj) + mixer.dt_bias))
+        A_log, dt_bias = np.asarray(mixer.A_log), np.asarray(mixer.dt_bias)
+        log_decay = -np.exp(A_log) * np.log1p(np.exp(at(mixer.decay_proj) + dt_bias))
         S, ys = np.zeros((3, 6)), []
         for t in range(7):
             written = beta[t] * (v[t] - inner * S.T @ k[t])

@@ -16,7 +16,8 @@ class BatchNorm(eqx.nn.StatefulLayer):
     $y = w \odot (x - \mu)/\sqrt{\sigma^2 + \epsilon} + b$. In training $\mu$ and $\sigma^2$ are those of
     the valid samples of the batch, gathered over the `jax.vmap` axis named `"batch"`; running
     averages of them go to the state. In inference mode the running averages are used, divided by
-    the weight that they have collected so far, hence unbiased from the first step on.
+    the weight that they have collected so far, hence unbiased from the first step on. A sample that is
+    not finite is in the statistics, and so in all outputs of its feature, in the whole batch.
 
     Equinox's layer of this name knows no padding and starts its running variance from one.
 

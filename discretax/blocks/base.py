@@ -64,7 +64,7 @@ class AbstractBlock(AbstractStreamingLayer):
                 "`eqx.nn.inference_mode(model)` to evaluate, or build the model with `drop_rate=0`."
             )
         mask: Array = self.dropout(jnp.ones(u.shape[1], u.dtype), key=key)
-        return u * mask
+        return u * mask[None]
 
 
 def mixer_options(x: Array | Timeseries) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Inexact
 
+from discretax._broken import mended
 from discretax._features import check_name
 from discretax.ops._recurrence import kernels
 from discretax.ops._recurrence.transitions import NUMBERS, PLANES, Transitions
@@ -168,6 +169,8 @@ def _push(options, kept, tangents):
 
 def _pull(options, kept, g):
     a, h0, resets, h = kept
+    if resets is not None:  # behind one, a broken sample before it has a cotangent of zero
+        a, h0, h = mended((a, h0, h))
     in_xla = options[2] in ("sequential", "associative") or h.shape[0] == 1
     derivatives = _derivatives_by_recurrence if in_xla else _derivatives
     return *derivatives(options, a, h0, h, g, resets), None
