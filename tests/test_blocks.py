@@ -296,7 +296,7 @@ def masks(block, state, keys):
     """(keys, time, features): what each feature is multiplied by, from ones in and gelu(1) out."""
     x = jnp.ones((TIME, FEATURES))
     y = jax.vmap(lambda key: block(x, state, key=key)[0])(keys)
-    return (y - x) / jax.nn.gelu(x)
+    return (y - x[None]) / jax.nn.gelu(x)[None]
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -98,7 +98,9 @@ def test_asynchronous_input_does_not_know_the_gap():
     A, dt = jnp.array([-0.5 + 1j, -2.0 + 0j]), jnp.array([0.25 + 0j, 0.5 + 0j])
     gaps = jnp.array([0.0, 1.0, 7.5])[:, None].astype(A.dtype)
     A_bar, gamma = asynchronous(A, dt, gaps)
-    np.testing.assert_allclose(A_bar, np.exp(np.asarray(A * dt * gaps)), rtol=1e-6)
+    np.testing.assert_allclose(
+        A_bar, np.exp(np.asarray(A) * np.asarray(dt) * np.asarray(gaps)), rtol=1e-6
+    )
     np.testing.assert_allclose(gamma, (np.exp(A * dt) - 1) / A, rtol=1e-6)
     unit = asynchronous(A, dt, jnp.ones((1, 1), A.dtype))
     for actual, expected in zip(unit, zoh(A, dt), strict=True):

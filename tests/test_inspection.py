@@ -1,5 +1,6 @@
 """Eigenvalues, impulse and frequency response, against sums written out and against the DFT."""
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -51,6 +52,11 @@ MIXERS = {
     "discretized": lambda: Discretized(lru()),
 }
 every_mixer = pytest.mark.parametrize("make", MIXERS.values(), ids=MIXERS.keys())
+# Compiled whole: alone, each of the many small operations takes longer.
+built = lambda make: eqx.filter_jit(make)()
+impulse_response_jit, frequency_response_jit = map(
+    eqx.filter_jit, (impulse_response, frequency_response)
+)
 precisions = pytest.mark.parametrize(("x64", "rtol"), [(False, 1e-5), (True, 1e-12)])
 
 
@@ -65,7 +71,7 @@ def test_eigenvalues_of_the_lru(x64, rtol):
 @precisions
 def test_eigenvalues_of_s5(x64, rtol):
     with jax.enable_x64(x64):
-        mixer = resampled(s5(), 0.5)
+        mixer = resampled(built(s5), 0.5)
         Lambda = np.asarray(mixer.Lambda_re) + 1j * np.asarray(mixer.Lambda_im)
         dt = np.exp(np.asarray(mixer.log_step)[:, 0])
         assert_close(eigenvalues(mixer), np.exp(2 * dt * Lambda), rtol)
@@ -75,23 +81,24 @@ def test_eigenvalues_of_s5(x64, rtol):
 @precisions
 def test_impulse_response_is_the_sum_over_states(make, x64, rtol):
     with jax.enable_x64(x64):
-        mixer = make()
-        A_bar, B_bar, C = (np.asarray(part) for part in mixer.discretize())
-        D = np.diag(np.asarray(mixer.discretize().D))
+        mixer = built(make)
+        system = eqx.filter_jit(lambda mixer: mixer.discretize())(mixer)
+        A_bar, B_bar, C = (np.asarray(part) for part in system)
+        D = np.diag(np.asarray(system.D))
         expected = [(C * A_bar**lag @ B_bar).real + (lag == 0) * D for lag in range(20)]
-        assert_close(impulse_response(mixer, 20), np.stack(expected), rtol)
+        assert_close(impulse_response_jit(mixer, 20), np.stack(expected), rtol)
 
 
 @every_mixer
 @precisions
 def test_frequency_response_is_the_transform_of_the_impulse_response(make, x64, rtol):
     with jax.enable_x64(x64):
-        mixer = make()
-        K = np.asarray(impulse_response(mixer, LENGTH))
+        mixer = built(make)
+        K = np.asarray(impulse_response_jit(mixer, LENGTH))
         assert np.abs(K[-1]).max() < 1e-12 * np.abs(K).max()
         expected = np.fft.fft(K, axis=0)
         frequencies = np.fft.fftfreq(LENGTH)  # positive and negative
-        assert_close(frequency_response(mixer, frequencies), expected, rtol)
+        assert_close(frequency_response_jit(mixer, frequencies), expected, rtol)
 
 
 def test_frequency_response_is_what_becomes_of_an_oscillation():

@@ -37,7 +37,7 @@ def as_called_here(a):
     angles = 2 * jnp.pi * phases
 
     def rows(name):
-        array = jnp.repeat(with_rank(a[name]), heads, axis=2) + by_rank(a[f"{name}_bias"])
+        array = jnp.repeat(with_rank(a[name]), heads, axis=2) + by_rank(a[f"{name}_bias"])[None]
         first, second = array[..., ::2], array[..., 1::2]
         both = turned(first[..., :pairs], second[..., :pairs], angles[:, None])
         both = [
@@ -46,14 +46,14 @@ def as_called_here(a):
         ]
         return jnp.stack(both, -1).reshape(array.shape)
 
-    weight = lambda name: by_rank(a[name]) if mimo else 1
+    weight = lambda name: by_rank(a[name])[None] if mimo else 1
     v = a["V"][:, None] * weight("MIMO_V")
     start = None
     if "S0" in a:
         start = TrapezoidalState(a["S0"], by_rank(a["V0"]), by_rank(a["K0"]))
     lam = jax.nn.sigmoid(a["Trap"].T)
     y, state = trapezoidal_ssd(v, a["DT"].T, a["ADT"].T, lam, rows("K"), rows("Q"), start)
-    y = y + a["D"][:, None] * v
+    y = y + a["D"][None, None, :, None] * v
     y = y * jax.nn.silu(a["Z"][:, None] * weight("MIMO_Z")) * weight("MIMO_O")
     last = lambda array: jnp.swapaxes(array, 0, 1) if mimo else array[0]
     states = {"angle": 2 * jnp.pi * phase, "S": state.h, "K": last(state.B), "V": last(state.x)}
@@ -155,7 +155,7 @@ def random_scan(time, rank=1, heads=2, head_dim=3, state=4):
     each = (time, rank, heads)
     x, B, C = draw(*each, head_dim), draw(*each, state, seed=2), draw(*each, state, seed=3)
     dt = jax.nn.softplus(draw(time, heads, seed=4))
-    return x, dt, -dt * jnp.arange(1.0, 1 + heads), B, C
+    return x, dt, -dt * jnp.arange(1.0, 1 + heads)[None], B, C
 
 
 def test_euler_is_ssd():

@@ -92,10 +92,10 @@ def test_s4(name, dtype, route):
             parameters, C_tilde = arguments
             system = eqx.tree_at(lambda m: [getattr(m, f) for f in fields], mixer, parameters)
             A_bar = system.discretize().A_bar  # acts on the states, then their conjugates
-            truncate = jnp.eye(8, dtype=A_bar.dtype) - jnp.linalg.matrix_power(A_bar, length)
+            truncate = jnp.eye(8, dtype=A_bar.dtype)[None] - jnp.linalg.matrix_power(A_bar, length)
             C_tilde = jax.lax.complex(C_tilde[..., 0], C_tilde[..., 1])
             pairs = jnp.concatenate([C_tilde, C_tilde.conj()], axis=-1)[..., None]
-            C = jnp.linalg.solve(truncate.swapaxes(-1, -2), pairs)[..., :4, 0]
+            C = jnp.linalg.solve(truncate.swapaxes(-1, -2)[None], pairs)[..., :4, 0]
             system = eqx.tree_at(lambda m: m.C, system, jnp.stack([C.real, C.imag], axis=-1))
             return jax.vmap(lambda x: system(x)[0])(x)
 

@@ -217,7 +217,7 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
         )
         angles = 2 * math.pi * phases
         z, v = (wide(array).reshape(time, 1, heads, inner // heads) for array in (z, v))
-        v = v if self.in_weight is None else v * by_rank(wide(self.in_weight))
+        v = v if self.in_weight is None else v * by_rank(wide(self.in_weight))[None]
         y, after = trapezoidal_ssd(
             v,
             dt,
@@ -232,9 +232,9 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
         y = y + wide(self.D)[None, None, :, None] * v
         if self.norm_weight is not None:
             y = rms_normalised(y, self.norm_eps) * wide(self.norm_weight)[None, None]
-        z = z if self.gate_weight is None else z * by_rank(wide(self.gate_weight))
+        z = z if self.gate_weight is None else z * by_rank(wide(self.gate_weight))[None]
         y = y * jax.nn.silu(z)
-        y = y if self.out_weight is None else y * by_rank(wide(self.out_weight))
+        y = y if self.out_weight is None else y * by_rank(wide(self.out_weight))[None]
         y = linear(self.out_proj, y.sum(1).reshape(time, inner).astype(x.dtype))
         return y, Mamba3Cache(phase, after)
 
@@ -249,7 +249,7 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
         heads, rank, state = bias.shape
         rows = rows.astype(weight.dtype).reshape(len(rows), rank, self.num_groups, state)
         rows = rms_normalised(rows, self.norm_eps) * weight[None, None, None]
-        rows = jnp.repeat(rows, heads // self.num_groups, axis=2) + by_rank(bias)
+        rows = jnp.repeat(rows, heads // self.num_groups, axis=2) + by_rank(bias)[None]
         neighbours = self.in_weight is None
         pairs = (state // 2, 2) if neighbours else (2, state // 2)
         axis = -1 if neighbours else -2
@@ -264,8 +264,8 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
         return jnp.stack(both, axis=axis).reshape(rows.shape)
 
 
-def by_rank(array: Float[Array, "heads rank _"]) -> Float[Array, "1 rank heads _"]:
-    return jnp.swapaxes(array, 0, 1)[None]
+def by_rank(array: Float[Array, "heads rank _"]) -> Float[Array, "rank heads _"]:
+    return jnp.swapaxes(array, 0, 1)
 
 
 def heavy_tail(x: Array) -> Array:
