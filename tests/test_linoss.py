@@ -12,7 +12,8 @@ from test_golden import assert_close as assert_golden, golden_gradients
 
 from discretax import resampled
 from discretax.inspection import eigenvalues, frequency_response, impulse_response
-from discretax.sequence_mixers import LinOSSSequenceMixer
+from discretax.models import LinOSS
+from discretax.sequence_mixers import Bidirectional, Discretized, LinOSSSequenceMixer
 
 NAMES = sorted(path.stem for path in FOLDER.glob("*linoss_*.npz"))
 KINDS = {
@@ -165,6 +166,31 @@ def test_discrete_system_unpacks():
         h = np.einsum("ijn,jn->in", A_bar, h) + B_bar @ sample
         outputs.append(np.einsum("oin,in->o", C, h).real + numbers(mixer.D) * sample)
     assert_close(mixer(x)[0], np.stack(outputs), 1e-5)
+
+
+@every_kind
+def test_in_wrappers(kind):
+    forward, x, timesteps = make(kind), draw(20, 3), jnp.linspace(0.5, 1.5, 20)
+    backward = LinOSSSequenceMixer(3, jr.key(1), state_dim=5, **KINDS[kind])
+    run = eqx.filter_jit(lambda mixer, x, tau=None: mixer(x, integration_timesteps=tau)[0])
+    fixed = Discretized(forward)
+    assert_close(run(fixed, x), run(forward, x), 1e-6)
+    assert_close(run(fixed, x, timesteps), run(forward, x, timesteps), 1e-6)
+    both = run(Bidirectional(forward, backward), x)
+    assert_close(both, run(forward, x) + run(backward, x[::-1])[::-1], 1e-5)
+
+
+def test_the_model_hands_its_options_on():
+    options = {"discretization": "IM", "damping": False, "state_dim": 5}
+    model, state = eqx.nn.make_with_state(LinOSS)(jr.key(0), hidden_dim=3, num_blocks=2, **options)
+    for block in model.blocks:
+        mixer = block.sequence_mixer
+        assert (mixer.discretization, mixer.G_diag, mixer.A_diag.shape) == ("IM", None, (5,))
+    damped, _ = eqx.nn.make_with_state(LinOSS)(jr.key(0), hidden_dim=3, r_min=0.3, theta_max=0.2)
+    found = np.asarray(eigenvalues(damped.blocks[0].sequence_mixer))
+    assert np.abs(found).min() < 0.7 and np.angle(found).max() < 0.2 + 1e-3
+    model = eqx.nn.inference_mode(model)
+    assert np.isfinite(eqx.filter_jit(model)(draw(7, 3), state)[0]).all()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from discretax.ops import linear_recurrence
 from discretax.ops._recurrence import gpu, kernels
 from discretax.ops._recurrence.gpu import derivatives_gpu, states_gpu
 from discretax.ops._recurrence.linear_recurrence import recurrence
-from discretax.ops._recurrence.transitions import NUMBERS, PLANES
+from discretax.ops._recurrence.transitions import MATRICES, NUMBERS, PLANES
 from discretax.ops._running.walk_gpu import make_plan
 
 pytestmark = pytest.mark.slow
@@ -207,6 +207,19 @@ def test_planes_with_more_axes_are_computed_by_xla():
         run.trace(b, implementation="mosaic_gpu").lower(lowering_platforms=("cuda",))
     text = run.trace(b).lower(lowering_platforms=("cuda",)).as_text()
     assert "mosaic_gpu" not in text
+
+
+@pytest.mark.parametrize(("kernel", "platform"), [("mosaic_gpu", "cuda"), ("mosaic_tpu", "tpu")])
+def test_matrices_are_computed_by_xla(kernel, platform):
+    a, b = jnp.zeros((4, 8)), jnp.zeros((5, 2, 8))
+    run = jax.jit(ft.partial(recurrence, resets=None, transitions=MATRICES))
+    named = jax.jit(
+        ft.partial(recurrence, resets=None, transitions=MATRICES, implementation=kernel)
+    )
+    with pytest.raises(ValueError, match="carried on by numbers; got matrices"):
+        named.trace(a, b, b[0]).lower(lowering_platforms=(platform,))
+    text = run.trace(a, b, b[0]).lower(lowering_platforms=(platform,)).as_text()
+    assert kernel not in text and "tpu_custom_call" not in text
 
 
 def test_a_gpu_before_hopper_computes_by_xla(monkeypatch):
