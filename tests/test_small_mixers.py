@@ -105,6 +105,16 @@ def test_hydra_sees_as_far_ahead_as_behind():
     assert_close(other(x[::-1])[0][::-1], mixer(x)[0], 1e-5)
 
 
+def test_a_broken_sample_reaches_all_of_its_sequence():
+    """Also what came before it, but nothing across a reset."""
+    mixer, x = HydraSequenceMixer(4, jr.key(0), state_dim=3, head_dim=4), draw(12, 4)
+    resets = np.isin(np.arange(12), [4, 9])
+    run = eqx.filter_jit(lambda x: mixer(x, resets=jnp.asarray(resets))[0])
+    broken = np.isnan(np.asarray(run(x.at[6, 1].set(jnp.inf)))).all(1)
+    np.testing.assert_array_equal(broken, (np.arange(12) >= 4) & (np.arange(12) < 9))
+    assert_close(run(x.at[6, 1].set(jnp.nan))[~broken], run(x)[~broken], 0)
+
+
 def test_identity_in_a_model():
     """A model without a memory answers every sample by itself."""
     model, state = eqx.nn.make_with_state(Backbone)(
