@@ -38,7 +38,8 @@ class LinOSSSequenceMixer(AbstractContinuousMixer[Float[Array, "2 2 state"]]):
     $\Delta_t = s\,\tau_t\,\sigma(\mathrm{steps})$ with the `step_rescale` $s$ and the timestep $\tau_t$
     before sample $t$, one if none are given. With `"IMEX"`, $A$ is held where the discrete oscillator
     swings and $|\lambda| \le 1$, by the step that is taken:
-    $\sqrt{1 + \Delta G} - 1 \le \Delta \sqrt A \le \sqrt{1 + \Delta G} + 1$.
+    $\sqrt{1 + \Delta G} - 1 \le \Delta \sqrt A \le \sqrt{1 + \Delta G} + 1$. Where gaps vary, that
+    bounds each $M_t$, and not their product.
 
     The cache holds velocity and position, each in real and imaginary part, `(2, 2, state)`. With
     `"IMEX"` the velocity is seen from a frame, $z - \kappa y$ with $\kappa = (\Delta A - G)/2$: so
