@@ -21,8 +21,15 @@ from discretax.sequence_mixers import (
 )
 
 HEADS = 4  # blocks of RG-LRU's gates
-HEAD_DIM = 64  # of Mamba-2
+HEAD_DIM = 64  # of a matrix state
 PROMPT = 16
+# Whether it erases, and the kind of its decay.
+MATRIX_OPS = {
+    "gated_linear_attention": (False, "vector"),
+    "delta_rule": (True, "scalar"),
+    "delta_rule per channel": (True, "vector"),
+    "delta_rule, no decay": (True, None),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Case:
             "S4D": ("usual", "discretax_0_3"),
             "LinOSS": ("discretax_0_3",),
             "ssd": ("usual", "mamba2_jax_1_1"),
+            "delta_rule": ("usual", "ejkernel_0_0_78"),
+            "delta_rule, no decay": ("usual", "discretax_0_3"),
             "train LRU": ("discretax_0_3",),
             "train S5": ("discretax_0_3",),
             "generate Mamba": ("transformers_torch",),
@@ -167,6 +176,18 @@ def oscillator_cases() -> list[Case]:
     return [Case("LinOSS", time, 64, 64, batch) for time, batch in sizes]
 
 
+def matrix_cases() -> list[Case]:
+    """A matrix of 64 x 64 for each of 8 heads, which decays by a number per sample or by one per key
+    channel, and may erase before it writes. The peer without a decay has one beta for all heads."""
+    lengths = {"delta_rule, no decay": (512, 4096)}
+    ops = ("gated_linear_attention", "delta_rule", "delta_rule per channel", *lengths)
+    return [
+        Case(op, time, 8 * HEAD_DIM, HEAD_DIM, None)
+        for op in ops
+        for time in lengths.get(op, (1024, 4096))
+    ]
+
+
 def draw(case: Case, key: jax.Array, folder: pathlib.Path) -> dict[str, np.ndarray]:
     """Parameters `p.*`, inputs `x` or `x.*` and `weights` of the sum whose gradient is taken.
 
@@ -224,6 +245,22 @@ def draw(case: Case, key: jax.Array, folder: pathlib.Path) -> dict[str, np.ndarr
                 jr.normal(key, (*shape[:-1], 1, case.state)) for key in keys[2:]
             )
             arrays["p.A"] = -jnp.linspace(1, 16, heads)
+        case op if op in MATRIX_OPS:
+            heads = case.features // HEAD_DIM
+            of_heads = lambda array: array.reshape(case.time, heads, HEAD_DIM)
+            unit = lambda array: array / jnp.linalg.norm(array, axis=-1, keepdims=True)
+            arrays["weights"] = of_heads(arrays["weights"])
+            arrays["x.0"] = of_heads(arrays.pop("x"))
+            arrays["x.1"] = unit(of_heads(jr.normal(keys[1], shape)))
+            arrays["x.2"] = of_heads(jr.normal(keys[2], shape))
+            erases, decay = MATRIX_OPS[op]
+            if erases:
+                own = decay is not None
+                arrays["x.3"] = jr.uniform(keys[3], (case.time, heads) if own else (case.time,))
+            if decay is not None:
+                per = (HEAD_DIM,) if decay == "vector" else ()
+                steps = jr.normal(jr.fold_in(mixer_key, 0), (case.time, heads, *per))
+                arrays["x.4"] = -jax.nn.softplus(steps - 3)
     for field in dataclasses.fields(mixer) if mixer is not None else ():
         if eqx.is_inexact_array(value := getattr(mixer, field.name)):
             arrays[f"p.{field.name}"] = value
@@ -252,7 +289,8 @@ def floor_seconds(case: Case, rates: dict[str, float]) -> float | None:
     if case.op.startswith("generate "):
         return case.time * language_model.weight_bytes(case.model) / rates["read"]
     numbers = case.sequences * case.time * case.features
-    arrays = {"linear_recurrence": 3, "selective_scan": 3}.get(case.op, 2)
+    arrays = {"linear_recurrence": 3, "selective_scan": 3, **dict.fromkeys(MATRIX_OPS, 4)}
+    arrays = arrays.get(case.op, 2)
     traffic = 2 * 4 * arrays * numbers / rates["bytes"]
     products = exponentials = 0.0
     if case.op.startswith("step "):
@@ -267,6 +305,10 @@ def floor_seconds(case: Case, rates: dict[str, float]) -> float | None:
         exponentials = 2 * numbers * case.state
     elif case.op == "ssd":
         products = 3 * 2 * 2 * numbers * case.state  # into the states and out of them
+    elif case.op in MATRIX_OPS:
+        erases, decay = MATRIX_OPS[case.op]
+        products = 3 * 2 * (3 if erases else 2) * numbers * case.state  # and out to be erased
+        exponentials = numbers if decay == "vector" else 0.0
     elif case.op in ("S4D", "S4"):
         # By chunks of c samples: a triangle of c x c, in and out of the states at their boundary.
         real_state = case.state
@@ -277,6 +319,7 @@ def floor_seconds(case: Case, rates: dict[str, float]) -> float | None:
 
 TABLES = {
     "mixers": mixer_cases,
+    "matrix": matrix_cases,
     "oscillators": oscillator_cases,
     "choices": choice_cases,
     "steps": step_cases,

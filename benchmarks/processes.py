@@ -17,8 +17,11 @@ REQUIREMENTS = {
     "discretax_0_3": ("python3.12", ["discretax==0.3.0", "optax", JAX]),
     "memax_0_1": (None, ["memax[equinox]==0.1.1", JAX]),
     "mamba2_jax_1_1": (None, ["mamba2-jax==1.1.2", "equinox", JAX]),
+    "ejkernel_0_0_78": (None, ["equinox", JAX]),
     "transformers_torch": (None, ["torch==2.13.0", "transformers==5.23.0"]),
 }
+# Asks for another version of JAX, but what is measured here runs with this one.
+WITHOUT_DEPENDENCIES = {"ejkernel_0_0_78": ["ejkernel==0.0.78"]}
 
 
 class UnavailableError(Exception):
@@ -71,10 +74,10 @@ def _python(name: str) -> str:
     if base is None:
         raise UnavailableError(f"{name} needs {wanted}, which is not installed")
     shutil.rmtree(folder, ignore_errors=True)
-    commands = [
-        [base, "-m", "venv", str(folder)],
-        [str(python), "-m", "pip", "install", "--quiet", *packages],
-    ]
+    install = [str(python), "-m", "pip", "install", "--quiet"]
+    commands = [[base, "-m", "venv", str(folder)], [*install, *packages]]
+    if name in WITHOUT_DEPENDENCIES:
+        commands.append([*install, "--no-deps", *WITHOUT_DEPENDENCIES[name]])
     for command in commands:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:

@@ -28,6 +28,7 @@ NAMES = {
     "discretax_0_3": "discretax 0.3.0",
     "memax_0_1": "memax 0.1.1",
     "mamba2_jax_1_1": "mamba2-jax 1.1.2",
+    "ejkernel_0_0_78": "ejkernel 0.0.78",
     "transformers_torch": "transformers",
 }
 COLORS = {
@@ -54,6 +55,7 @@ SIZE = "| op | time | features | state | batch "
 COLUMNS = {
     "mixers": f"{SIZE}| | ms (quartiles) | takes | temporary MB | takes | x floor |",
     "oscillators": f"{SIZE}| | ms (quartiles) | takes | temporary MB | takes | x floor |",
+    "matrix": f"{SIZE}| | ms (quartiles) | takes | temporary MB | takes | x floor |",
     "choices": f"{SIZE}| way | ms (quartiles) | takes | temporary MB | takes |",
     "steps": "| op | features = state | | us per step (quartiles) | takes | x floor |",
     "generation": "| model | batch | | ms per token (quartiles) | tokens/s | takes | x floor | temporary MB |",
@@ -85,7 +87,7 @@ def _cells(name: str, outcome: dict, subject: str, result: dict, ours: dict) -> 
     memory = result.get("temporary_bytes", math.nan)  # XLA's plan, which torch has none of
     floors = f"{result['median'] / outcome['floor']:.1f}" if outcome["floor"] else ""
     match name:
-        case "mixers" | "oscillators" | "choices":
+        case "mixers" | "oscillators" | "matrix" | "choices":
             larger = f"{memory / max(ours['temporary_bytes'], 1):.1f}x"
             cells = [quartiles(result, 1e3), slower, _megabytes(memory), larger]
             if name == "choices":

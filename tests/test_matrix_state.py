@@ -232,6 +232,17 @@ def test_hard_keys(kind, decay):
         assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradients))
 
 
+@pytest.mark.parametrize("kind", ["scalar decay", "vector decay"])
+def test_what_came_before_rounds_nothing(kind):
+    """A sample that forgets nearly all leaves the slow decays behind it their digits."""
+    with jax.enable_x64(True):
+        arrays = draw(kind, 32)
+        arrays["log_decay"] = (arrays["log_decay"] / 100).at[1].set(-900)
+        single = jax.tree.map(lambda a: a.astype(jnp.float32), arrays)
+        run = jax.jit(operation(kind, 32))
+        assert_close(run(**single), run(**arrays), 1e-6)
+
+
 def test_triangular_systems():
     """With all ones times two below the diagonal, powers of the matrix reach 1e30."""
     rng = np.random.default_rng(0)

@@ -9,6 +9,7 @@ import discretax.models.lru
 import discretax.models.s5
 from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
+from discretax.sequence_mixers.deltanet import chunk_delta_rule
 from discretax.sequence_mixers.linoss import LinOSSSequenceMixer
 from discretax.sequence_mixers.lru import LRUSequenceMixer
 from discretax.sequence_mixers.s4d import S4DSequenceMixer
@@ -28,6 +29,10 @@ MIXERS = {
 def prepare(case: dict, arrays: dict) -> Job:
     if case["op"].startswith("train "):
         return step_job(lambda key: model(case, key), arrays)
+    if case["op"] == "delta_rule, no decay":
+        chunk_size = 64  # the mixer's
+        rule = lambda _, x: chunk_delta_rule(*x, chunk_size)
+        return training_job(rule, None, arrays, case)
     params = parameters(arrays)
     key = jr.key(0)
     mixer = MIXERS[case["op"]](case["features"], key, state_dim=case["state"])

@@ -58,6 +58,15 @@ def prepare(case: dict, arrays: dict) -> Job:
         case "ssd":
             scan = lambda p, x: ops.ssd(x[0], x[1], p["A"], x[2], x[3])[0]
             return training_job(scan, params, arrays, case)
+        case "gated_linear_attention":
+            q_k_v_decay = lambda _, x: ops.gated_linear_attention(*x[:3], None, x[3])[0]
+            return training_job(q_k_v_decay, None, arrays, case)
+        case "delta_rule" | "delta_rule per channel":
+            return training_job(lambda _, x: ops.delta_rule(*x)[0], None, arrays, case)
+        case "delta_rule, no decay":
+            each = lambda beta, v: jnp.broadcast_to(beta[:, None], v.shape[:2])
+            rule = lambda _, x: ops.delta_rule(*x[:3], each(x[3], x[2]))[0]
+            return training_job(rule, None, arrays, case)
         case "RG-LRU":
             heads = params["a_weight"].shape[0]
             mixer = RGLRUSequenceMixer(case["features"], jr.key(0), num_heads=heads)

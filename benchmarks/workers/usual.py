@@ -127,6 +127,25 @@ def ssd(p, inputs):
     return jax.lax.scan(step, h0, inputs)[1]
 
 
+def matrix_state(inputs, *, erases=True, decays=True):
+    """Step by step."""
+    q, k, v, *others = inputs
+    time, heads, key = k.shape
+    beta = others.pop(0) if erases else jnp.ones(time)
+    beta = jnp.broadcast_to(beta.reshape(time, -1), (time, heads))
+    log_decay = others.pop(0) if decays else jnp.zeros((time, heads))
+
+    def step(S, inputs):
+        q, k, v, beta, log_decay = inputs
+        S = jnp.exp(log_decay).reshape(heads, -1, 1) * S
+        w = v - jnp.einsum("hk,hkv->hv", k, S) if erases else v
+        S = S + k[:, :, None] * (beta[:, None] * w)[:, None]
+        return S, jnp.einsum("hk,hkv->hv", q, S)
+
+    S0 = jnp.zeros((heads, key, v.shape[-1]))
+    return jax.lax.scan(step, S0, (q, k, v, beta, log_decay))[1]
+
+
 FORMS = {
     "LRU": lru,
     "S5": s5,
@@ -136,4 +155,8 @@ FORMS = {
     "linear_recurrence": recurrence,
     "selective_scan": selective_scan,
     "ssd": ssd,
+    "gated_linear_attention": lambda _, inputs: matrix_state(inputs, erases=False),
+    "delta_rule": lambda _, inputs: matrix_state(inputs),
+    "delta_rule per channel": lambda _, inputs: matrix_state(inputs),
+    "delta_rule, no decay": lambda _, inputs: matrix_state(inputs, decays=False),
 }
