@@ -112,7 +112,9 @@ def _flags(resets: Array, tiles: int, rows: int) -> Array:
     """One bit a row, one integer a group: (batch, tiles, 1, groups of a tile)."""
     padding = tiles * rows - resets.shape[1]
     bits = jnp.pad(resets.astype(bool), ((0, 0), (0, padding))).reshape(-1, GROUP)
-    words = (bits.astype(jnp.int32) << jnp.arange(GROUP, dtype=jnp.int32)).sum(1, dtype=jnp.int32)
+    words = (bits.astype(jnp.int32) << jnp.arange(GROUP, dtype=jnp.int32)[None]).sum(
+        1, dtype=jnp.int32
+    )
     return words.reshape(resets.shape[0], tiles, 1, -1)
 
 
