@@ -50,7 +50,7 @@ def delta_rule(
     - `erase`: $e$; None for $k$.
     - `erase_first`: whether $e$ reads the state before the decay of its sample instead of after it:
         $\mathrm{Diag}(\alpha_t) S_{t-1} - \beta_t k_t e_t^T S_{t-1}$.
-    - `chunk_size`: steps in a chunk.
+    - `chunk_size`: steps in a chunk, best a power of two, to which a chunk is filled up.
 
     **Returns:**
 

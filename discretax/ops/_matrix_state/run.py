@@ -82,7 +82,7 @@ def matrix_state(
             nothing = jnp.zeros((*samples.v.shape[:-1], key), samples.v.dtype)
             unit = jnp.broadcast_to(jnp.eye(key, dtype=dtype), (heads, key, key))
             return over_time(unit, samples._replace(v=nothing))[0], last
-        whole = zero_padding(_each_sample(samples), length).astype(dtype)
+        whole = zero_padding(_each_sample(samples.log_decay, time), length).astype(dtype)
         if samples.resets is not None:  # which leave nothing to decay
             whole = jnp.where(samples.resets.any(), 0, whole)
         return jnp.exp(whole.sum(0)).reshape(heads, -1, 1), last
@@ -103,14 +103,14 @@ def _over_time(
     samples: Samples,
 ):
     advance = _sample if samples.q.shape[0] == 1 else _chunk
+    # A weight of all chunks, so that its gradient is not as long as the sequence.
     constant = samples.log_decay if samples.log_decay.ndim == 1 else None
     samples = samples if constant is None else samples._replace(log_decay=None)
 
     def run(weights, state, samples, left):
         scale, constant = weights
         if constant is not None:
-            samples = samples._replace(log_decay=constant)
-            samples = samples._replace(log_decay=_each_sample(samples))
+            samples = samples._replace(log_decay=_each_sample(constant, samples.q.shape[0]))
         if not isinstance(left, int) or left < samples.q.shape[0]:
             # Padding becomes a decay of one and writes nothing: the identity on the state.
             samples = jax.tree.map(lambda array: zero_padding(array, left), samples)
@@ -123,9 +123,9 @@ def _over_time(
     return scan_chunks_in_place(run, (scale, constant), state, samples, length, per_chunk)
 
 
-def _each_sample(samples: Samples) -> Float[Array, "time heads *key"]:
-    decay = samples.log_decay
-    return jnp.broadcast_to(decay, (samples.q.shape[0], *decay.shape)) if decay.ndim == 1 else decay
+def _each_sample(log_decay: Array, time: int) -> Float[Array, "time heads *key"]:
+    constant = log_decay.ndim == 1
+    return jnp.broadcast_to(log_decay, (time, *log_decay.shape)) if constant else log_decay
 
 
 def _sample(rule: Rule, state: State, samples: Samples) -> tuple[State, Array]:
