@@ -10,7 +10,7 @@ import pytest
 from helpers import assert_close, changed, draw
 
 from discretax import Timeseries, inference_state, streaming_mode
-from discretax.models import HGRN2, LRU, Griffin, remat_blocks, scan_blocks
+from discretax.models import HGRN2, LRU, RWKV7, Griffin, remat_blocks, scan_blocks
 from discretax.sequence_mixers import LRUSequenceMixer
 
 pytestmark = pytest.mark.slow
@@ -110,6 +110,21 @@ def test_a_loop_is_compiled_once():
         counts[depth] = products(model, state), products(scan_blocks(model), state)
     assert counts[8][0] == 4 * counts[2][0]
     assert counts[8][1] == counts[2][1] == counts[2][0] / 2
+
+
+def test_a_loop_between_blocks_of_other_kinds():
+    """The first of RWKV-7's blocks puts values out, which the last does not hand on."""
+    counts, x = {}, draw(TIME, WIDTH)
+    for depth in (8, 4):
+        model, state = eqx.nn.make_with_state(RWKV7)(
+            jr.key(0), hidden_dim=WIDTH, num_blocks=depth, head_dim=WIDTH, drop_rate=0.5
+        )
+        evaluate = eqx.nn.inference_mode(model)
+        counts[depth] = products(scan_blocks(evaluate), state)
+    assert counts[8] == counts[4] < products(evaluate, state)
+    run = eqx.filter_jit(lambda model: model(x, state, jr.key(1))[0])
+    model = changed(model)
+    assert_close(run(scan_blocks(model)), run(model))
 
 
 def test_blocks_that_differ_stay_apart():

@@ -221,3 +221,8 @@ def test_only_distances_count_for_retention(clock):
 def test_unfit_options_are_refused(make, options, message):
     with pytest.raises(ValueError, match=message):
         make(4, jr.key(0), **options)
+
+
+def test_whole_numbers_are_where_gates_start():
+    make = lambda bias: MLSTMSequenceMixer(4, jr.key(0), num_heads=2, input_bias=bias)
+    assert eqx.tree_equal(make(-10), make(-10.0))

@@ -388,6 +388,12 @@ BROKEN = [
         "mixer.extra and mixer.mixer.rate are one array",
     ),
     (
+        "no_type_is_weak",
+        lambda key: Altered(make(key), extra=jnp.full(3, 0.5)),
+        {},
+        "mixer.extra is of a weak type",
+    ),
+    (
         "unfit_input_is_refused-a batch",
         altered(called=checks_nothing),
         {},

@@ -23,7 +23,8 @@ def scan_blocks(model: Model, value: bool = True) -> Model:
     """The model with blocks that are alike run by one loop, so that a deep model compiles fast.
 
     The numbers stay the same, and so do parameters, state and streaming. A pattern of blocks, as
-    Griffin's, counts as alike from one repetition to the next. While the loop runs it holds a
+    Griffin's, counts as alike from one repetition to the next. Blocks of another kind before the loop
+    and behind it, as RWKV-7's first and last, run one by one. While the loop runs it holds a
     second copy of the blocks' parameters.
 
     **Arguments:** `model`: any PyTree of models; `value`: False to go back.
@@ -70,12 +71,14 @@ class DeepBackbone(eqx.nn.StatefulLayer):
         check_state(state, self)
         blocks = self.blocks
         keys = None if key is None else jr.split(key, len(blocks))
-        period, repeats = _pattern(blocks, state) if self.scan else (1, 0)
-        looped = period * repeats
-        if looped:
-            x, state = _run_repeated(blocks[:looped], period, x, state, keys, self.remat)
-        for i in range(looped, len(blocks)):
-            x, state = _run(blocks[i], x, state, None if keys is None else keys[i], self.remat)
+        loop, period = _pattern(blocks, state) if self.scan else (range(0), 1)
+        of_loop = lambda many: many[loop.start : loop.stop]
+        for i, block in enumerate(blocks):
+            if i not in loop:
+                x, state = _run(block, x, state, None if keys is None else keys[i], self.remat)
+            elif i == loop.start:
+                loop_keys = None if keys is None else of_loop(keys)
+                x, state = _run_repeated(of_loop(blocks), period, x, state, loop_keys, self.remat)
         return x, state
 
 
@@ -106,20 +109,25 @@ def _run(block, x, state, key, remat):
     return (eqx.filter_checkpoint(apply) if remat else apply)(block, x, state, key)
 
 
-def _pattern(blocks: Sequence[AbstractBlock], state: eqx.nn.State) -> tuple[int, int]:
-    """The length of the shortest pattern that repeats from the first block on, and how often.
+def _pattern(blocks: Sequence[AbstractBlock], state: eqx.nn.State) -> tuple[range, int]:
+    """Which blocks repeat a pattern, and the length of the pattern: that which leaves the fewest
+    blocks to be compiled; of those the shortest, as early as it can.
 
-    (1, 0) if none does.
+    Others may stand before them, as the first block of RWKV-7, and behind them.
     """
     forms = [_form(block, state) for block in blocks]
     alike = lambda one, other: one[0] == other[0] and eqx.tree_equal(one[1], other[1]) is True
+    kinds = [next(k for k, other in enumerate(forms) if alike(form, other)) for form in forms]
+    best, saved = (range(0), 1), 0
     for period in range(1, len(blocks) // 2 + 1):
         same = 0
-        while same + period < len(blocks) and alike(forms[same], forms[same + period]):
-            same += 1
-        if same >= period:
-            return period, 1 + same // period
-    return 1, 0
+        for i in range(period, len(blocks)):
+            same = same + 1 if kinds[i] == kinds[i - period] else 0
+            repeated = same - same % period
+            if repeated > saved:
+                start = i + 1 - same - period
+                best, saved = (range(start, start + repeated + period), period), repeated
+    return best
 
 
 def _form(block: AbstractBlock, state: eqx.nn.State) -> tuple[Any, Any]:
@@ -157,7 +165,7 @@ def _run_repeated(blocks, period, x, state, keys, remat):
         ]
 
     if keys is not None:
-        keys = keys[: len(blocks)].reshape(-1, period, *keys.shape[1:])
+        keys = keys.reshape(-1, period, *keys.shape[1:])
     x, after = _loop(static[:period], remat, x, (stacked(arrays), stacked(substates), keys))
     for n, substate in enumerate(substates):
         if not jax.tree.leaves(substate):

@@ -43,3 +43,13 @@ def no_array_stands_twice(subject: Subject):
             path = path_of(keys)
             other = places.setdefault(leaf.unsafe_buffer_pointer(), path)
             require(other == path, f"mixer.{path} and mixer.{other} are one array")
+
+
+@law()
+def no_type_is_weak(subject: Subject):
+    """Every array's type is its own: training would make one of a weak type, as `jnp.full(3, 0.5)`
+    is, and compile its step again."""
+    leaves, _ = jax.tree.flatten_with_path(subject.make(jr.key(0)))
+    for keys, leaf in leaves:
+        weak = eqx.is_array(leaf) and leaf.weak_type
+        require(not weak, f"mixer.{path_of(keys)} is of a weak type")

@@ -137,7 +137,7 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
         check_positive("step_rescale", step_rescale)
         E_key, B_key, C_key = jr.split(key, 3)
         shape = (state_dim, sub_state_dim)
-        self.log_A_real = jnp.full(shape, math.log(0.5))
+        self.log_A_real = jnp.full(shape, math.log(0.5), float)
         self.A_imag = jnp.broadcast_to(
             jnp.arange(float(sub_state_dim)) * math.pi / sub_state_dim, shape
         )

@@ -153,7 +153,7 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
         weight = (
             jr.uniform(dt_key, shape, minval=-bound, maxval=bound)
             if dt_init == "random"
-            else jnp.full(shape, bound)
+            else jnp.full(shape, bound, float)
         )
         self.dt_proj = eqx.tree_at(
             lambda layer: (layer.weight, layer.bias),

@@ -93,7 +93,7 @@ class MLSTMSequenceMixer(AbstractLTVMixer[MLSTMCache]):
             in_features, projections_key, num_heads, head_dim, value_dim, activation=None
         )
         self.in_features, heads = sizes.in_features, sizes.value_heads
-        self.input_proj = _constant(sizes.in_features, jnp.full(heads, input_bias))
+        self.input_proj = _constant(sizes.in_features, jnp.full(heads, input_bias, float))
         self.forget_proj = _constant(sizes.in_features, jnp.linspace(*forget_bias, heads))
         self.output = Output(
             sizes,
