@@ -70,6 +70,11 @@ class Case:
         return self.batch or 1
 
     @property
+    def rank(self) -> int:
+        """Inputs and outputs of a head at a time."""
+        return 4 if self.op.endswith("rank 4") else 1
+
+    @property
     def model(self) -> language_model.Sizes:
         """Of the language model that generates."""
         assert self.blocks is not None
@@ -188,6 +193,15 @@ def matrix_cases() -> list[Case]:
     ]
 
 
+def mamba3_cases() -> list[Case]:
+    """8 heads of 64 x 64, with one input and output of a head at a time or four."""
+    return [
+        Case(op, time, 8 * HEAD_DIM, HEAD_DIM, None)
+        for op in ("trapezoidal_ssd", "trapezoidal_ssd, rank 4")
+        for time in (1024, 4096)
+    ]
+
+
 def draw(case: Case, key: jax.Array, folder: pathlib.Path) -> dict[str, np.ndarray]:
     """Parameters `p.*`, inputs `x` or `x.*` and `weights` of the sum whose gradient is taken.
 
@@ -245,6 +259,18 @@ def draw(case: Case, key: jax.Array, folder: pathlib.Path) -> dict[str, np.ndarr
                 jr.normal(key, (*shape[:-1], 1, case.state)) for key in keys[2:]
             )
             arrays["p.A"] = -jnp.linspace(1, 16, heads)
+        case op if op.startswith("trapezoidal_ssd"):
+            heads, rank = case.features // HEAD_DIM, case.rank
+            each = (case.time, rank, heads)
+            arrays["weights"] = jr.normal(weights_key, (*each, HEAD_DIM))
+            arrays["x.0"] = jr.normal(keys[0], (*each, HEAD_DIM))
+            arrays["x.1"] = jax.nn.softplus(jr.normal(keys[1], (case.time, heads)) - 3)
+            arrays["x.2"], arrays["x.3"] = (
+                jr.normal(key, (*each, case.state)) / case.state**0.5 for key in keys[2:]
+            )
+            arrays["x.4"] = jr.uniform(jr.fold_in(mixer_key, 0), (case.time, heads))
+            arrays["p.A"] = -jnp.linspace(1, 16, heads)
+            del arrays["x"]
         case op if op in MATRIX_OPS:
             heads = case.features // HEAD_DIM
             of_heads = lambda array: array.reshape(case.time, heads, HEAD_DIM)
@@ -290,6 +316,7 @@ def floor_seconds(case: Case, rates: dict[str, float]) -> float | None:
         return case.time * language_model.weight_bytes(case.model) / rates["read"]
     numbers = case.sequences * case.time * case.features
     arrays = {"linear_recurrence": 3, "selective_scan": 3, **dict.fromkeys(MATRIX_OPS, 4)}
+    arrays |= {"trapezoidal_ssd": 4, "trapezoidal_ssd, rank 4": 16}
     arrays = arrays.get(case.op, 2)
     traffic = 2 * 4 * arrays * numbers / rates["bytes"]
     products = exponentials = 0.0
@@ -305,6 +332,8 @@ def floor_seconds(case: Case, rates: dict[str, float]) -> float | None:
         exponentials = 2 * numbers * case.state
     elif case.op == "ssd":
         products = 3 * 2 * 2 * numbers * case.state  # into the states and out of them
+    elif case.op.startswith("trapezoidal_ssd"):
+        products = 3 * 2 * 2 * numbers * case.rank * case.state
     elif case.op in MATRIX_OPS:
         erases, decay = MATRIX_OPS[case.op]
         products = 3 * 2 * (3 if erases else 2) * numbers * case.state  # and out to be erased
@@ -321,6 +350,7 @@ TABLES = {
     "mixers": mixer_cases,
     "matrix": matrix_cases,
     "oscillators": oscillator_cases,
+    "mamba3": mamba3_cases,
     "choices": choice_cases,
     "steps": step_cases,
     "generation": generation_cases,

@@ -56,6 +56,7 @@ COLUMNS = {
     "mixers": f"{SIZE}| | ms (quartiles) | takes | temporary MB | takes | x floor |",
     "oscillators": f"{SIZE}| | ms (quartiles) | takes | temporary MB | takes | x floor |",
     "matrix": f"{SIZE}| | ms (quartiles) | takes | temporary MB | takes | x floor |",
+    "mamba3": f"{SIZE}| | ms (quartiles) | takes | temporary MB | takes | x floor |",
     "choices": f"{SIZE}| way | ms (quartiles) | takes | temporary MB | takes |",
     "steps": "| op | features = state | | us per step (quartiles) | takes | x floor |",
     "generation": "| model | batch | | ms per token (quartiles) | tokens/s | takes | x floor | temporary MB |",
@@ -87,7 +88,7 @@ def _cells(name: str, outcome: dict, subject: str, result: dict, ours: dict) -> 
     memory = result.get("temporary_bytes", math.nan)  # XLA's plan, which torch has none of
     floors = f"{result['median'] / outcome['floor']:.1f}" if outcome["floor"] else ""
     match name:
-        case "mixers" | "oscillators" | "matrix" | "choices":
+        case "mixers" | "oscillators" | "matrix" | "mamba3" | "choices":
             larger = f"{memory / max(ours['temporary_bytes'], 1):.1f}x"
             cells = [quartiles(result, 1e3), slower, _megabytes(memory), larger]
             if name == "choices":

@@ -58,6 +58,13 @@ def prepare(case: dict, arrays: dict) -> Job:
         case "ssd":
             scan = lambda p, x: ops.ssd(x[0], x[1], p["A"], x[2], x[3])[0]
             return training_job(scan, params, arrays, case)
+        case "trapezoidal_ssd" | "trapezoidal_ssd, rank 4":
+
+            def trapezoidal(p, inputs):
+                x, dt, B, C, trapezoid = inputs
+                return ops.trapezoidal_ssd(x, dt, dt * p["A"], trapezoid, B, C)[0]
+
+            return training_job(trapezoidal, params, arrays, case)
         case "gated_linear_attention":
             q_k_v_decay = lambda _, x: ops.gated_linear_attention(*x[:3], None, x[3])[0]
             return training_job(q_k_v_decay, None, arrays, case)

@@ -146,7 +146,25 @@ def matrix_state(inputs, *, erases=True, decays=True):
     return jax.lax.scan(step, S0, (q, k, v, beta, log_decay))[1]
 
 
+def trapezoidal_ssd(p, inputs):
+    """Step by step."""
+    x, _, B, _, _ = inputs
+
+    def step(carry, inputs):
+        h, before = carry
+        x, dt, B, C, trapezoid = inputs
+        write = jnp.einsum("rhp,rhn->hpn", x, B)
+        h = h + ((1 - trapezoid) * dt)[:, None, None] * before
+        h = jnp.exp(dt * p["A"])[:, None, None] * h + (trapezoid * dt)[:, None, None] * write
+        return (h, write), jnp.einsum("hpn,rhn->rhp", h, C)
+
+    zero = jnp.zeros((*x.shape[2:], B.shape[-1]))
+    return jax.lax.scan(step, (zero, zero), inputs)[1]
+
+
 FORMS = {
+    "trapezoidal_ssd": trapezoidal_ssd,
+    "trapezoidal_ssd, rank 4": trapezoidal_ssd,
     "LRU": lru,
     "S5": s5,
     "S4D": s4d,
