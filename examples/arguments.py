@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 Config = TypeVar("Config")
@@ -35,6 +35,10 @@ def parse(
     given = options | dataclasses.asdict(config)  # pyright: ignore[reportArgumentType]
     refuse(parser, given, rules(config, given))
     return options, config
+
+
+def above_zero(given: dict[str, Any], options: Iterable[str]) -> Iterator[Rule]:
+    return ((option, given[option] > 0, "above 0") for option in options)
 
 
 def refuse(parser: argparse.ArgumentParser, given: dict[str, Any], rules: Iterable[Rule]) -> None:

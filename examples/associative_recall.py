@@ -127,8 +127,7 @@ def accuracy(model, state, config: Config, pairs: jax.Array, key: jax.Array) -> 
     """The fraction of values told right in 200 fresh sequences of so many pairs."""
     x, answers = make_batch(config, key, jnp.full(200, pairs))
     log_p, _ = training.read(eqx.nn.inference_mode(model), state, x)
-    right = (log_p.argmax(-1) == answers).sum()  # UNASKED is no argmax
-    return right / (answers != training.UNASKED).sum()
+    return (log_p.argmax(-1) == answers).mean(where=answers != training.UNASKED)
 
 
 def tested(config: Config) -> list[int]:
@@ -150,7 +149,7 @@ def train(config: Config, name: str, seed: int):
 
 def state_size(name: str, config: Config) -> int:
     """Numbers that all blocks keep of the longest sequence, without those for the convolutions."""
-    made = mixer(name, config)(config.hidden_dim, key=jr.key(0))
+    made = eqx.filter_eval_shape(mixer(name, config), config.hidden_dim, key=jr.key(0))
     cache = made.allocate_inference_cache(max_seqlen=3 * config.num_pairs)
     kept = (cache.keys, cache.values) if name == "attention" else (cache.state,)
     return config.num_blocks * sum(array.size for array in kept)
@@ -190,11 +189,11 @@ def draw(path: Path, results: dict, config: Config) -> None:
 
 
 def rules(config: Config, given: dict):
-    sizes = ("seeds", *(field.name for field in dataclasses.fields(config)))
-    yield from ((name, given[name] > 0, "above 0") for name in sizes)
+    yield from arguments.above_zero(given, ("seeds", *dataclasses.asdict(config)))
     most = f"at least 2 and at most --num-keys, {config.num_keys}"
     yield "num_pairs", 2 <= config.num_pairs <= config.num_keys, most
-    yield "hidden_dim", config.hidden_dim % NUM_HEADS == 0, f"a multiple of {NUM_HEADS}"
+    rule = "a multiple of 4: attention turns the features of its two heads in pairs"
+    yield "hidden_dim", config.hidden_dim % (2 * NUM_HEADS) == 0, rule
     yield "steps", config.steps % config.every == 0, f"a multiple of {config.every}"
 
 

@@ -17,12 +17,11 @@ learning rate change it by less than its error of 1 %, so the cheapest were take
 series per class, S5 alone was tried, on three fifths.
 """
 
-import argparse
 import dataclasses
 import importlib.metadata
-import time
 from pathlib import Path
 
+import arguments
 import drawing
 import equinox as eqx
 import jax
@@ -30,6 +29,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+import training
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -191,29 +191,20 @@ def train(name: str, config: Config, seed: int, train_data, test_data):
 
 def compare(names: list[str], dataset: str, config: Config, seeds: int, validate: bool) -> dict:
     """For every model: number of parameters, histories (one per seed) and seconds."""
-    results = {}
-    for name in names:
-        start, histories = time.perf_counter(), []
-        for seed in range(seeds):
-            data = load(dataset, held_out=seed if validate else None)
-            model, _, history = train(name, config, seed, *data)
-            histories.append(history)
-        params = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
-        results[name] = {
-            "parameters": sum(leaf.size for leaf in params),
-            "histories": histories,
-            "seconds": time.perf_counter() - start,
-        }
-    return results
+
+    def run(name, seed):
+        data = load(dataset, held_out=seed if validate else None)
+        model, _, history = train(name, config, seed, *data)
+        return model, history
+
+    return training.compare(names, seeds, run)
 
 
 def table(results: dict) -> str:
     """Accuracy after the last epoch, mean and standard deviation over the seeds."""
     lines = [f"{'model':10} {'parameters':>10} {'accuracy':>15} {'seconds':>8}"]
     for name, result in results.items():
-        last = 100 * final_accuracies(result)
-        spread = f" ± {last.std(ddof=1):.1f}" if len(last) > 1 else ""
-        accuracy = f"{last.mean():.1f}{spread} %"
+        accuracy = f"{training.percent(final_accuracies(result))} %"
         lines.append(
             f"{name:10} {result['parameters']:>10} {accuracy:>15} {result['seconds']:>8.0f}"
         )
@@ -255,9 +246,7 @@ def draw(path: Path, results: dict, title: str) -> None:
 
 
 def parse(argv: list[str] | None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser(__doc__)
     add = parser.add_argument
     add("--model", choices=(*MODELS, "all"), default="s5")
     add("--dataset", choices=tuple(DEFAULTS), default="JapaneseVowels")
@@ -270,10 +259,9 @@ def parse(argv: list[str] | None):
     given = {f.name: options.pop(f.name) for f in dataclasses.fields(Config)}
     given = {name: value for name, value in given.items() if value is not None}
     config = dataclasses.replace(DEFAULTS[options["dataset"]], **given)
-    for option, value in (("seeds", options["seeds"]), *dataclasses.asdict(config).items()):
-        if value <= 0 and option != "drop_rate":
-            name = "--" + option.replace("_", "-")
-            parser.error(f"{name} must be above 0; got {value}. Change or omit it.")
+    sizes = {"seeds": options["seeds"], **dataclasses.asdict(config)}
+    some = [option for option in sizes if option != "drop_rate"]
+    arguments.refuse(parser, sizes, arguments.above_zero(sizes, some))
     return options, config
 
 

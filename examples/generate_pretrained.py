@@ -17,6 +17,7 @@ import json
 import time
 from pathlib import Path
 
+import arguments
 import drawing
 import equinox as eqx
 import jax
@@ -137,9 +138,7 @@ def draw(path: Path, prompt: str, pieces: list[str], bits: np.ndarray, columns: 
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser(__doc__)
     add = parser.add_argument
     add("folder", type=Path)
     add("--prompt", required=True)

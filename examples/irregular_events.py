@@ -24,17 +24,18 @@ training set, by seed, and does not look at the test set: by it GunPoint and the
 chosen, for S5. `s4d`, whose system is made anew for every feature and gap, takes ten times as long.
 """
 
-import argparse
 import dataclasses
 import functools as ft
 from pathlib import Path
 
+import arguments
 import classify_timeseries
 import drawing
 import equinox as eqx
 import jax
 import jax.random as jr
 import numpy as np
+import training
 from classify_timeseries import Config, load, make_optimiser, predict, train_step
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -164,7 +165,7 @@ def table(results: Results) -> str:
     header = "".join(f"{f'{100 * fraction:.0f} % dropped':>15}" for fraction in fractions)
     lines = [f"{'trained on':10}  {'gaps':5}{header}"]
     for (on, gaps), accuracies in results.items():
-        row = "".join(f"{spread(accuracies[fraction]):>15}" for fraction in fractions)
+        row = "".join(f"{training.percent(accuracies[fraction]):>15}" for fraction in fractions)
         lines.append(f"{on:10}  {gaps:5}{row}")
     return "\n".join(lines)
 
@@ -177,16 +178,10 @@ def gains(results: Results, dropped: float) -> str:
             true, other = (np.array(results[on, told][dropped]) for told in ("true", gaps))
             gain = true - other
             lines.append(
-                f"trained on {on:8} over {gaps:5}{spread(gain):>15}"
+                f"trained on {on:8} over {gaps:5}{training.percent(gain):>15}"
                 f"   more in {(gain > 0).sum()} of {len(gain)} seeds"
             )
     return "\n".join(lines)
-
-
-def spread(fractions) -> str:
-    percent = 100 * np.array(fractions)
-    deviation = f" ± {percent.std(ddof=1):.1f}" if len(percent) > 1 else ""
-    return f"{percent.mean():.1f}{deviation}"
 
 
 def draw(path: Path, results: Results, dropped: float, guess: float, title: str) -> None:
@@ -215,9 +210,7 @@ def draw(path: Path, results: Results, dropped: float, guess: float, title: str)
 
 
 def parse(argv: list[str] | None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser(__doc__)
     add = parser.add_argument
     add("--model", choices=tuple(MODELS), default="s5")
     add("--dataset", choices=tuple(DEFAULTS), default="GunPoint")
@@ -230,11 +223,10 @@ def parse(argv: list[str] | None):
     config = DEFAULTS[options.dataset]
     if options.epochs is not None:
         config = dataclasses.replace(config, epochs=options.epochs)
-    for name, value in (("seeds", options.seeds), ("epochs", config.epochs)):
-        if value <= 0:
-            parser.error(f"--{name} must be above 0; got {value}. Change or omit it.")
-    if not 0 < options.dropped < 1:
-        parser.error(f"--dropped must lie in (0, 1); got {options.dropped}. Change or omit it.")
+    given = {"seeds": options.seeds, "epochs": config.epochs, "dropped": options.dropped}
+    fraction = ("dropped", 0 < options.dropped < 1, "in (0, 1)")
+    rules = [*arguments.above_zero(given, ("seeds", "epochs")), fraction]
+    arguments.refuse(parser, given, rules)
     return options, config
 
 

@@ -10,7 +10,6 @@ reported beside what simple models of bytes need: their frequencies, and the com
 standard library, which read the training text first.
 """
 
-import argparse
 import bz2
 import dataclasses
 import lzma
@@ -21,6 +20,7 @@ from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
+import arguments
 import drawing
 import equinox as eqx
 import jax
@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+import training
 from matplotlib.figure import Figure
 
 import discretax
@@ -258,10 +259,16 @@ def draw(path: Path, bounds: dict[str, float], results: dict) -> None:
     drawing.save(figure, path)
 
 
+def rules(config: Config, given: dict):
+    sizes = ("write", "hidden_dim", "num_blocks", "steps", "batch_size", "learning_rate")
+    yield from arguments.above_zero(given, sizes)
+    yield "length", config.length > 1, "at least 2, a byte and the next"
+    is_saved = given["save"] is None or given["pattern"] in ([name] for name in SAVED)
+    yield "save", is_saved, f"with one --pattern of {', '.join(SAVED)}, which others can read"
+
+
 def parse(argv: list[str] | None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser(__doc__)
     add = parser.add_argument
     add("--pattern", choices=tuple(PATTERNS), nargs="+", default=["rglru"])
     add("--seed", type=int, default=0)
@@ -270,23 +277,7 @@ def parse(argv: list[str] | None):
     add("--temperature", type=float, default=0.8, help="to write with; 0 for the likeliest byte")
     add("--save", type=Path, help="folder for the weights, in Hugging Face's layout")
     add("--out", type=Path, default=Path("runs/language_model"), help="folder for the figure")
-    for field in dataclasses.fields(Config):
-        add("--" + field.name.replace("_", "-"), type=field.type, default=field.default)
-    options = vars(parser.parse_args(argv))
-    config = Config(**{f.name: options.pop(f.name) for f in dataclasses.fields(Config)})
-    given = options | dataclasses.asdict(config)
-    sizes = ("write", "hidden_dim", "num_blocks", "steps", "batch_size", "learning_rate")
-    is_saved = given["save"] is None or given["pattern"] in ([name] for name in SAVED)
-    rules = [
-        *((name, given[name] > 0, "above 0") for name in sizes),
-        ("length", config.length > 1, "at least 2, a byte and the next"),
-        ("save", is_saved, f"with one --pattern of {', '.join(SAVED)}, which others can read"),
-    ]
-    for option, holds, rule in rules:
-        if not holds:
-            name = "--" + option.replace("_", "-")
-            parser.error(f"{name} must be {rule}; got {given[option]}. Change or omit it.")
-    return options, config
+    return arguments.parse(parser, argv, Config, rules)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -297,8 +288,7 @@ def main(argv: list[str] | None = None) -> dict:
     print("{} bytes to train with, {} to validate with".format(*sizes))
     for name in options["pattern"]:
         model, state, history = train(name, config, options["seed"], data)
-        params = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
-        results[name] = {"parameters": sum(leaf.size for leaf in params), "history": history}
+        results[name] = {"parameters": training.count(model), "history": history}
         print(f"\n----- written by {name} -----\n{write(model, state, options)}\n-----\n")
         if options["save"] is not None:
             ends = {"bos_token_id": START, "eos_token_id": START}

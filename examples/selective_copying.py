@@ -13,27 +13,20 @@ Data tokens stand at random places among noise, a fresh draw for every sequence.
 at which the model writes the data tokens in order.
 """
 
-import argparse
 import dataclasses
-import time
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import arguments
 import drawing
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-import optax
-from jax import lax
+import training
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
-import discretax
-from discretax.encoder import EmbeddingEncoder
-from discretax.heads import ClassificationHead
 from discretax.models import LRU, RGLRU, S5, S7, Mamba
 
 # LRU begins with longer memories than it would by default: the sequence is long.
@@ -45,6 +38,7 @@ MODELS = {
     "s7": S7,
 }
 COMPARED = ("lru", "s5", "mamba", "rglru")
+KINDS = ("tokens", "sequences")  # what can be written right
 NOISE = 0  # the last token of the vocabulary is the marker, and those between are data
 
 
@@ -76,26 +70,15 @@ def make_batch(config: Config, key: jax.Array, size: int) -> tuple[jax.Array, ja
     return jax.vmap(partial(make_sequence, config))(jr.split(key, size))
 
 
-@eqx.nn.make_with_state
 def make_model(name: str, config: Config, key: jax.Array):
-    width, keys = config.hidden_dim, jr.split(key, 3)
-    encoder = EmbeddingEncoder(keys[0], num_classes=config.vocabulary, out_features=width)
-    model = MODELS[name](
-        keys[1], hidden_dim=width, num_blocks=config.num_blocks, drop_rate=0.0, norm="rms"
-    )
-    head = ClassificationHead(width, config.vocabulary, keys[2], reduce=False)
-    return eqx.nn.Sequential([encoder, model, head])
-
-
-def make_optimiser(config: Config) -> optax.GradientTransformation:
-    # No sequence is seen twice: there is nothing for weight decay to prevent.
-    return discretax.optim.adamw_cosine(config.learning_rate, config.steps, weight_decay=0.0)
+    backbone = partial(MODELS[name], num_blocks=config.num_blocks, drop_rate=0.0, norm="rms")
+    symbols = config.vocabulary
+    return training.make_model(backbone, symbols, symbols, config.hidden_dim, key)
 
 
 def written(model, state, x: jax.Array, num_tokens: int):
     """Log-probabilities at the markers, (batch, num_tokens, vocabulary), and the state."""
-    batched = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-    log_p, state = batched(x, state)
+    log_p, state = training.read(model, state, x)
     return log_p[:, -num_tokens:], state
 
 
@@ -110,7 +93,7 @@ def accuracies(log_p: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 @eqx.filter_jit
-def test(model, state, config: Config, key: jax.Array):
+def evaluate(model, state, config: Config, key: jax.Array):
     """Accuracies on 1000 fresh sequences."""
     model = eqx.nn.inference_mode(model)
     x, tokens = make_batch(config, key, 1000)
@@ -118,71 +101,29 @@ def test(model, state, config: Config, key: jax.Array):
     return accuracies(log_p, tokens)
 
 
-@eqx.filter_jit
-def train_steps(model, state, opt_state, keys: jax.Array, config: Config):
-    """One step for each key, with a batch of its own, and the mean loss."""
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-    optimiser = make_optimiser(config)
-
-    def loss_fn(params, state, x, tokens):
-        log_p, state = written(eqx.combine(params, static), state, x, config.num_tokens)
-        return loss_of(log_p, tokens), state
-
-    def step(carry, key):
-        params, state, opt_state = carry
-        batch = make_batch(config, key, config.batch_size)
-        (loss, state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, state, *batch)
-        updates, opt_state = optimiser.update(grads, opt_state, params)
-        return (optax.apply_updates(params, updates), state, opt_state), loss
-
-    (params, state, opt_state), losses = lax.scan(step, (params, state, opt_state), keys)
-    return eqx.combine(params, static), state, opt_state, losses.mean()
+def loss_fn(config: Config, model, state, key: jax.Array):
+    x, tokens = make_batch(config, key, config.batch_size)
+    log_p, state = written(model, state, x, config.num_tokens)
+    return loss_of(log_p, tokens), state
 
 
-def train(name: str, config: Config, seed: int):
-    """The trained model, its state, and losses and accuracies on the way."""
-    model_key, train_key, test_key = jr.split(jr.key(seed), 3)
-    model, state = make_model(name, config, model_key)
-    opt_state = make_optimiser(config).init(eqx.filter(model, eqx.is_inexact_array))
-    rounds = jr.split(train_key, (config.steps // config.every, config.every))
-    history = []
-    with tqdm(total=config.steps, desc=f"{name}, seed {seed}", ncols=100) as bar:
-        for keys, fresh_key in zip(rounds, jr.split(test_key, len(rounds)), strict=True):
-            model, state, opt_state, loss = train_steps(model, state, opt_state, keys, config)
-            tokens, sequences = test(model, state, config, fresh_key)
-            row = {"loss": loss, "tokens": tokens, "sequences": sequences}
-            history.append({key: float(value) for key, value in row.items()})
-            bar.set_postfix(history[-1])
-            bar.update(config.every)
-    return model, state, history
+def train(config: Config, name: str, seed: int):
+    """The trained model, and its losses and accuracies on the way."""
 
+    def test(model, state, key):
+        return dict(zip(KINDS, evaluate(model, state, config, key), strict=True))
 
-def compare(names: Sequence[str], config: Config, seeds: int) -> dict:
-    """For every model: number of parameters, histories (one per seed) and seconds."""
-    results = {}
-    for name in names:
-        start, histories = time.perf_counter(), []
-        for seed in range(seeds):
-            model, _, history = train(name, config, seed)
-            histories.append(history)
-        params = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
-        results[name] = {
-            "parameters": sum(leaf.size for leaf in params),
-            "histories": histories,
-            "seconds": time.perf_counter() - start,
-        }
-    return results
+    make, loss = partial(make_model, name, config), partial(loss_fn, config)
+    model, _, history = training.train(name, config, seed, make, loss, test)
+    return model, history
 
 
 def table(results: dict) -> str:
     """Accuracies after the last step, mean and standard deviation over the seeds."""
     lines = [f"{'model':6} {'parameters':>10} {'tokens':>14} {'sequences':>14} {'seconds':>8}"]
     for name, result in results.items():
-        cells = []
-        for key in ("tokens", "sequences"):
-            last = np.array([100 * history[-1][key] for history in result["histories"]])
-            spread = f" ± {last.std(ddof=1):.1f}" if len(last) > 1 else ""
-            cells.append(f"{last.mean():.1f}{spread} %")
+        ends = [history[-1] for history in result["histories"]]
+        cells = [f"{training.percent([end[key] for end in ends])} %" for key in KINDS]
         lines.append(
             f"{name:6} {result['parameters']:>10} {cells[0]:>14} {cells[1]:>14} "
             f"{result['seconds']:>8.0f}"
@@ -215,36 +156,26 @@ def guess(config: Config) -> float:
     return 1 / (config.vocabulary - 2)
 
 
+def rules(config: Config, given: dict):
+    yield from arguments.above_zero(given, ("seeds", *dataclasses.asdict(config)))
+    yield "num_tokens", config.num_tokens <= config.length, f"at most --length, {config.length}"
+    yield "vocabulary", config.vocabulary >= 3, "at least 3: noise, marker and data"
+    yield "steps", config.steps % config.every == 0, f"a multiple of {config.every}"
+
+
 def parse(argv: list[str] | None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser(__doc__)
     add = parser.add_argument
     add("--model", choices=(*MODELS, "all"), default="all", help=f"all: {', '.join(COMPARED)}")
     add("--seeds", type=int, default=1, help="how many times to train each model")
     add("--out", type=Path, default=Path("runs/selective_copying"), help="folder for the figure")
-    for field in dataclasses.fields(Config):
-        add("--" + field.name.replace("_", "-"), type=field.type, default=field.default)
-    options = vars(parser.parse_args(argv))
-    config = Config(**{f.name: options.pop(f.name) for f in dataclasses.fields(Config)})
-    given = {"seeds": options["seeds"], **dataclasses.asdict(config)}
-    rules = [(option, value > 0, "above 0") for option, value in given.items()]
-    rules += [
-        ("num_tokens", config.num_tokens <= config.length, f"at most --length, {config.length}"),
-        ("vocabulary", config.vocabulary >= 3, "at least 3: noise, marker and data"),
-        ("steps", config.steps % max(config.every, 1) == 0, f"a multiple of {config.every}"),
-    ]
-    for option, holds, rule in rules:
-        if not holds:
-            name = "--" + option.replace("_", "-")
-            parser.error(f"{name} must be {rule}; got {given[option]}. Change or omit it.")
-    return options, config
+    return arguments.parse(parser, argv, Config, rules)
 
 
 def main(argv: list[str] | None = None) -> dict:
     options, config = parse(argv)
     names = COMPARED if options["model"] == "all" else [options["model"]]
-    results = compare(names, config, options["seeds"])
+    results = training.compare(names, options["seeds"], partial(train, config))
     title = (
         f"{config.num_tokens} tokens among {config.length}, after {config.steps} steps; "
         f"a guess: {guess(config):.1%} of the tokens"

@@ -140,7 +140,7 @@ def train(task: str, config: Config, name: str, seed: int):
     loss = partial(loss_fn, task, config)
     model, state, _ = training.train(f"{task}, {name}", config, seed, make, loss)
     *_, test_key = jr.split(jr.key(seed), 4)  # the training has used the first three
-    return model, accuracies(model, state, task, config, test_key)
+    return model, np.asarray(accuracies(model, state, task, config, test_key))
 
 
 def longer(config: Config, histories) -> list[float]:
@@ -184,8 +184,7 @@ def draw(path: Path, results: dict, config: Config) -> None:
 
 
 def rules(config: Config, given: dict):
-    sizes = ("seeds", *(field.name for field in dataclasses.fields(config)))
-    yield from ((name, given[name] > 0, "above 0") for name in sizes)
+    yield from arguments.above_zero(given, ("seeds", *dataclasses.asdict(config)))
     longer_than = f"above --train-length, {config.train_length}, and at least {GROUP}"
     yield "test_length", config.test_length > max(config.train_length, GROUP - 1), longer_than
     yield "steps", config.steps % config.every == 0, f"a multiple of {config.every}"

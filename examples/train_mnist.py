@@ -10,7 +10,6 @@ blocks learns from 4000 of them and is tested on the other 1000. Then it reads a
 a stream, its memory carried from pixel to pixel, and a figure shows its opinion changing.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -18,6 +17,7 @@ import os
 import time
 from pathlib import Path
 
+import arguments
 import drawing
 import equinox as eqx
 import jax
@@ -254,9 +254,7 @@ def draw_training(path: Path, history) -> None:
 
 
 def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser(__doc__)
     add = parser.add_argument
     add("--resolution", type=int, choices=(14, 28), help="of the images: 14, but 28 with --rows")
     add("--rows", action="store_true", help="read row by row, not pixel by pixel")
@@ -276,15 +274,13 @@ def parse(argv: list[str] | None) -> tuple[Config, Path, bool]:
         options["epochs"] = 8 if options["resolution"] == 28 and not options["rows"] else 6
     config = Config(**options)
     size = config.train_size
-    for option, holds, rule in (
+    rules = [
         ("epochs", config.epochs >= 1, "at least 1"),
         ("train_size", size in range(10, 4001, 10), "a multiple of 10 up to 4000"),
         ("batch_size", 1 <= config.batch_size <= size, f"between 1 and --train-size, {size}"),
         ("learning_rate", config.learning_rate > 0, "above 0"),
-    ):
-        if not holds:
-            name = "--" + option.replace("_", "-")
-            parser.error(f"{name} must be {rule}; got {options[option]}. Change or omit it.")
+    ]
+    arguments.refuse(parser, options, rules)
     return config, out, resume
 
 

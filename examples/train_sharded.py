@@ -16,13 +16,13 @@ The model learns that a sequence repeats itself. Batches come from the number of
 run that goes on sees what it would have seen.
 """
 
-import argparse
 import dataclasses
 import os
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import arguments
 import drawing
 import equinox as eqx
 import jax
@@ -218,10 +218,23 @@ def draw_parts(axes: Axes, array: jax.Array) -> None:
     axes.axis("off")
 
 
+def rules(config: Config, given: dict):
+    counts = ("seq", "model", "every", "processes")
+    yield from arguments.above_zero(given, (*dataclasses.asdict(config), *counts))
+    split, mixer, time = given["seq"] > 1, given["mixer"], 3 * config.period
+    able = " and ".join(SPLIT_IN_TIME)
+    rule = f"1 for {mixer}: attention cannot be split in time yet, {able} can"
+    yield "seq", not split or mixer in SPLIT_IN_TIME, rule
+    rule = f"a divisor of the {time} samples of a sequence"
+    yield "seq", not split or time % given["seq"] == 0, rule
+    one = given["out"] is None or given["processes"] == 1
+    yield "processes", one, "1 with --out, whose figure compares with one device"
+    own = 0 <= given["process"] < given["processes"]
+    yield "process", own, f"below --processes, {given['processes']}"
+
+
 def parse(argv: list[str] | None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = arguments.parser(__doc__)
     add = parser.add_argument
     add("--mixer", choices=tuple(PATTERNS), default="griffin")
     add("--devices", type=int, help="make so many of the CPU, in each process")
@@ -234,29 +247,7 @@ def parse(argv: list[str] | None):
     add("--processes", type=int, default=1)
     add("--process", type=int, default=0, help="number of this process")
     add("--coordinator", default="127.0.0.1:9911", help="address of process 0")
-    for field in dataclasses.fields(Config):
-        add("--" + field.name.replace("_", "-"), type=field.type, default=field.default)
-    options = vars(parser.parse_args(argv))
-    config = Config(**{f.name: options.pop(f.name) for f in dataclasses.fields(Config)})
-    given = options | dataclasses.asdict(config)
-    rules = [(name, value > 0, "above 0") for name, value in dataclasses.asdict(config).items()]
-    counts = ("seq", "model", "every", "processes")
-    rules += [(name, options[name] > 0, "above 0") for name in counts]
-    split, mixer, time = options["seq"] > 1, options["mixer"], 3 * config.period
-    able = " and ".join(SPLIT_IN_TIME)
-    rule = f"1 for {mixer}: attention cannot be split in time yet, {able} can"
-    rules.append(("seq", not split or mixer in SPLIT_IN_TIME, rule))
-    rule = f"a divisor of the {time} samples of a sequence"
-    rules.append(("seq", not split or time % options["seq"] == 0, rule))
-    one = options["out"] is None or options["processes"] == 1
-    rules.append(("processes", one, "1 with --out, whose figure compares with one device"))
-    own = 0 <= options["process"] < options["processes"]
-    rules.append(("process", own, f"below --processes, {options['processes']}"))
-    for option, holds, rule in rules:
-        if not holds:
-            name = "--" + option.replace("_", "-")
-            parser.error(f"{name} must be {rule}; got {given[option]}. Change or omit it.")
-    return options, config
+    return arguments.parse(parser, argv, Config, rules)
 
 
 def main(argv: list[str] | None = None) -> dict[int, float]:

@@ -64,7 +64,7 @@ def loss_of(log_p: jax.Array, answers: jax.Array) -> jax.Array:
     """The mean over the answers that count."""
     asked = answers != UNASKED
     right = jnp.take_along_axis(log_p, jnp.where(asked, answers, 0)[..., None], axis=-1)[..., 0]
-    return -jnp.where(asked, right, 0).sum() / asked.sum()
+    return -right.mean(where=asked)
 
 
 def make_optimiser(config: Schedule) -> optax.GradientTransformation:

@@ -34,6 +34,21 @@ def imported_example(name):
         sys.modules.pop(path.stem, None)
 
 
+def assert_can_be_trained(training, config, make_model, loss_fn):
+    """By shapes alone, which compiles nothing; `training` is that of `examples/`."""
+    optimiser, keys = training.make_optimiser(config), jr.split(jr.key(0), 3)
+    model, state = eqx.filter_eval_shape(make_model, jr.key(0))
+    with jax.numpy_dtype_promotion("standard"):
+        opt_state = eqx.filter_eval_shape(
+            lambda model: optimiser.init(eqx.filter(model, eqx.is_inexact_array)), model
+        )
+        trained, *_, loss = eqx.filter_eval_shape(
+            training.train_steps, model, state, opt_state, keys, loss_fn, optimiser.update
+        )
+    assert jax.tree.structure(trained) == jax.tree.structure(model)
+    assert loss.shape == ()
+
+
 def assert_close(actual, expected, rtol=1e-5):
     """Each leaf of `actual` differs from `expected` by at most `rtol` of the leaf's largest entry."""
     actual, expected = jax.tree.leaves(actual), jax.tree.leaves(expected)

@@ -192,7 +192,7 @@ def test_every_model_takes_the_gaps(example):
     [
         ("--seeds=0", "--seeds must be above 0; got 0"),
         ("--epochs=-1", "--epochs must be above 0; got -1"),
-        ("--dropped=1", r"--dropped must lie in \(0, 1\); got 1\.0"),
+        ("--dropped=1", r"--dropped must be in \(0, 1\); got 1\.0"),
         ("--model=lru", r"'lru' \(choose from '?s5'?, '?s4d'?, '?mamba'?\)"),
     ],
 )

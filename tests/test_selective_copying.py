@@ -1,15 +1,15 @@
 """The example, run small."""
 
+import functools as ft
 import math
 import re
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import imported_example
+from helpers import assert_can_be_trained, imported_example
 
 pytestmark = pytest.mark.slow
 
@@ -105,21 +105,14 @@ def test_a_few_steps_teach_something(example, tmp_path, capsys):
 
 
 def test_every_model_can_be_trained(example):
-    """By shapes alone, which compiles nothing."""
     config = example.Config(length=6, num_tokens=2, hidden_dim=8, num_blocks=1)
-    optimiser, keys = example.make_optimiser(config), jr.split(jr.key(0), 3)
     assert set(example.COMPARED) <= set(example.MODELS)
     for name in example.MODELS:
-        model, state = eqx.filter_eval_shape(example.make_model, name, config, jr.key(0))
-        with jax.numpy_dtype_promotion("standard"):
-            opt_state = eqx.filter_eval_shape(
-                lambda model: optimiser.init(eqx.filter(model, eqx.is_inexact_array)), model
-            )
-            trained, *_, loss = eqx.filter_eval_shape(
-                example.train_steps, model, state, opt_state, keys, config
-            )
-        assert jax.tree.structure(trained) == jax.tree.structure(model), name
-        assert loss.shape == (), name
+        make, loss = (
+            ft.partial(example.make_model, name, config),
+            ft.partial(example.loss_fn, config),
+        )
+        assert_can_be_trained(example.training, config, make, loss)
 
 
 def test_the_table_of_given_numbers(example):
