@@ -46,7 +46,7 @@ MIXERS = {
     "mamba": MambaSequenceMixer,
     "mamba2": Mamba2SequenceMixer,
     "gla": GLASequenceMixer,
-    "gated_deltanet": GatedDeltaNetSequenceMixer,
+    "gated_delta_net": GatedDeltaNetSequenceMixer,
     "kimi_delta_attention": KimiDeltaAttentionSequenceMixer,
     "attention": AttentionSequenceMixer,
 }
@@ -61,8 +61,8 @@ class Config:
     hidden_dim: int = 64
     key_dim: int = 8
     num_blocks: int = 2
-    steps: int = 1500
-    every: int = 250
+    steps: int = 3000
+    every: int = 500
     batch_size: int = 16
     learning_rate: float = 5e-3
 

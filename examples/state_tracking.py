@@ -1,7 +1,7 @@
 """Keeps a state that every symbol changes: what negative eigenvalues are good for.
 
     python examples/state_tracking.py                 # six models, two tasks
-    python examples/state_tracking.py --task parity --model gated_deltanet_negative
+    python examples/state_tracking.py --task parity --model gated_delta_net_negative
     python examples/state_tracking.py --seeds 3
 
 After every symbol the model writes the state so far:
@@ -49,11 +49,11 @@ MIXERS = {
     "lru": LRUSequenceMixer,
     "mamba": partial(MambaSequenceMixer, conv_width=1),
     "mamba2": partial(Mamba2SequenceMixer, head_dim=16, state_dim=16, conv_width=1),
-    "gated_deltanet": partial(GatedDeltaNetSequenceMixer, **HEADS),
-    "gated_deltanet_negative": partial(
+    "gated_delta_net": partial(GatedDeltaNetSequenceMixer, **HEADS),
+    "gated_delta_net_negative": partial(
         GatedDeltaNetSequenceMixer, negative_eigenvalues=True, **HEADS
     ),
-    "gated_deltaproduct_negative": partial(
+    "gated_delta_product_negative": partial(
         GatedDeltaProductSequenceMixer, negative_eigenvalues=True, **HEADS
     ),
 }
@@ -68,8 +68,8 @@ class Config:
     test_length: int = 256
     hidden_dim: int = 32
     num_blocks: int = 2
-    steps: int = 1000
-    every: int = 250
+    steps: int = 2000
+    every: int = 500
     batch_size: int = 16
     learning_rate: float = 5e-3
 

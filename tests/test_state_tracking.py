@@ -14,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 SMALL = (
     "--task=parity",
-    "--model=gated_deltanet_negative",
+    "--model=gated_delta_net_negative",
     "--train-length=6",
     "--test-length=16",
     "--hidden-dim=8",
@@ -65,14 +65,14 @@ def test_a_product_ends_where_the_next_sum_begins(example):
 def test_a_few_steps_teach_parity(example, tmp_path, capsys):
     with jax.numpy_dtype_promotion("standard"):  # which Optax relies on
         results = example.main([*SMALL, f"--out={tmp_path}"])
-    (curve,) = results["parity"]["gated_deltanet_negative"]["histories"]
+    (curve,) = results["parity"]["gated_delta_net_negative"]["histories"]
     assert curve.shape == (16,)
     assert curve[:6].mean() > 0.9
 
     printed = capsys.readouterr().out
     assert "after 6 to 16 symbols, trained with 6, 200 steps; a guess: 50 % of parity" in printed
-    row = re.search(r"^gated_deltanet_negative +(\d+) +(\d+\.\d) +\d+$", printed, re.MULTILINE)
-    assert int(row[1]) == results["parity"]["gated_deltanet_negative"]["parameters"]
+    row = re.search(r"^gated_delta_net_negative +(\d+) +(\d+\.\d) +\d+$", printed, re.MULTILINE)
+    assert int(row[1]) == results["parity"]["gated_delta_net_negative"]["parameters"]
     assert float(row[2]) == pytest.approx(100 * curve[5:].mean(), abs=0.051)
     assert [path.name for path in tmp_path.iterdir()] == ["accuracy.png"]
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
