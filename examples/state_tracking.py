@@ -1,8 +1,8 @@
 """Keeps a state that every symbol changes: what negative eigenvalues are good for.
 
-    python examples/state_tracking.py                 # six models, two tasks
-    python examples/state_tracking.py --task parity --model gated_delta_net_negative
-    python examples/state_tracking.py --seeds 3
+    python examples/state_tracking.py                 # parity, six models
+    python examples/state_tracking.py --task arithmetic --steps 2000
+    python examples/state_tracking.py --model gated_delta_net_negative --seeds 3
 
 After every symbol the model writes the state so far:
 
@@ -36,6 +36,7 @@ import training
 from jax import lax
 from matplotlib.figure import Figure
 
+from discretax.models import Backbone
 from discretax.sequence_mixers import (
     GatedDeltaNetSequenceMixer,
     GatedDeltaProductSequenceMixer,
@@ -68,8 +69,8 @@ class Config:
     test_length: int = 256
     hidden_dim: int = 32
     num_blocks: int = 2
-    steps: int = 2000
-    every: int = 500
+    steps: int = 500
+    every: int = 250
     batch_size: int = 16
     learning_rate: float = 5e-3
 
@@ -116,7 +117,13 @@ def make_batch(task: str, length: int, size: int, key: jax.Array) -> tuple[jax.A
 
 def make_model(task: str, name: str, config: Config, key: jax.Array):
     _, symbols, answers = TASKS[task]
-    backbone = partial(training.residual_stack, MIXERS[name], config.num_blocks)
+    backbone = partial(
+        Backbone,
+        sequence_mixer=MIXERS[name],
+        num_blocks=config.num_blocks,
+        norm="rms",
+        drop_rate=0.0,
+    )
     return training.make_model(backbone, symbols, answers, config.hidden_dim, key)
 
 
@@ -138,7 +145,7 @@ def train(task: str, config: Config, name: str, seed: int):
     """The trained model, and its accuracies by length."""
     make = partial(make_model, task, name, config)
     loss = partial(loss_fn, task, config)
-    model, state, _ = training.train(f"{task}, {name}", config, seed, make, loss)
+    model, state, _ = training.train(name, config, seed, make, loss)
     *_, test_key = jr.split(jr.key(seed), 4)  # the training has used the first three
     return model, np.asarray(accuracies(model, state, task, config, test_key))
 
@@ -149,37 +156,32 @@ def longer(config: Config, histories) -> list[float]:
 
 
 def table(results: dict, config: Config) -> str:
-    tasks = "".join(f"{task + ', %':>16}" for task in results)
-    lines = [f"{'model':28}{'parameters':>10}{tasks} {'CPU, s':>8}"]
-    for name, first in next(iter(results.values())).items():
-        each = [result[name] for result in results.values()]
-        cells = "".join(
-            f"{training.percent(longer(config, result['histories'])):>16}" for result in each
-        )
-        seconds = sum(result["cpu_seconds"] for result in each)
-        lines.append(f"{name:28}{first['parameters']:>10}{cells} {seconds:>8.0f}")
+    """Accuracies, mean and standard deviation over the seeds."""
+    lines = [f"{'model':28}{'parameters':>10}{'accuracy':>15} {'CPU, s':>8}"]
+    for name, result in results.items():
+        accuracy = f"{training.percent(longer(config, result['histories']))} %"
+        sizes = f"{result['parameters']:>10}{accuracy:>15} {result['cpu_seconds']:>8.0f}"
+        lines.append(f"{name:28}{sizes}")
     return "\n".join(lines)
 
 
-def draw(path: Path, results: dict, config: Config) -> None:
-    """Accuracy against length, the mean over the seeds: a panel for each task."""
-    figure = Figure(figsize=(drawing.WIDTH, 0.6 + 2.6 * len(results)))
-    grid = figure.subplots(len(results), 1, sharex=True, squeeze=False)[:, 0]
-    groups = config.test_length // GROUP
+def draw(path: Path, results: dict, title: str, guess: float, config: Config) -> None:
+    """Accuracy against length, the mean over the seeds."""
+    figure = Figure(figsize=(drawing.WIDTH, 3.6))
+    figure.suptitle(title)
+    axes, groups = figure.subplots(), config.test_length // GROUP
     lengths = GROUP * np.arange(groups) + (GROUP + 1) / 2
-    for (task, models), axes in zip(results.items(), grid, strict=True):
-        chance = 100 / TASKS[task][2]
-        axes.set(title=f"{task}: answers right, %", ylim=(0, 104), xlim=(0, config.test_length))
-        axes.axhline(chance, **drawing.GUESS)
-        axes.axvspan(0, config.train_length, color="0.93")
-        lines = [("a guess", chance, drawing.GUESS["color"])]
-        for (name, result), color in zip(models.items(), drawing.COLORS, strict=False):
-            curve = 100 * np.mean(result["histories"], axis=0)
-            points = curve[: groups * GROUP].reshape(groups, GROUP).mean(1)
-            axes.plot(lengths, points, color=color)
-            lines.append((name, points[-1], color))
-        drawing.name_lines(axes, lines)
-    grid[-1].set_xlabel(f"symbols read; grey: up to {config.train_length}, as in training")
+    trained = f"symbols read; grey: up to {config.train_length}, as in training"
+    axes.set(ylabel="states right, %", xlabel=trained, ylim=(0, 104), xlim=(0, config.test_length))
+    axes.axhline(100 * guess, **drawing.GUESS)
+    axes.axvspan(0, config.train_length, color="0.93")
+    lines = [("a guess", 100 * guess, drawing.GUESS["color"])]
+    for (name, result), color in zip(results.items(), drawing.COLORS, strict=False):
+        curve = 100 * np.mean(result["histories"], axis=0)
+        points = curve[: groups * GROUP].reshape(groups, GROUP).mean(1)
+        axes.plot(lengths, points, color=color)
+        lines.append((name, points[-1], color))
+    drawing.name_lines(axes, lines)
     drawing.save(figure, path)
 
 
@@ -193,7 +195,7 @@ def rules(config: Config, given: dict):
 def parse(argv: list[str] | None):
     parser = arguments.parser(__doc__)
     add = parser.add_argument
-    add("--task", choices=(*TASKS, "all"), default="all")
+    add("--task", choices=tuple(TASKS), default="parity")
     add("--model", choices=(*MIXERS, "all"), default="all")
     add("--seeds", type=int, default=1, help="how many times to train each model")
     add("--out", type=Path, default=Path("runs/state_tracking"), help="folder for the figure")
@@ -202,18 +204,15 @@ def parse(argv: list[str] | None):
 
 def main(argv: list[str] | None = None) -> dict:
     options, config = parse(argv)
-    tasks = list(TASKS) if options["task"] == "all" else [options["task"]]
+    task = options["task"]
     names = list(MIXERS) if options["model"] == "all" else [options["model"]]
-    results = {
-        task: training.compare(names, options["seeds"], partial(train, task, config))
-        for task in tasks
-    }
-    figure = options["out"] / "accuracy.png"
-    draw(figure, results, config)
-    guesses = ", ".join(f"{100 / TASKS[task][2]:.0f} % of {task}" for task in tasks)
+    results = training.compare(names, options["seeds"], partial(train, task, config))
+    guess = 1 / TASKS[task][2]
+    figure = options["out"] / f"{task}.png"
+    draw(figure, results, f"{task}, trained for {config.steps} steps", guess, config)
     print(
-        f"right answers after {config.train_length} to {config.test_length} symbols, trained with "
-        f"{config.train_length}, {config.steps} steps; a guess: {guesses}\n"
+        f"{task} after {config.train_length} to {config.test_length} symbols, trained with "
+        f"{config.train_length}, {config.steps} steps; a guess: {guess:.0%}\n"
         f"{table(results, config)}\nfigure {figure}"
     )
     return results
