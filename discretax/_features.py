@@ -85,7 +85,7 @@ def size_of_head(name: str, size: Any, in_features: Any, num_heads: Any) -> int:
 
 
 def check_positive(name: str, value: float) -> None:
-    if value <= 0:
+    if not value > 0:
         raise ValueError(f"`{name}` must be positive; got {value}.")
 
 

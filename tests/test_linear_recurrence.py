@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers import assert_close
 
-from discretax.ops import diagonal_ssm, linear_recurrence
+from discretax.ops import diagonal_ssm, linear_recurrence, oscillator_ssm
 from discretax.ops._recurrence.linear_recurrence import recurrence
 from discretax.ops._recurrence.transitions import MATRICES
 from discretax.ops._running.split_time import split_time
@@ -324,3 +324,33 @@ def test_nested_vmap(outer, axes):
         return values, pull(jnp.cos(values))
 
     assert_close(results(None), results("sequential"), rtol=1e-6)
+
+
+REFUSED = {  # by both
+    "x": (jnp.ones((5, 3)), r"`B` must be floating, of shape \(planes, state, features\)"),
+    "C": (jnp.ones((4, 3)), r"`x` must be \(time, features\) and `C` \(out, 2, state\)"),
+    "D": (jnp.ones(3), r"`D` must be floating, of shape \(out\) = \(4,\)"),
+    "h0": (jnp.ones((2, 5)), "`h0` must be floating"),
+    "length": (9, "`length` must lie between 0 and the number of samples, 5; got 9"),
+    "resets": (jnp.ones(5), "`resets` must be booleans"),
+    "implementation": ("fast", "`implementation` must be one of"),
+}
+OWN = {
+    "diagonal": [("A", (4, 2, 3), "`A` must be floating"), ("gamma", (2, 3), "`gamma` must be")],
+    "oscillator": [("M", (4, 2, 2, 3), "`M` must be floating"), ("F", (5, 2, 3), "`F` must be")],
+}
+
+
+@pytest.mark.parametrize("kind", OWN)
+def test_what_does_not_fit_between_projections(kind):
+    given = {"B": jnp.ones((2, 3, 4)), "C": jnp.ones((4, 2, 3)), "x": jnp.ones((5, 4))}
+    if kind == "diagonal":
+        call, given = diagonal_ssm, {**given, "A": jnp.ones((2, 3)), "h0": jnp.ones((2, 3))}
+    else:
+        call = oscillator_ssm
+        M, F, h0 = jnp.ones((2, 2, 3)), jnp.ones((2, 3)), jnp.ones((2, 2, 3))
+        given = {**given, "M": M, "F": F, "h0": h0}
+    wrong = {name: (jnp.ones(shape), message) for name, shape, message in OWN[kind]}
+    for name, (value, message) in {**REFUSED, **wrong}.items():
+        with pytest.raises(ValueError, match=message):
+            call(**{**given, name: value})

@@ -232,6 +232,7 @@ def test_phase_refuses_what_does_not_fit():
         ({"state_dim": 5}, "`state_dim` must be even"),
         ({"rotary_fraction": 0.0}, "`rotary_fraction` must be above 0"),
         ({"rotary_fraction": 1.5}, "`rotary_fraction` must be above 0"),
+        ({"rotary_fraction": float("nan")}, "`rotary_fraction` must be above 0"),
         ({"state_dim": 2, "rotary_fraction": 0.5}, "at least one pair"),
         ({"head_dim": 3}, "`head_dim` must divide the inner width"),
         ({"num_groups": 3}, "`num_groups` must divide the number of heads"),

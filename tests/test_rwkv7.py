@@ -179,6 +179,7 @@ def test_one_block_is_a_whole_model():
         (RWKV7SequenceMixer, {"layer": 2, "num_layers": 2}, "`layer` must be one of the 2"),
         (RWKV7ChannelMixer, {"intermediate_dim": 0}, "`intermediate_dim` must be a whole number"),
         (RWKV7ChannelMixer, {"layer": -1}, "`layer` must be one of the 1"),
+        (RWKV7Block, {"norm_eps": float("nan")}, "`norm_eps` must be positive; got nan"),
         (RWKV7Block, {"drop_rate": 1.0}, "`drop_rate` must lie in"),
     ],
 )

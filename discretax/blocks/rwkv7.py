@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray, PyTree
 
-from discretax._features import check_size
+from discretax._features import check_positive, check_size
 from discretax._stateful import samples_of
 from discretax._timeseries import with_values
 from discretax.blocks._parts import make_dropout
@@ -70,10 +70,11 @@ class RWKV7Block(AbstractBlock):
 
         **Raises:**
 
-        `ValueError` for sizes that do not fit, a layer that the model has not, or a rate outside
-        [0, 1).
+        `ValueError` for sizes that do not fit, a layer that the model has not, a rate outside
+        [0, 1), or a `norm_eps` that is not positive.
         """
         hidden_dim = check_size("hidden_dim", hidden_dim)
+        check_positive("norm_eps", norm_eps)
         sequence_key, channel_key = jr.split(key)
         first, last = layer == 0, layer == num_layers - 1
         takes, gives = not first, first and not last

@@ -2,9 +2,15 @@
 
 from jaxtyping import Array, Bool, Float, Int
 
+from discretax.ops._checks import check_array
 from discretax.ops._recurrence.chunked import chunked_recurrence
 from discretax.ops._recurrence.linear_recurrence import Implementation
-from discretax.ops._recurrence.projections import choose_chunk_size, project, skip
+from discretax.ops._recurrence.projections import (
+    check_projected,
+    choose_chunk_size,
+    project,
+    skip,
+)
 from discretax.ops._recurrence.transitions import PLANES, times
 
 
@@ -50,10 +56,18 @@ def diagonal_ssm(
     **Returns:**
 
     The output, and the planes of the state after the last valid sample.
+
+    **Raises:**
+
+    `ValueError` if shapes do not fit, an input is not real, or `implementation` is unknown.
     """
-    if chunk_size is None:
-        chunk_size = choose_chunk_size(x.shape[0], A.shape[-1])
+    time, state = check_projected(B, C, D, x, length, resets, implementation)
     varying = A.ndim == 3
+    check_array("A", A, **({"time": time} if varying else {}), planes=2, state=state)
+    check_array("gamma", gamma, time=time, planes=2, state=state)
+    check_array("h0", h0, planes=2, state=state)
+    if chunk_size is None:
+        chunk_size = choose_chunk_size(time, state)
     h_final, y = chunked_recurrence(
         _terms,
         _readout,

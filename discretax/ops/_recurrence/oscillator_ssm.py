@@ -5,9 +5,15 @@ import functools as ft
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from discretax.ops._checks import check_array
 from discretax.ops._recurrence.chunked import chunked_recurrence
 from discretax.ops._recurrence.linear_recurrence import Implementation
-from discretax.ops._recurrence.projections import choose_chunk_size, project, skip
+from discretax.ops._recurrence.projections import (
+    check_projected,
+    choose_chunk_size,
+    project,
+    skip,
+)
 from discretax.ops._recurrence.transitions import MATRICES, matrices
 from discretax.ops._scaled import scaled
 
@@ -51,10 +57,19 @@ def oscillator_ssm(
     **Returns:**
 
     The output, and the state after the last valid sample.
+
+    **Raises:**
+
+    `ValueError` if shapes do not fit, an input is not real, or `implementation` is unknown.
     """
-    if chunk_size is None:
-        chunk_size = choose_chunk_size(x.shape[0], 2 * M.shape[-1])
+    time, state = check_projected(B, C, D, x, length, resets, implementation)
     varying = M.ndim == 4
+    each = {"time": time} if varying else {}
+    check_array("M", M, **each, to=2, of=2, state=state)
+    check_array("F", F, **each, to=2, state=state)
+    check_array("h0", h0, components=2, planes=2, state=state)
+    if chunk_size is None:
+        chunk_size = choose_chunk_size(time, 2 * state)
     M = matrices(*(M[..., i, j, :] for i in (0, 1) for j in (0, 1)))
     h_final, y = chunked_recurrence(
         _terms,

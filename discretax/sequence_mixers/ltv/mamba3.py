@@ -140,8 +140,9 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
         heads = divided("the inner width, expand * in_features", inner, "head_dim", head_dim)
         what = "the number of heads, expand * in_features / head_dim"
         divided(what, heads, "num_groups", num_groups)
-        pairs = int(state_dim * rotary_fraction) // 2
-        if not 0 < rotary_fraction <= 1 or pairs == 0:
+        fits = 0 < rotary_fraction <= 1
+        pairs = int(state_dim * rotary_fraction) // 2 if fits else 0
+        if pairs == 0:
             raise ValueError(
                 "`rotary_fraction` must be above 0 and at most 1, and turn at least one pair of "
                 f"states; got {rotary_fraction} of state_dim = {state_dim}."
