@@ -1,5 +1,6 @@
 """The laws of `discretax.testing`, each a test over `cases.CASES`."""
 
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import pytest
@@ -31,7 +32,8 @@ LAWS = [(case, law) for case in CASES for law in mixer_laws(case.make, **case.op
 
 @pytest.mark.parametrize("law", [grouped(case, law, id=law.name) for case, law in LAWS])
 def test_law(law):
-    law()
+    with jax.numpy_rank_promotion("raise"):
+        law()
 
 
 # What the laws leave to a mixer's author: how the library words its refusals.
