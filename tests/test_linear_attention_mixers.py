@@ -9,6 +9,7 @@ import pytest
 from golden_file import Golden
 from helpers import assert_close
 
+from discretax import ops
 from discretax.ops import gated_linear_attention
 from discretax.sequence_mixers import (
     GLASequenceMixer,
@@ -226,3 +227,11 @@ def test_unfit_options_are_refused(make, options, message):
 def test_whole_numbers_are_where_gates_start():
     make = lambda bias: MLSTMSequenceMixer(4, jr.key(0), num_heads=2, input_bias=bias)
     assert eqx.tree_equal(make(-10), make(-10.0))
+
+
+def test_closed_gates_have_finite_gradients():
+    ones = jnp.ones((3, 1, 2))
+    read = lambda i, f: jnp.sum(ops.mlstm(ones, ones, ones, i, f)[0])
+    closed = jnp.full((3, 1), -200.0)
+    gradients = jax.jit(jax.grad(read, argnums=(0, 1)))(closed, closed)
+    assert_close(gradients, (jnp.zeros((3, 1)), jnp.zeros((3, 1))), 0)

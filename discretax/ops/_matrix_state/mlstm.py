@@ -92,7 +92,9 @@ def mlstm(
         resets=resets,
         chunk_size=chunk_size,
     )
-    size = jnp.maximum(jnp.abs(y[..., -1:]), jnp.exp(-m)[..., None]) + eps
+    # Where gates are all but closed, 1 / e^m is not finite, and its derivative times zero is NaN.
+    largest = jnp.log(jnp.finfo(dtype).max) - 1
+    size = jnp.maximum(jnp.abs(y[..., -1:]), jnp.exp(jnp.minimum(-m, largest))[..., None]) + eps
     last = m[-1] if time else start
     return (y[..., :-1] / size).astype(v.dtype), (memory, last)
 
