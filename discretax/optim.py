@@ -8,7 +8,6 @@ import optax
 from jaxtyping import PyTree
 
 from discretax._features import check_size
-from discretax.sequence_mixers import AbstractSequenceMixer
 
 Label = Literal["recurrent", "regular", "state"]
 
@@ -16,7 +15,7 @@ Label = Literal["recurrent", "regular", "state"]
 def recurrent_labels(params: PyTree) -> PyTree[Label]:
     """Labels each parameter for `optax.multi_transform`.
 
-    - `"recurrent"`: acts inside a recurrence, as the mixer's `recurrent_parameters` name it (for
+    - `"recurrent"`: acts inside a recurrence, as the `recurrent_parameters` of its mixer or model name it (for
         the LRU: nu, theta, gamma and B).
     - `"regular"`: every other parameter.
     - `"state"`: no parameter but the initial value of a state, which a model holds until
@@ -81,12 +80,13 @@ def adamw_cosine(
 
 
 def _label(params: PyTree, path: tuple[Any, ...]) -> Label:
-    """Walks from the root to the leaf, asking every mixer on the way."""
+    """Walks from the root to the leaf, asking whatever names `recurrent_parameters` on the way."""
     tree: Any = params
     for entry in path:
         if isinstance(tree, eqx.nn.StateIndex):
             return "state"
-        if isinstance(tree, AbstractSequenceMixer) and entry.name in tree.recurrent_parameters:
+        named = getattr(tree, "recurrent_parameters", ())
+        if isinstance(entry, jax.tree_util.GetAttrKey) and entry.name in named:
             return "recurrent"
         tree = _child(tree, entry)
     return "regular"

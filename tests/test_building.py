@@ -32,6 +32,7 @@ NEEDED = {
     "Griffin": {"num_blocks": 3, "num_heads": 1},
     "Mamba2": {"head_dim": 4},
     "Mamba3": {"head_dim": 4},
+    "RetNet": {"num_heads": 2},
     "RWKV7": {"head_dim": 4},
 }
 language_model = ft.partial(LanguageModel, vocab_size=3, hidden_dim=8, num_blocks=2)

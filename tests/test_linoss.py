@@ -197,6 +197,7 @@ def test_the_model_hands_its_options_on():
         ({"discretization": "EX"}, r"`discretization` must be .*got 'EX'"),
         ({"r_min": 0.0}, r"0 < r_min <= 1.*got r_min=0.0"),
         ({"r_min": 1.1}, r"0 < r_min <= 1.*got r_min=1.1"),
+        ({"r_min": 1.0}, "with damping `r_min` must be below 1; got 1"),
         ({"theta_max": 4.0}, r"theta_max <= pi; got .*theta_max=4.0"),
         ({"state_dim": 0}, r"`state_dim` must be .*got 0"),
         ({"step_rescale": 0.0}, r"`step_rescale` must be positive; got 0.0"),

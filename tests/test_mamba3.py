@@ -224,6 +224,8 @@ def test_phase_refuses_what_does_not_fit():
         cumulative_phase(draw(4, 3), jnp.zeros(2))
     with pytest.raises(ValueError, match="`turns` must be floating"):
         cumulative_phase(jnp.zeros((4, 3), int))
+    with pytest.raises(ValueError, match=r"`turns` must be \(time, \*phases\); got a scalar"):
+        cumulative_phase(jnp.ones(()))
 
 
 @pytest.mark.parametrize(
@@ -250,6 +252,8 @@ def test_scan_refuses_what_does_not_fit():
     x, dt, log_decay, B, C = random_scan(5)
     with pytest.raises(ValueError, match=r"`x` must be \(time, rank, heads, head_dim\)"):
         trapezoidal_ssd(x[:, 0], dt, log_decay, dt, B, C)
+    with pytest.raises(ValueError, match="of at least one rank and head"):
+        trapezoidal_ssd(x[:, :0], dt, log_decay, dt, B, C)
     with pytest.raises(ValueError, match=r"`trapezoid` must be floating, of shape \(time, heads\)"):
         trapezoidal_ssd(x, dt, log_decay, dt[:, :1], B, C)
     with pytest.raises(ValueError, match="must not be positive"):

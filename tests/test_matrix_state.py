@@ -369,6 +369,7 @@ def test_mlstm():
             jnp.ones((TIME, 3, VALUE)),
             r"multiple of those of `q` and `k`; got .*3 heads.*2 key",
         ),
+        ("v", jnp.ones((TIME, 0, VALUE)), r"multiple of those of `q` and `k`; got .*0 heads"),
         ("k", jnp.ones((TIME, KEY_HEADS, 4)), r"`k` must be .*= \(11, 2, 5\); got .*\(11, 2, 4\)"),
         ("k", jnp.ones((TIME, KEY_HEADS, KEY), int), r"`k` must be floating.*got int32"),
         ("beta", jnp.ones(TIME), r"`beta` must be .*\(time, heads\) = \(11, 4\); got .*\(11,\)"),

@@ -9,7 +9,7 @@ from helpers import FEATURES, STATE, TIME, assert_close, assert_equal, draw, par
 
 from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
-from discretax.models import LRU, Backbone
+from discretax.models import HGRN2, LRU, Backbone
 from discretax.optim import adamw_cosine, recurrent_labels
 from discretax.sequence_mixers import Bidirectional, LRUSequenceMixer
 
@@ -109,6 +109,12 @@ def test_labels_inside_containers():
         under("['main'][0]", MIXER) | {"['main'][1][0]": "regular"} | under("['other']", MIXER)
     )
     assert labels_of(tree) == expected
+
+
+def test_a_model_may_name_what_acts_inside_its_recurrences():
+    model, _ = eqx.nn.make_with_state(HGRN2)(jr.key(0), hidden_dim=FEATURES, num_heads=1)
+    named = {path for path, label in labels_of(model).items() if label == "recurrent"}
+    assert named == {".lower_bounds"}
 
 
 def test_labels_of_the_model_are_those_of_its_parameters():

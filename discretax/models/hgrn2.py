@@ -1,4 +1,5 @@
 import functools as ft
+from typing import ClassVar
 
 import equinox as eqx
 import jax
@@ -28,6 +29,8 @@ class HGRN2(eqx.nn.StatefulLayer):
 
     backbone: AbstractBackbone | DeepBackbone
     lower_bounds: Float[Array, "num_blocks heads key"]
+
+    recurrent_parameters: ClassVar[tuple[str, ...]] = ("lower_bounds",)
 
     def __init__(
         self,

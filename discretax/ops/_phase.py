@@ -40,6 +40,8 @@ def cumulative_phase(
 
     `ValueError` if shapes do not fit.
     """
+    if turns.ndim == 0:
+        raise ValueError(f"`turns` must be (time, *phases); got a scalar, {turns}.")
     time = turns.shape[0]
     check_length(length, time)
     check_resets(resets, time)

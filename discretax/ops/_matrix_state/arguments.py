@@ -26,7 +26,7 @@ def as_samples(
             f"q: {q.shape}, k: {k.shape} and v: {v.shape}. Use `jax.vmap` to batch."
         )
     (time, groups, key), (heads, value) = q.shape, v.shape[-2:]
-    if groups == 0 or heads % groups:
+    if groups == 0 or heads == 0 or heads % groups:
         raise ValueError(
             "the heads of `v` must be a multiple of those of `q` and `k`; got "
             f"v: {v.shape}, {heads} heads, and q: {q.shape}, {groups} key heads."

@@ -80,9 +80,10 @@ def trapezoidal_ssd(
         Lahoti et al., Mamba-3: Improved Sequence Modeling using State Space Principles, 2026
         (arXiv:2603.15569).
     """
-    if x.ndim != 4 or B.ndim != 4:
+    if x.ndim != 4 or B.ndim != 4 or 0 in x.shape[1:3]:
         raise ValueError(
-            "`x` must be (time, rank, heads, head_dim) and `B` (time, rank, heads, state); got "
+            "`x` must be (time, rank, heads, head_dim) and `B` (time, rank, heads, state), of at "
+            "least one rank and head; got "
             f"x: {x.shape} and B: {B.shape}. Use `jax.vmap` to batch."
         )
     (time, rank, heads, head_dim), state = x.shape, B.shape[-1]

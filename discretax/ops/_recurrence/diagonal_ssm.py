@@ -2,6 +2,7 @@
 
 from jaxtyping import Array, Bool, Float, Int
 
+from discretax._features import check_size
 from discretax.ops._checks import check_array
 from discretax.ops._recurrence.chunked import chunked_recurrence
 from discretax.ops._recurrence.linear_recurrence import Implementation
@@ -66,8 +67,11 @@ def diagonal_ssm(
     check_array("A", A, **({"time": time} if varying else {}), planes=2, state=state)
     check_array("gamma", gamma, time=time, planes=2, state=state)
     check_array("h0", h0, planes=2, state=state)
-    if chunk_size is None:
-        chunk_size = choose_chunk_size(time, state)
+    chunk_size = (
+        choose_chunk_size(time, state)
+        if chunk_size is None
+        else check_size("chunk_size", chunk_size)
+    )
     h_final, y = chunked_recurrence(
         _terms,
         _readout,

@@ -5,6 +5,7 @@ import functools as ft
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from discretax._features import check_size
 from discretax.ops._checks import check_array
 from discretax.ops._recurrence.chunked import chunked_recurrence
 from discretax.ops._recurrence.linear_recurrence import Implementation
@@ -68,8 +69,11 @@ def oscillator_ssm(
     check_array("M", M, **each, to=2, of=2, state=state)
     check_array("F", F, **each, to=2, state=state)
     check_array("h0", h0, components=2, planes=2, state=state)
-    if chunk_size is None:
-        chunk_size = choose_chunk_size(time, 2 * state)
+    chunk_size = (
+        choose_chunk_size(time, 2 * state)
+        if chunk_size is None
+        else check_size("chunk_size", chunk_size)
+    )
     M = matrices(*(M[..., i, j, :] for i in (0, 1) for j in (0, 1)))
     h_final, y = chunked_recurrence(
         _terms,

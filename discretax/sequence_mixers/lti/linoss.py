@@ -110,6 +110,11 @@ class LinOSSSequenceMixer(AbstractContinuousMixer[Float[Array, "2 2 state"]]):
                 "the ring of eigenvalues needs 0 < r_min <= 1 and 0 < theta_max <= pi; got "
                 f"r_min={r_min} and theta_max={theta_max}."
             )
+        if damping and r_min == 1:
+            raise ValueError(
+                "with damping `r_min` must be below 1; got 1: all damping would start at zero, "
+                "where it learns nothing. Choose damping=False, or a ring."
+            )
         A_key, G_key, B_key, C_key, D_key, step_key = jr.split(key, 6)
         self.steps = 0.5 * jr.normal(step_key, (state_dim,))
         self.A_diag, self.G_diag = jr.uniform(A_key, (state_dim,)), None
