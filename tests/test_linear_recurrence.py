@@ -326,8 +326,8 @@ def test_nested_vmap(outer, axes):
     assert_close(results(None), results("sequential"), rtol=1e-6)
 
 
-REFUSED = {
-    "chunk_size": (0, "`chunk_size` must be .* at least 1; got 0"),  # by both
+REFUSED = {  # by both
+    "chunk_size": (0, "`chunk_size` must be .* at least 1; got 0"),
     "x": (jnp.ones((5, 3)), r"`B` must be floating, of shape \(planes, state, features\)"),
     "C": (jnp.ones((4, 3)), r"`x` must be \(time, features\) and `C` \(out, 2, state\)"),
     "D": (jnp.ones(3), r"`D` must be floating, of shape \(out\) = \(4,\)"),
