@@ -63,7 +63,8 @@ def as_called_here(name, a):
         return y, S.mT
     options = {"initial_state": S0, "scale": a.get("q", a.get("q_raw")).shape[-1] ** -0.5}
     if "hgrn2" in name:
-        f = a["lower_bound"] + (1 - a["lower_bound"]) * jax.nn.sigmoid(a["f_raw"])
+        bound = a["lower_bound"][None]
+        f = bound + (1 - bound) * jax.nn.sigmoid(a["f_raw"])
         q = jax.nn.silu(a["q_raw"])
         return gated_linear_attention(q, 1 - f, a["i"], None, jnp.log(f), **options)
     q, k, v = a["q"], a["k"], a["v"]
@@ -91,7 +92,7 @@ def as_called_here(name, a):
         return delta_rule(q, k, v, a["beta"], a["g"], erase=a["p"], erase_first=first, **options)
     if "kda_lb" in name:
         bias = a["dt_bias"].reshape(a["g_raw"].shape[1:])
-        decay = -5 * jax.nn.sigmoid(jnp.exp(a["A_log"])[:, None] * (a["g_raw"] + bias))
+        decay = -5 * jax.nn.sigmoid(jnp.exp(a["A_log"])[:, None] * (a["g_raw"] + bias[None]))
         return delta_rule(q, k, v, a["beta"], decay, **options)
     if "gla" in name:
         return gated_linear_attention(q, k, v, None, a.get("gk", a.get("g")), **options)
