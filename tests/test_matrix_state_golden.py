@@ -92,7 +92,7 @@ def as_called_here(name, a):
         return delta_rule(q, k, v, a["beta"], a["g"], erase=a["p"], erase_first=first, **options)
     if "kda_lb" in name:
         bias = a["dt_bias"].reshape(a["g_raw"].shape[1:])
-        decay = -5 * jax.nn.sigmoid(jnp.exp(a["A_log"])[:, None] * (a["g_raw"] + bias[None]))
+        decay = -5 * jax.nn.sigmoid(jnp.exp(a["A_log"])[None, :, None] * (a["g_raw"] + bias[None]))
         return delta_rule(q, k, v, a["beta"], decay, **options)
     if "gla" in name:
         return gated_linear_attention(q, k, v, None, a.get("gk", a.get("g")), **options)
