@@ -125,16 +125,11 @@ def test_inspection(function):
     assert_close(found, jnp.stack([inspect(mixer) for mixer in members(mixers)]))
 
 
-# Made of Equinox's layers, whose annotations leave the ranks open, and of weights of norms that may
-# be shared by the heads.
-OPEN = ("Attention", "HGRN2", "MLSTM", "Retention")
-
-
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if not case.name.startswith(OPEN)], ids=str
+    "case", [case for case in CASES if case.name != "IdentitySequenceMixer"], ids=str
 )
 def test_every_mixer_is_told_from_an_ensemble(case):
-    """By the annotations of its fields, which therefore must be right."""
+    """By the annotations of its fields, which therefore must be right. One has no arrays."""
 
     @jax.eval_shape  # there is nothing to compute
     def _():
