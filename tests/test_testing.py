@@ -64,7 +64,7 @@ def output(change):
 
     def called(mixer, x, cache, **options):
         y, cache = mixer(x, cache, **options)
-        return change(y, x, mixer.rate), cache
+        return change(y, x, mixer.rate[None]), cache
 
     return altered(called=called)
 
@@ -122,7 +122,7 @@ def later_timesteps(mixer, x, cache, integration_timesteps=None, resets=None, **
 def gradient_of_padding(mixer, x, cache, length=None, **options):
     y, cache = mixer(x, cache, length=length, **options)
     valid = jnp.arange(len(x))[:, None] < (len(x) if length is None else length)
-    return y + jnp.where(valid, mixer.rate * x, 0), cache
+    return y + jnp.where(valid, mixer.rate[None] * x, 0), cache
 
 
 def whole_number(mixer, x, cache, length=None, **options):
@@ -179,7 +179,7 @@ NO_STREAM = {
 BROKEN = [
     (
         "whole_is_chunks_is_steps-chunks",
-        output(lambda y, x, rate: y + x.mean(axis=0)),
+        output(lambda y, x, rate: y + x.mean(axis=0, keepdims=True)),
         {},
         r"chunks, against the whole:\n +outcome.output at time \d+, feature \d: .*, not .*\n"
         r" +difference .*, allowed .*; first at time 0",
