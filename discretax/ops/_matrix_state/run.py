@@ -73,7 +73,9 @@ def matrix_state(
         samples = samples._replace(resets=zero_padding(resets, length))
     steps = samples.k.shape[1] if samples.k.ndim == 4 else 1
     rule = Rule(erases, erase_first, counted)
-    over_time = ft.partial(_over_time, rule, max(1, chunk_size // steps), scale, length)
+    over_time = ft.partial(
+        _over_time, rule, max(1, chunk_size // steps), jnp.asarray(scale, dtype), length
+    )
 
     def summary():
         last = over_time(jnp.zeros_like(start), samples)[0]
@@ -97,7 +99,7 @@ def matrix_state(
 def _over_time(
     rule: Rule,
     per_chunk: int,
-    scale: float,
+    scale: Float[Array, ""],
     length: Int[Array, ""] | int | None,
     state: State,
     samples: Samples,

@@ -177,7 +177,7 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
             dt = jnp.multiply.outer(jnp.asarray(integration_timesteps, dt.dtype), dt)
         dt = dt.astype(A.dtype)
         if self.discretization == "euler":
-            A_bar = jnp.exp(dt * A)
+            A_bar = jnp.exp(dt * lax.broadcast_to_rank(A, dt.ndim))
             gamma = jnp.broadcast_to(dt, A_bar.shape)
         else:
             discretize = {"zoh": zoh, "bilinear": bilinear, "dirac": dirac}[self.discretization]
