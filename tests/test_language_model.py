@@ -76,7 +76,7 @@ def test_equation(name):
     for block in model.backbone.blocks:
         x, state = run(block, x, state)
     scale = 1 + model.norm.offset if name == "griffin" else model.norm.weight
-    x = scale * x / jnp.sqrt(jnp.mean(x**2, axis=1, keepdims=True) + model.norm.eps)
+    x = scale[None] * x / jnp.sqrt(jnp.mean(x**2, axis=1, keepdims=True) + model.norm.eps)
     if name == "griffin":
         expected = 2 * jnp.tanh(x @ model.head.weight.T / 2)
     else:
