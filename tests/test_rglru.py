@@ -230,7 +230,7 @@ def load_griffin(golden):
 def logits(model, state, embedding, scale, tokens):
     """The original's ends: embeddings times the root of the width, tied and softly capped logits."""
     y, state = model(embedding[tokens] * 4.0, state)
-    y = y / jnp.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * (1 + scale)
+    y = y / jnp.sqrt((y**2).mean(-1, keepdims=True) + 1e-6) * (1 + scale)[None]
     return 30 * jnp.tanh(y @ embedding.T / 30), state
 
 

@@ -182,7 +182,7 @@ def test_other_s4d(name):
                 return y
             weight, bias = arrays["output_linear.0.weight"], arrays["output_linear.0.bias"]
             a, b = jnp.split(
-                jax.nn.gelu(y, approximate=False) @ weight[:, :, 0].T + bias, 2, axis=-1
+                jax.nn.gelu(y, approximate=False) @ weight[:, :, 0].T + bias[None, None], 2, axis=-1
             )
             return a * jax.nn.sigmoid(b)
 
