@@ -226,7 +226,7 @@ def test_conjugate_symmetry_halves_the_states_and_keeps_the_output():
     with jax.enable_x64(True):
         half = S5SequenceMixer(3, jr.key(0), state_dim=8)
         full = S5SequenceMixer(3, jr.key(0), state_dim=8, conj_sym=False)
-        mirror = jnp.array([1.0, -1.0])
+        mirror = jnp.array([[[1.0, -1.0]]])
         doubled = [
             jnp.concatenate([half.Lambda_re] * 2),
             jnp.concatenate([half.Lambda_im, -half.Lambda_im]),
