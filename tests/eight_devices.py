@@ -229,7 +229,7 @@ OPS = {
     ),
     "linear_recurrence": (lambda a, x: linear_recurrence(a, x), shared(4), draw(8, TIME, 4)),
     "linear_recurrence, associative": (
-        lambda a, x: linear_recurrence(a + x, x, implementation="associative"),
+        lambda a, x: linear_recurrence(a[None] + x, x, implementation="associative"),
         shared(4),
         draw(8, TIME, 4),
     ),
