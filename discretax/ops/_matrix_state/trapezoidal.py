@@ -1,11 +1,10 @@
 """The scan of Mamba-3: each sample is written twice, a part of it with the one that follows."""
 
-import math
-from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int
 
 from discretax._timeseries import zero_padding
@@ -110,10 +109,11 @@ def trapezoidal_ssd(
     now = trapezoid * dt
     # What is written of the last sample is in the state that one starts with.
     before = (initial_state.x, initial_state.B, jnp.zeros_like(dt, shape=(heads,)))
-    rows, unravelled = _as_rows((x, B, now), 1)
-    rows_before, last = token_shift(rows, _as_rows(before)[0], length=length, resets=resets)
-    x_before, B_before, already = unravelled(rows_before)
-    x_last, B_last, now_last = unravelled(last)
+    start, apart = ravel_pytree(before)
+    rows = jax.vmap(lambda *sample: ravel_pytree(sample)[0])(x, B, now)
+    rows_before, last = token_shift(rows, start, length=length, resets=resets)
+    x_before, B_before, already = jax.vmap(apart)(rows_before)
+    x_last, B_last, now_last = apart(last)
     weight = jnp.exp(log_decay) * (already + (1 - trapezoid) * dt)
 
     by_input = lambda array: array.reshape(time * rank, *array.shape[2:])
@@ -138,25 +138,6 @@ def trapezoidal_ssd(
         y = y + _read_at_once(C, B_before, weight, x_before, later)
     h = z.mT + jnp.einsum("h,rhp,rhn->hpn", now_last, x_last, B_last)
     return y.astype(dtype), TrapezoidalState(h, x_last, B_last)
-
-
-def _as_rows(arrays: tuple[Array, ...], lead: int = 0) -> tuple[Array, Callable[[Array], list]]:
-    """The arrays side by side behind their `lead` axes, and how they come apart again."""
-    shapes = [array.shape[lead:] for array in arrays]
-    ends = np.cumsum([math.prod(shape) for shape in shapes])
-
-    def unravelled(rows):
-        parts = jnp.split(rows, ends[:-1], axis=-1)
-        return [
-            part.reshape(*part.shape[:-1], *shape)
-            for part, shape in zip(parts, shapes, strict=True)
-        ]
-
-    flat = [
-        array.reshape(*array.shape[:lead], math.prod(shape))
-        for array, shape in zip(arrays, shapes, strict=True)
-    ]
-    return jnp.concatenate(flat, axis=-1), unravelled
 
 
 def _read_at_once(

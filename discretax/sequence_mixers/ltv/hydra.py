@@ -18,8 +18,7 @@ from discretax._timeseries import (
 )
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.init import short_convolution, step_bias
-from discretax.ops import depthwise_convolution, ssd
-from discretax.ops._convolution.short import token_shift
+from discretax.ops import depthwise_convolution, ssd, token_shift
 from discretax.ops._rms import rms_normalised
 from discretax.sequence_mixers.base import (
     AbstractSequenceMixer,

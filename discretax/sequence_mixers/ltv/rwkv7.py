@@ -196,7 +196,7 @@ class RWKV7SequenceMixer(AbstractLTVMixer[RWKV7Cache]):
         r, k, v = wide(r), wide(k), by_head(wide(v))
         log_decay = -math.exp(-0.5) * jax.nn.sigmoid(wide(self.decay(x_w)))
         a = jax.nn.sigmoid(wide(self.strength(x_a)))
-        erase = by_head(_of_length_one(by_head(k * wide(self.erase_scale)[None])))
+        erase = _of_length_one(by_head(k * wide(self.erase_scale)[None]))
         k = by_head(k * (1 + (a - 1) * wide(self.strength_scale)[None]))
         r, a = by_head(r), by_head(a)
         nothing = jnp.zeros_like(erase)
