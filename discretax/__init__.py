@@ -1,5 +1,7 @@
 """Linear recurrent sequence models for JAX and Equinox."""
 
+__version__ = "0.2.0"
+
 from discretax import (
     architectures as architectures,
     blocks as blocks,
@@ -27,5 +29,3 @@ from discretax.inference import (
     stream_tokens as stream_tokens,
     streaming_mode as streaming_mode,
 )
-
-__version__ = "0.2.0"

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from discretax import _installation as _installation  # nobody gets past it
+
 Tree = TypeVar("Tree", bound=PyTree)
 
 Values = Float[Array, "time features"]

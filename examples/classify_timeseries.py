@@ -7,7 +7,7 @@
 
 JapaneseVowels: 9 speakers say a vowel, 7 to 29 steps of 12 channels, 270 utterances to train with
 and 370 to test with. ACSF1: the power drawn by 10 kinds of appliances, 1460 steps of one channel,
-100 series and another 100. Both come with `pip install discretax[examples]`; nothing is
+100 series and another 100. Both come with `pip install -e ".[examples]"`; nothing is
 downloaded. Utterances of unequal length are padded, and the padding has no influence.
 
 The settings come from cross-validation on the training set, which `--validate --seeds 5` repeats;

@@ -19,7 +19,7 @@ JapaneseVowels, which `classify_timeseries.py` describes, is the counterexample:
 same throughout, and the gaps gain next to nothing. So it is with `mamba` on GunPoint, where only
 the decay sees the gaps, and the convolution and the input's steps do not.
 
-Both sets come with `pip install discretax[examples]`. `--validate` holds out a fifth of the
+Both sets come with `pip install -e ".[examples]"`. `--validate` holds out a fifth of the
 training set, by seed, and does not look at the test set: by it GunPoint and the settings were
 chosen, for S5. `s4d`, whose system is made anew for every feature and gap, takes ten times as long.
 """

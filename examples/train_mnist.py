@@ -5,7 +5,7 @@
     python examples/train_mnist.py --rows           # 28 steps of a row of 28 pixels
     python examples/train_mnist.py --resume         # same settings, from the last checkpoint on
 
-The 5000 images come with `pip install discretax[examples]`; nothing is downloaded. A stack of LRU
+The 5000 images come with `pip install -e ".[examples]"`; nothing is downloaded. A stack of LRU
 blocks learns from 4000 of them and is tested on the other 1000. Then it reads a few test digits as
 a stream, its memory carried from pixel to pixel, and a figure shows its opinion changing.
 """

@@ -265,7 +265,9 @@ def test_hub(folder, monkeypatch):
 def test_missing_packages(module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     source = "someone/mamba-tiny" if module == "huggingface_hub" else folder_of("mamba")
-    with pytest.raises(ImportError, match=rf"`{module}` is needed: `pip install 'discretax\[pre"):
+    with pytest.raises(
+        ImportError, match=rf"`{module}` is needed: `pip install 'discretax-zoo\[pre"
+    ):
         load(source)
 
 

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import operator
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -21,7 +22,8 @@ PACKAGE = ROOT / "discretax"
 # Each room sees the rooms before it in its row, and nothing else of the library.
 _COMMON = ("_types", "_timeseries", "_ensembles", "_features", "_stateful", "_broken")
 MAY_SEE = {
-    "_types": (),
+    "_installation": (),
+    "_types": ("_installation",),
     "_timeseries": ("_types",),
     "_ensembles": (),
     "_features": ("_types",),
@@ -128,7 +130,9 @@ def test_imports_point_one_way(path):
                 "re",
                 "reprlib",
                 "shutil",
+                "sys",
                 "typing",
+                "warnings",
             }, f"{path} depends on {name}"
 
 
@@ -236,3 +240,27 @@ def test_every_exported_mixer_has_a_case(mixer):
     fields = set(mixer.__dataclass_fields__)
     assert set(mixer.recurrent_parameters) <= fields
     assert issubclass(mixer, eqx.Module)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "said"),
+    [
+        ("__init__.py", "ImportError: another library, discretax, has replaced files"),
+        ("utils/from_config.py", "UserWarning: another library, discretax, is installed"),
+    ],
+)
+def test_says_that_another_library_has_written_into_the_folder(theirs, said, tmp_path):
+    """The distribution `discretax` is not this one, and is imported by the same name."""
+    shutil.copytree(PACKAGE, tmp_path / "discretax", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "discretax" / theirs).parent.mkdir(exist_ok=True)
+    (tmp_path / "discretax" / theirs).write_text("")
+    load = [sys.executable, "-W", "error", "-c", "import discretax.ops"]
+    # What is found here comes before what is installed.
+    outcome = subprocess.run(load, cwd=tmp_path, env={}, capture_output=True, text=True)
+    assert said in outcome.stderr
+    assert "`pip uninstall -y discretax discretax-zoo`" in outcome.stderr
+
+
+def test_the_citation_is_of_this_version():
+    assert f"\nversion: {discretax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+    assert f"version = {{{discretax.__version__}}}" in (ROOT / "README.md").read_text()

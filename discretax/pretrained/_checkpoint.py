@@ -65,7 +65,7 @@ def load(
     **Arguments:**
 
     - `source`: a folder; or a name such as `"state-spaces/mamba-130m-hf"`, of which configuration
-        and safetensors are downloaded (`pip install 'discretax[pretrained]'`).
+        and safetensors are downloaded (`pip install 'discretax-zoo[pretrained]'`).
     - `dtype`: of the parameters, and with it of the activations; each as it was stored if left out.
     - `sharding`: for every tensor; or a function of a tensor's name in the file and the
         `jax.ShapeDtypeStruct` of the parameter that it becomes. JAX's default device if left out.

@@ -49,7 +49,7 @@ def optional(module: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"{purpose}, the package `{module}` is needed: `pip install 'discretax[pretrained]'`."
+            f"{purpose}, the package `{module}` is needed: `pip install 'discretax-zoo[pretrained]'`."
         ) from error
 
 
