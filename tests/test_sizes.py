@@ -17,6 +17,7 @@ from discretax.sequence_mixers import LRUSequenceMixer
 GIVEN = {"in_features": 8, "out_features": 6, "num_classes": 5, "hidden_dim": 8, "vocab_size": 7}
 GIVEN |= {"num_blocks": 2, "sequence_mixer": LRUSequenceMixer, "pattern": (LRUSequenceMixer,)}
 OPTIONS = {
+    "Bidirectional": {"forward": LRUSequenceMixer},
     "AttentionSequenceMixer": {"num_kv_heads": 2, "head_dim": 4, "window": 3},
     "Centaurus": {"state_dim": 4},
     "GatedSequenceMixer": {"bottleneck": 2, "gate": 1},

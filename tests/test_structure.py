@@ -20,12 +20,21 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "discretax"
 
 # Each room sees the rooms before it in its row, and nothing else of the library.
-_COMMON = ("_types", "_timeseries", "_ensembles", "_features", "_stateful", "_broken")
+_COMMON = (
+    "_types",
+    "_timeseries",
+    "_ensembles",
+    "_constructors",
+    "_features",
+    "_stateful",
+    "_broken",
+)
 MAY_SEE = {
     "_installation": (),
     "_types": ("_installation",),
     "_timeseries": ("_types",),
     "_ensembles": (),
+    "_constructors": (),
     "_features": ("_types",),
     "_stateful": ("_types", "_timeseries", "_features"),
     "_broken": ("_timeseries",),

@@ -8,6 +8,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._broken import each_sample
+from discretax._constructors import keyed
 from discretax._features import check_maker, check_size, described
 from discretax._stateful import check_state
 from discretax._timeseries import Timeseries, valid_samples, values_of, with_values
@@ -66,6 +67,7 @@ class LanguageModel(eqx.nn.StatefulLayer):
     tie_embeddings: bool = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
 
+    @keyed
     def __init__(
         self,
         key: PRNGKeyArray,

@@ -25,6 +25,8 @@ class AbstractBlock(AbstractStreamingLayer):
     block does with norm, mixer and dropout stands here; in which order, in the block.
     """
 
+    in_features: eqx.AbstractVar[int]
+    out_features: eqx.AbstractVar[int]
     sequence_mixer: eqx.AbstractVar[AbstractSequenceMixer]
     dropout: eqx.AbstractVar[eqx.nn.Dropout]
 

@@ -5,6 +5,7 @@ import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
 from discretax._broken import each_sample
+from discretax._constructors import keyed
 from discretax._features import check_size
 from discretax._stateful import samples_of
 from discretax._timeseries import with_values
@@ -45,8 +46,10 @@ class ResidualBlock(AbstractBlock):
     streaming: bool
     inference: bool
     in_features: int = eqx.field(static=True)
+    out_features: int = eqx.field(static=True)
     prenorm: bool = eqx.field(static=True)
 
+    @keyed
     def __init__(
         self,
         in_features: int,
@@ -92,7 +95,7 @@ class ResidualBlock(AbstractBlock):
         self.cache_index = eqx.nn.StateIndex(None)
         self.streaming = False
         self.inference = False
-        self.in_features = in_features
+        self.in_features = self.out_features = in_features
         self.prenorm = prenorm
 
     def __call__(

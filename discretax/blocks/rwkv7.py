@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray, PyTree
 
+from discretax._constructors import keyed
 from discretax._features import check_positive, check_size
 from discretax._stateful import samples_of
 from discretax._timeseries import with_values
@@ -38,9 +39,10 @@ class RWKV7Block(AbstractBlock):
     streaming: bool
     inference: bool
     in_features: int = eqx.field(static=True)
+    out_features: int = eqx.field(static=True)
     hidden_dim: int = eqx.field(static=True)
-    hands_on: bool = eqx.field(static=True)
 
+    @keyed
     def __init__(
         self,
         hidden_dim: int,
@@ -107,7 +109,7 @@ class RWKV7Block(AbstractBlock):
         self.inference = False
         self.in_features = self.sequence_mixer.in_features
         self.hidden_dim = hidden_dim
-        self.hands_on = not last
+        self.out_features = hidden_dim if last else 2 * hidden_dim
 
     def allocate_inference_cache(
         self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
@@ -142,6 +144,6 @@ class RWKV7Block(AbstractBlock):
 
         if self.streaming:
             state = state.set(self.cache_index, (cache, channel_cache))
-        if self.hands_on:
+        if self.out_features > self.hidden_dim:
             u = jnp.concatenate([u, values], axis=-1)
         return with_values(x, u), state

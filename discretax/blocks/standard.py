@@ -6,6 +6,7 @@ import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
 from discretax._broken import each_sample
+from discretax._constructors import keyed
 from discretax._features import check_function, check_size
 from discretax._stateful import samples_of
 from discretax._timeseries import with_values
@@ -45,9 +46,11 @@ class StandardBlock(AbstractBlock):
     streaming: bool
     inference: bool
     in_features: int = eqx.field(static=True)
+    out_features: int = eqx.field(static=True)
     prenorm: bool = eqx.field(static=True)
     activation: Callable[[Array], Array] | None = eqx.field(static=True)
 
+    @keyed
     def __init__(
         self,
         in_features: int,
@@ -96,7 +99,7 @@ class StandardBlock(AbstractBlock):
         self.cache_index = eqx.nn.StateIndex(None)
         self.streaming = False
         self.inference = False
-        self.in_features = in_features
+        self.in_features = self.out_features = in_features
         self.prenorm = prenorm
         self.activation = activation
 

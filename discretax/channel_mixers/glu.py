@@ -1,8 +1,11 @@
+from typing import overload
+
 import equinox as eqx
 import jax
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import sizes_first
 from discretax._features import check_features, check_size, linear
 from discretax.channel_mixers.base import AbstractChannelMixer
 
@@ -20,6 +23,16 @@ class GLU(AbstractChannelMixer):
     w2: eqx.nn.Linear
     in_features: int = eqx.field(static=True)
 
+    @overload
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        key: PRNGKeyArray,
+        *,
+        use_bias: bool = True,
+    ): ...
+    @overload
     def __init__(
         self,
         in_features: int,
@@ -27,8 +40,17 @@ class GLU(AbstractChannelMixer):
         *,
         out_features: int | None = None,
         use_bias: bool = True,
+    ): ...
+    @sizes_first
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        key: PRNGKeyArray,
+        use_bias: bool = True,
     ):
-        """**Arguments:** `in_features`; `key`; `out_features`, `in_features` if left out; `use_bias`
+        """**Arguments:** `in_features`; `out_features`, `in_features` if left out; `key`; `use_bias`
         of both maps."""
         out_features = in_features if out_features is None else out_features
         in_features = check_size("in_features", in_features)

@@ -1,9 +1,11 @@
 from collections.abc import Callable
+from typing import overload
 
 import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import sizes_first
 from discretax._features import check_features, check_function, check_size, linear
 from discretax.channel_mixers.base import AbstractChannelMixer
 
@@ -23,12 +25,33 @@ class HalfGLU(AbstractChannelMixer):
     in_features: int = eqx.field(static=True)
     gate_activation: Callable[[Array], Array] | None = eqx.field(static=True)
 
+    @overload
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        key: PRNGKeyArray,
+        *,
+        gate_activation: Callable[[Array], Array] | None = None,
+        use_bias: bool = True,
+    ): ...
+    @overload
     def __init__(
         self,
         in_features: int,
         key: PRNGKeyArray,
         *,
         out_features: int | None = None,
+        gate_activation: Callable[[Array], Array] | None = None,
+        use_bias: bool = True,
+    ): ...
+    @sizes_first
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        key: PRNGKeyArray,
         gate_activation: Callable[[Array], Array] | None = None,
         use_bias: bool = True,
     ):

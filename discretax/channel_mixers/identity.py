@@ -1,6 +1,9 @@
+from typing import overload
+
 import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import sizes_first
 from discretax._features import check_features, check_size
 from discretax.channel_mixers.base import AbstractChannelMixer
 
@@ -10,12 +13,28 @@ class IdentityChannelMixer(AbstractChannelMixer):
 
     in_features: int = eqx.field(static=True)
 
+    @overload
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        key: PRNGKeyArray | None = None,
+    ): ...
+    @overload
     def __init__(
         self,
         in_features: int,
         key: PRNGKeyArray | None = None,
         *,
         out_features: int | None = None,
+    ): ...
+    @sizes_first
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
     ):
         """**Arguments:** `in_features`. `key` is there for the common signature.
 

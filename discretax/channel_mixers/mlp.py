@@ -1,6 +1,9 @@
+from typing import overload
+
 import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import sizes_first
 from discretax._features import check_features, check_name, check_size, linear
 from discretax.channel_mixers._non_linearity import NON_LINEARITIES, NonLinearity
 from discretax.channel_mixers.base import AbstractChannelMixer
@@ -13,6 +16,17 @@ class MLPChannelMixer(AbstractChannelMixer):
     in_features: int = eqx.field(static=True)
     non_linearity: str = eqx.field(static=True)
 
+    @overload
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        key: PRNGKeyArray,
+        *,
+        non_linearity: NonLinearity = "gelu",
+        use_bias: bool = False,
+    ): ...
+    @overload
     def __init__(
         self,
         in_features: int,
@@ -21,8 +35,18 @@ class MLPChannelMixer(AbstractChannelMixer):
         out_features: int | None = None,
         non_linearity: NonLinearity = "gelu",
         use_bias: bool = False,
+    ): ...
+    @sizes_first
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        key: PRNGKeyArray,
+        non_linearity: NonLinearity = "gelu",
+        use_bias: bool = False,
     ):
-        """**Arguments:** `in_features`; `key`; `out_features`, `in_features` if left out;
+        """**Arguments:** `in_features`; `out_features`, `in_features` if left out; `key`;
         `non_linearity`, by name; `use_bias`.
 
         **Raises:** `ValueError` for an unknown non-linearity.

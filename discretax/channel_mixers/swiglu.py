@@ -1,9 +1,11 @@
 import math
+from typing import overload
 
 import equinox as eqx
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import sizes_first
 from discretax._features import check_features, check_name, check_size, linear
 from discretax.channel_mixers._non_linearity import NON_LINEARITIES, NonLinearity
 from discretax.channel_mixers.base import AbstractChannelMixer
@@ -25,12 +27,37 @@ class SwiGLU(AbstractChannelMixer):
     in_features: int = eqx.field(static=True)
     non_linearity: NonLinearity = eqx.field(static=True)
 
+    @overload
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        key: PRNGKeyArray,
+        *,
+        intermediate_dim: int | None = None,
+        hidden_ratio: float | None = None,
+        use_bias: bool = False,
+        non_linearity: NonLinearity = "swish",
+    ): ...
+    @overload
     def __init__(
         self,
         in_features: int,
         key: PRNGKeyArray,
         *,
         out_features: int | None = None,
+        intermediate_dim: int | None = None,
+        hidden_ratio: float | None = None,
+        use_bias: bool = False,
+        non_linearity: NonLinearity = "swish",
+    ): ...
+    @sizes_first
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int | None = None,
+        *,
+        key: PRNGKeyArray,
         intermediate_dim: int | None = None,
         hidden_ratio: float | None = None,
         use_bias: bool = False,

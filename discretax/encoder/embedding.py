@@ -1,9 +1,10 @@
-from typing import Any
+from typing import Any, overload
 
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
+from discretax._constructors import sizes_first
 from discretax._features import check_size
 from discretax._stateful import check_state
 from discretax._timeseries import Timeseries, known, values_of, with_values
@@ -16,9 +17,17 @@ class EmbeddingEncoder(AbstractEncoder):
 
     embedding: eqx.nn.Embedding
 
-    def __init__(self, key: PRNGKeyArray, *, num_classes: int, out_features: int):
-        """**Arguments:** `key`; `num_classes`, size of the vocabulary; `out_features`, width of the
-        model."""
+    @overload
+    def __init__(self, num_classes: int, out_features: int, key: PRNGKeyArray): ...
+    @overload
+    def __init__(self, key: PRNGKeyArray, *, num_classes: int, out_features: int): ...
+    @sizes_first
+    def __init__(self, num_classes: int, out_features: int, *, key: PRNGKeyArray):
+        """`EmbeddingEncoder(num_classes, out_features, key=key)`.
+
+        **Arguments:** `num_classes`, size of the vocabulary; `out_features`, width of the model;
+        `key`.
+        """
         num_classes = check_size("num_classes", num_classes)
         out_features = check_size("out_features", out_features)
         self.embedding = eqx.nn.Embedding(num_classes, out_features, key=key)

@@ -1,10 +1,11 @@
 import functools as ft
-from typing import Any
+from typing import Any, overload
 
 import equinox as eqx
 from jaxtyping import Array, PRNGKeyArray
 
 from discretax._broken import each_sample
+from discretax._constructors import sizes_first
 from discretax._features import check_size, linear
 from discretax._stateful import samples_of
 from discretax._timeseries import Timeseries, with_values
@@ -16,11 +17,23 @@ class LinearEncoder(AbstractEncoder):
 
     linear: eqx.nn.Linear
 
+    @overload
+    def __init__(
+        self, in_features: int, out_features: int, key: PRNGKeyArray, *, use_bias: bool = False
+    ): ...
+    @overload
     def __init__(
         self, in_features: int, key: PRNGKeyArray, *, out_features: int, use_bias: bool = False
+    ): ...
+    @sizes_first
+    def __init__(
+        self, in_features: int, out_features: int, *, key: PRNGKeyArray, use_bias: bool = False
     ):
-        """**Arguments:** `in_features`, width of the samples; `key`; `out_features`, width of the
-        model; `use_bias`."""
+        """`LinearEncoder(in_features, out_features, key=key)`.
+
+        **Arguments:** `in_features`, width of the samples; `out_features`, width of the model;
+        `key`; `use_bias`.
+        """
         in_features = check_size("in_features", in_features)
         out_features = check_size("out_features", out_features)
         self.linear = eqx.nn.Linear(in_features, out_features, use_bias, key=key)

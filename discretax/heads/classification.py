@@ -2,6 +2,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._timeseries import Timeseries
 from discretax._types import accumulation_dtype
 from discretax.heads.base import AbstractHead, PooledLinear
@@ -16,6 +17,7 @@ class ClassificationHead(AbstractHead):
 
     pooled_linear: PooledLinear
 
+    @keyed
     def __init__(
         self,
         in_features: int,

@@ -4,6 +4,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._broken import each_sample
+from discretax._constructors import keyed
 from discretax._features import check_positive, check_size, soft_capped
 from discretax._stateful import samples_of
 from discretax._timeseries import Timeseries
@@ -21,6 +22,7 @@ class LanguageModelHead(AbstractHead):
     weight: Float[Array, "tokens features"]
     soft_cap: float | None = eqx.field(static=True)
 
+    @keyed
     def __init__(
         self,
         in_features: int,

@@ -1,6 +1,7 @@
 import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._timeseries import Timeseries
 from discretax.heads.base import AbstractHead, PooledLinear
 from discretax.heads.pooling import Kind
@@ -11,6 +12,7 @@ class RegressionHead(AbstractHead):
 
     pooled_linear: PooledLinear
 
+    @keyed
     def __init__(
         self,
         in_features: int,

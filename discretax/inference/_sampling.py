@@ -7,10 +7,10 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, Shaped
 
+from discretax._constructors import check_key
 from discretax._timeseries import known
 
 Logits = Float[Array, " vocabulary"]
@@ -228,14 +228,3 @@ def _check(name: str, value: Any, valid: Any, rule: str, whole: bool = False) ->
     number = known(value)
     if not is_kind or (number is not None and not valid(number)):
         raise ValueError(f"`{name}` must be {rule}; got {value}.")
-
-
-def check_key(key: Any) -> None:
-    is_array = isinstance(key, jax.Array | np.ndarray)
-    is_typed = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if not is_typed and not (is_array and key.dtype == np.uint32):
-        raise TypeError(f"`key` must be a key, such as `jax.random.key(0)`; got {key!r}.")
-    # `jax.random.PRNGKey` gives the numbers of a key as an array of their own.
-    shape = () if is_typed else jax.eval_shape(jr.PRNGKey, 0).shape
-    if key.shape != shape:
-        raise ValueError(f"`key` must be a single key, of shape {shape}; got {key.shape}.")

@@ -1,6 +1,7 @@
 """The stack of blocks that every model is, stated once."""
 
 import functools as ft
+import itertools
 from collections.abc import Callable, Sequence
 
 import equinox as eqx
@@ -8,6 +9,7 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_instance, check_maker, check_size, described
 from discretax._stateful import check_state
 from discretax.blocks import AbstractBlock, ResidualBlock, StandardBlock
@@ -44,9 +46,10 @@ class BlockStack(AbstractBackbone):
     blocks: tuple[AbstractBlock, ...]
 
     def __init__(self, blocks: Sequence[AbstractBlock]):
-        """**Arguments:** `blocks`, of the same `in_features`.
+        """**Arguments:** `blocks`, each of the width that the one before puts out.
 
-        **Raises:** `TypeError` for anything but a sequence of blocks.
+        **Raises:** `TypeError` for anything but a sequence of blocks; `ValueError` for blocks whose
+        widths do not fit.
         """
         if not isinstance(blocks, Sequence) or isinstance(blocks, str):
             raise TypeError(
@@ -55,6 +58,12 @@ class BlockStack(AbstractBackbone):
             )
         for i, block in enumerate(blocks):
             check_instance(f"blocks[{i}]", block, AbstractBlock)
+        for i, (block, after) in enumerate(itertools.pairwise(blocks)):
+            if block.out_features != after.in_features:
+                raise ValueError(
+                    f"blocks must fit one another: blocks[{i}] puts out {block.out_features} features; "
+                    f"got blocks[{i + 1}] of in_features={after.in_features}. Make all for one width."
+                )
         self.blocks = tuple(blocks)
 
 
@@ -63,6 +72,7 @@ class Backbone(AbstractBackbone):
 
     blocks: tuple[AbstractBlock, ...]
 
+    @keyed
     def __init__(
         self,
         key: PRNGKeyArray,

@@ -3,6 +3,7 @@ import functools as ft
 from jaxtyping import PRNGKeyArray
 
 from discretax import sequence_mixers
+from discretax._constructors import keyed
 from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
 from discretax.channel_mixers import GLU
@@ -20,6 +21,7 @@ class Centaurus(AbstractBackbone):
 
     blocks: tuple[StandardBlock, ...]
 
+    @keyed
     def __init__(
         self,
         key: PRNGKeyArray,

@@ -4,6 +4,7 @@ from typing import Literal
 
 from jaxtyping import Array, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
 from discretax.channel_mixers import GLU
@@ -20,6 +21,7 @@ class DeltaNet(AbstractBackbone):
 
     blocks: tuple[StandardBlock, ...]
 
+    @keyed
     def __init__(
         self,
         key: PRNGKeyArray,

@@ -2,6 +2,7 @@ import functools as ft
 
 from jaxtyping import PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax.blocks import ResidualBlock
 from discretax.blocks._parts import Norm
 from discretax.models._backbone import AbstractBackbone, geglu, residual_blocks
@@ -13,6 +14,7 @@ class Griffin(AbstractBackbone):
 
     blocks: tuple[ResidualBlock, ...]
 
+    @keyed
     def __init__(
         self,
         key: PRNGKeyArray,

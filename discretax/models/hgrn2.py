@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import size_of_head
 from discretax.blocks import AbstractBlock
 from discretax.blocks._parts import Norm
@@ -32,6 +33,7 @@ class HGRN2(eqx.nn.StatefulLayer):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("lower_bounds",)
 
+    @keyed
     def __init__(
         self,
         key: PRNGKeyArray,

@@ -3,6 +3,7 @@ from typing import Literal
 
 from jaxtyping import PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
 from discretax.models._backbone import AbstractBackbone, mixer_blocks
@@ -20,6 +21,7 @@ class Mamba(AbstractBackbone):
 
     blocks: tuple[StandardBlock, ...]
 
+    @keyed
     def __init__(
         self,
         key: PRNGKeyArray,

@@ -3,6 +3,7 @@ import math
 
 from jaxtyping import PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
 from discretax.models._backbone import AbstractBackbone, mixer_blocks
@@ -17,6 +18,7 @@ class Mamba2(AbstractBackbone):
 
     blocks: tuple[StandardBlock, ...]
 
+    @keyed
     def __init__(
         self,
         key: PRNGKeyArray,

@@ -2,6 +2,7 @@ import functools as ft
 
 from jaxtyping import PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax.blocks import ResidualBlock
 from discretax.blocks._parts import Norm
 from discretax.models._backbone import AbstractBackbone, residual_blocks, swiglu
@@ -17,6 +18,7 @@ class Mamba3(AbstractBackbone):
 
     blocks: tuple[ResidualBlock, ...]
 
+    @keyed
     def __init__(
         self,
         key: PRNGKeyArray,

@@ -2,6 +2,7 @@ import functools as ft
 
 from jaxtyping import PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax.blocks import ResidualBlock
 from discretax.blocks._parts import Norm
 from discretax.models._backbone import AbstractBackbone, residual_blocks, swiglu
@@ -18,6 +19,7 @@ class RetNet(AbstractBackbone):
 
     blocks: tuple[ResidualBlock, ...]
 
+    @keyed
     def __init__(
         self,
         key: PRNGKeyArray,

@@ -1,6 +1,7 @@
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_size
 from discretax.blocks import RWKV7Block
 from discretax.models._backbone import AbstractBackbone
@@ -11,6 +12,7 @@ class RWKV7(AbstractBackbone):
 
     blocks: tuple[RWKV7Block, ...]
 
+    @keyed
     def __init__(
         self,
         key: PRNGKeyArray,

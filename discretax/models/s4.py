@@ -2,6 +2,7 @@ import functools as ft
 
 from jaxtyping import PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
 from discretax.init import Measure
@@ -17,6 +18,7 @@ class S4(AbstractBackbone):
 
     blocks: tuple[StandardBlock, ...]
 
+    @keyed
     def __init__(
         self,
         key: PRNGKeyArray,

@@ -4,6 +4,7 @@ from typing import Literal
 import jax
 from jaxtyping import PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_name
 from discretax.blocks import StandardBlock
 from discretax.blocks._parts import Norm
@@ -32,6 +33,7 @@ class S5(AbstractBackbone):
 
     blocks: tuple[StandardBlock, ...]
 
+    @keyed
     def __init__(
         self,
         key: PRNGKeyArray,

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from discretax._broken import is_broken, mended, spoilt
+from discretax._constructors import keyed
 from discretax._features import check_positive, check_size, divided, linear, size_of_head
 from discretax._timeseries import known
 from discretax._types import Length, Resets, Sample, Timesteps, Values, widened
@@ -82,6 +83,7 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
+    @keyed
     def __init__(
         self,
         in_features: int,

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_size, linear
 from discretax._types import Length, Resets, Timesteps, Values
 from discretax.init import short_convolution
@@ -33,6 +34,7 @@ class ShortConvSequenceMixer(AbstractLTVMixer[Float[Array, "past features"]]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
+    @keyed
     def __init__(
         self, in_features: int, key: PRNGKeyArray, *, conv_width: int = 3, use_bias: bool = False
     ):

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
 from discretax._broken import contained, contained_step, mended
+from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size
 from discretax._types import Length, Resets, Sample, Timesteps, Values, widened
 from discretax.init import log_spaced_step
@@ -80,6 +81,7 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("log_A_real", "A_imag", "log_delta")
 
+    @keyed
     def __init__(
         self,
         in_features: int,

@@ -8,6 +8,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size
 from discretax._types import Timesteps, widened
 from discretax.sequence_mixers.base import AbstractContinuousMixer, zero_cache
@@ -67,6 +68,7 @@ class LinOSSSequenceMixer(AbstractContinuousMixer[Float[Array, "2 2 state"]]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_diag", "G_diag", "B", "steps")
 
+    @keyed
     def __init__(
         self,
         in_features: int,

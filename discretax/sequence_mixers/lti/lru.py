@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_size
 from discretax._types import Timesteps, widened
 from discretax.init import ring
@@ -53,6 +54,7 @@ class LRUSequenceMixer(AbstractLTIMixer[Float[Array, "2 state"]]):
         "B_im",
     )
 
+    @keyed
     def __init__(
         self,
         in_features: int,

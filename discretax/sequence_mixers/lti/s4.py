@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import discretax.sequence_mixers.lti._s4_parameters as s4
+from discretax._constructors import keyed
 from discretax._features import check_name, check_size
 from discretax._types import Timesteps, widened
 from discretax.init import Measure
@@ -62,6 +63,7 @@ class S4SequenceMixer(s4.AbstractS4Mixer):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_real", "A_imag", "B", "P", "inv_dt")
 
+    @keyed
     def __init__(
         self,
         in_features: int,

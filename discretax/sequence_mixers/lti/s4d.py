@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import discretax.sequence_mixers.lti._s4_parameters as s4
+from discretax._constructors import keyed
 from discretax._features import check_name
 from discretax._types import Timesteps, widened
 from discretax.ops import Route, bilinear, dirac, zoh
@@ -60,6 +61,7 @@ class S4DSequenceMixer(s4.AbstractS4Mixer):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_real", "A_imag", "B", "inv_dt")
 
+    @keyed
     def __init__(
         self,
         in_features: int,

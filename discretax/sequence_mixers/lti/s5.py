@@ -8,6 +8,7 @@ from jax import lax
 from jax.nn.initializers import lecun_normal
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size, divided
 from discretax._types import Length, Resets, Timesteps, Values, widened
 from discretax.init import diagonalised_legs, log_uniform_step
@@ -73,6 +74,7 @@ class S5SequenceMixer(AbstractContinuousMixer[Float[Array, "2 state"]]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("Lambda_re", "Lambda_im", "B", "log_step")
 
+    @keyed
     def __init__(
         self,
         in_features: int,
@@ -212,6 +214,7 @@ class BidirectionalS5(AbstractSequenceMixer[None]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
+    @keyed
     def __init__(self, in_features: int, key: PRNGKeyArray, **options: Any):
         """**Arguments:** those of [`discretax.sequence_mixers.S5SequenceMixer`][]."""
         forward_key, backward_key = jr.split(key)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import linear
 from discretax.init import log_rate, step_bias
 from discretax.ops import delta_rule
@@ -60,6 +61,7 @@ class CombaSequenceMixer(AbstractMatrixMixer):
         "correction",
     )
 
+    @keyed
     def __init__(
         self,
         in_features: int,

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import linear
 from discretax.ops import delta_rule
 from discretax.ops._rms import rms_normalised
@@ -48,6 +49,7 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
+    @keyed
     def __init__(
         self,
         in_features: int,

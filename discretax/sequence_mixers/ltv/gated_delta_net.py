@@ -4,6 +4,7 @@ import equinox as eqx
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import linear
 from discretax.init import log_rate, step_bias
 from discretax.ops import delta_rule
@@ -50,6 +51,7 @@ class GatedDeltaNetSequenceMixer(AbstractMatrixMixer):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
 
+    @keyed
     def __init__(
         self,
         in_features: int,

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_size, linear
 from discretax.init import log_rate, step_bias
 from discretax.ops import delta_rule
@@ -51,6 +52,7 @@ class GatedDeltaProductSequenceMixer(AbstractMatrixMixer):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
 
+    @keyed
     def __init__(
         self,
         in_features: int,

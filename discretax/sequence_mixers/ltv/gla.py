@@ -5,6 +5,7 @@ import jax
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_positive, check_size
 from discretax._types import accumulation_dtype
 from discretax.ops import gated_linear_attention
@@ -48,6 +49,7 @@ class GLASequenceMixer(AbstractMatrixMixer):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
+    @keyed
     def __init__(
         self,
         in_features: int,

@@ -6,6 +6,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._types import accumulation_dtype
 from discretax.ops import gated_linear_attention
 from discretax.sequence_mixers.ltv._matrix_memory import (
@@ -43,6 +44,7 @@ class HGRN2SequenceMixer(AbstractMatrixMixer):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
+    @keyed
     def __init__(
         self,
         in_features: int,

@@ -7,6 +7,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._broken import broken_since_reset, is_broken, mended, spoilt
+from discretax._constructors import keyed
 from discretax._features import check_positive, check_samples, check_size, divided, linear
 from discretax._timeseries import (
     check_length,
@@ -67,6 +68,7 @@ class HydraSequenceMixer(AbstractSequenceMixer[None]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias")
 
+    @keyed
     def __init__(
         self,
         in_features: int,

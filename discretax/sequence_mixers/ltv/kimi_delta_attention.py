@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import linear
 from discretax._types import Values
 from discretax.init import log_rate, step_bias
@@ -58,6 +59,7 @@ class KimiDeltaAttentionSequenceMixer(AbstractMatrixMixer):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_log", "dt_bias")
 
+    @keyed
     def __init__(
         self,
         in_features: int,

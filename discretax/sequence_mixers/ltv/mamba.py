@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.init import short_convolution, step_bias
@@ -81,6 +82,7 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_A_bias")
 
+    @keyed
     def __init__(
         self,
         in_features: int,

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_positive, check_size, divided, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.init import log_rate, short_convolution, step_bias
@@ -63,6 +64,7 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias")
 
+    @keyed
     def __init__(
         self,
         in_features: int,

@@ -8,6 +8,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size, divided, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.init import step_bias
@@ -84,6 +85,7 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("D", "dt_bias")
 
+    @keyed
     def __init__(
         self,
         in_features: int,

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_size, linear
 from discretax._types import Values
 from discretax.sequence_mixers.ltv._minimal import AbstractMinimalMixer, Gates
@@ -35,6 +36,7 @@ class MinGRUSequenceMixer(AbstractMinimalMixer):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
+    @keyed
     def __init__(
         self, in_features: int, key: PRNGKeyArray, *, expand: int = 1, use_bias: bool = True
     ):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_positive, linear, soft_capped
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.ops import mlstm
@@ -56,6 +57,7 @@ class MLSTMSequenceMixer(AbstractLTVMixer[MLSTMCache]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
+    @keyed
     def __init__(
         self,
         in_features: int,

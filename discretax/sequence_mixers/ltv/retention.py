@@ -6,6 +6,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_positive
 from discretax._timeseries import zero_padding
 from discretax._types import Length, Resets, Timesteps, Values
@@ -55,6 +56,7 @@ class RetentionSequenceMixer(AbstractLTVMixer[RetentionCache]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
+    @keyed
     def __init__(
         self,
         in_features: int,

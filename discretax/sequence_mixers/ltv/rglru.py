@@ -8,6 +8,7 @@ import jax.random as jr
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from discretax._broken import mended
+from discretax._constructors import keyed
 from discretax._features import check_function, check_size, divided, linear
 from discretax._types import Length, Resets, Timesteps, Values, widened
 from discretax.init import inverse_softplus
@@ -64,6 +65,7 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("Lambda",)
     contains_broken_samples: ClassVar[bool] = True
 
+    @keyed
     def __init__(
         self,
         in_features: int,
@@ -209,6 +211,7 @@ class GriffinSequenceMixer(AbstractLTVMixer[GriffinCache]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
+    @keyed
     def __init__(
         self,
         in_features: int,

@@ -8,6 +8,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size, divided, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.ops import delta_rule, token_shift
@@ -76,6 +77,7 @@ class RWKV7SequenceMixer(AbstractLTVMixer[RWKV7Cache]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("decay", "strength")
 
+    @keyed
     def __init__(
         self,
         in_features: int,
@@ -240,6 +242,7 @@ class RWKV7ChannelMixer(AbstractLTVMixer[Float[Array, " features"]]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
+    @keyed
     def __init__(
         self,
         in_features: int,

@@ -7,6 +7,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._broken import mended
+from discretax._constructors import keyed
 from discretax._features import check_size, linear
 from discretax._types import Length, Resets, Timesteps, Values, widened
 from discretax.ops._recurrence.chunked import chunked_recurrence
@@ -53,6 +54,7 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
     recurrent_parameters: ClassVar[tuple[str, ...]] = ("alpha",)
     contains_broken_samples: ClassVar[bool] = True
 
+    @keyed
     def __init__(
         self,
         in_features: int,

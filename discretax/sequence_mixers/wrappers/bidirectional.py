@@ -1,10 +1,12 @@
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable
+from typing import Any, ClassVar, NoReturn, overload
 
 import equinox as eqx
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
-from discretax._features import check_instance
+from discretax._constructors import check_key
+from discretax._features import check_instance, check_maker, check_size, described, made
 from discretax._timeseries import check_length, check_resets, check_timesteps, mirrored
 from discretax._types import Length, Resets, Timesteps, Values
 from discretax.sequence_mixers.base import AbstractSequenceMixer, refuse_to_stream
@@ -24,12 +26,55 @@ class Bidirectional(AbstractSequenceMixer[None]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
-    def __init__(self, forward: AbstractSequenceMixer, backward: AbstractSequenceMixer):
-        """**Arguments:** `forward` and `backward`: two mixers of one width, made with two keys.
+    @overload
+    def __init__(
+        self,
+        in_features: int,
+        key: PRNGKeyArray,
+        *,
+        forward: Callable[..., AbstractSequenceMixer],
+        backward: Callable[..., AbstractSequenceMixer] | None = None,
+    ): ...
+    @overload
+    def __init__(self, forward: AbstractSequenceMixer, backward: AbstractSequenceMixer): ...
+    def __init__(  # pyright: ignore[reportInconsistentOverload]
+        self, in_features: Any = None, key: Any = None, *, forward: Any = None, backward: Any = None
+    ):
+        """`Bidirectional(in_features, forward=LRUSequenceMixer, key=key)`.
+
+        **Arguments:**
+
+        - `in_features`: width of the input.
+        - `key`: for the initialisation.
+        - `forward`: the class of a mixer, or a function `(in_features, *, key)` that makes one:
+            `functools.partial(LRUSequenceMixer, state_dim=64)`.
+        - `backward`: another such; `forward` again, with a key of its own, if left out.
+
+        Two mixers of one width that are made, with two keys, may be given instead:
+        `Bidirectional(forward, backward)`.
 
         **Raises:** `ValueError` if their widths differ, or if the two are one; `TypeError` for what
-        is no mixer.
+        is no mixer, or makes none.
         """
+        if in_features is not None and not hasattr(type(in_features), "__index__"):
+            if forward is not None or (key is None) == (backward is None):
+                raise TypeError(
+                    "`Bidirectional` takes a width and what makes its mixers, "
+                    "`Bidirectional(in_features, forward=LRUSequenceMixer, key=key)`, or two mixers "
+                    "that are made, `Bidirectional(forward, backward)`; got others beside them, or "
+                    f"one alone, of which the first was {described(in_features)}."
+                )
+            forward, backward = in_features, (backward if key is None else key)
+        elif in_features is not None or key is not None:
+            in_features = check_size("in_features", in_features)
+            check_key(key, "`key` of `Bidirectional`")
+            makers = {"forward": forward, "backward": forward if backward is None else backward}
+            for argument, maker in makers.items():
+                check_maker(argument, maker, AbstractSequenceMixer)
+            forward, backward = (
+                made(argument, maker, AbstractSequenceMixer, in_features, key=mixer_key)
+                for (argument, maker), mixer_key in zip(makers.items(), jr.split(key), strict=True)
+            )
         check_instance("forward", forward, AbstractSequenceMixer)
         check_instance("backward", backward, AbstractSequenceMixer)
         if forward is backward:

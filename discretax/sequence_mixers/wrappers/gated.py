@@ -8,6 +8,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._broken import sample_by_sample
+from discretax._constructors import keyed
 from discretax._features import (
     check_function,
     check_samples,
@@ -61,6 +62,7 @@ class GatedSequenceMixer(AbstractSequenceMixer[Any]):
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
+    @keyed
     def __init__(
         self,
         in_features: int,
