@@ -1,6 +1,6 @@
 """Tables, the page of the documentation, and its figure.
 
-python -m benchmarks.report    # draws the figure again, from docs/performance.json
+python -m benchmarks.report    # writes and draws them again, from docs/performance.json
 """
 
 import json
@@ -22,8 +22,8 @@ PAGE = DOCS / "performance.md"
 RECORD = DOCS / "performance.json"
 FIGURE = DOCS / "figures" / "performance.png"
 NAMES = {
-    "ours": "discretax",
-    "ours_other": "discretax, the other way",
+    "ours": "this library",
+    "ours_other": "this library, the other way",
     "usual": "the usual way",
     "discretax_0_3": "discretax 0.3.0",
     "memax_0_1": "memax 0.1.1",
@@ -33,7 +33,7 @@ NAMES = {
 }
 COLORS = {
     "ours": "#0072b2",
-    "usual": "#a87400",
+    "usual": "#707070",
     "discretax_0_3": "#d55e00",
     "memax_0_1": "#008060",
 }
@@ -64,6 +64,8 @@ COLUMNS = {
     "long": f"{SIZE}| | s | temporary MB | x floor | error |",
     "accuracy": "| op | time | transition | | error |",
 }
+SUMMARISED = ("mixers", "oscillators", "matrix", "mamba3")
+FOLDED_BEYOND = 20  # rows
 
 
 def table_head(name: str) -> str:
@@ -175,8 +177,41 @@ def check_page(names: Iterable[str]) -> None:
 
 def page(name: str, table: dict) -> str:
     lines = [row for outcome in table["cases"] for row in rows(name, outcome)]
-    head = [heading(table["about"]), "", table_head(name)]
-    return "\n".join([*head, *lines, *notes(table), ""])
+    body = [table_head(name), *lines]
+    if len(lines) > FOLDED_BEYOND:
+        shown = f"<summary>All {len(lines)} rows</summary>"
+        body = ["<details markdown>", shown, "", *body, "", "</details>"]
+    return "\n".join([heading(table["about"]), "", *body, *notes(table), ""])
+
+
+def summary(tables: dict[str, dict]) -> str:
+    """One row for each operation: its longest sequence, not in a batch, beside the best of the others."""
+    longest: dict[str, dict] = {}
+    for outcome in (outcome for name in SUMMARISED for outcome in tables[name]["cases"]):
+        case, best = outcome["case"], longest.get(outcome["case"]["op"])
+        if best is None or _length(case) > _length(best["case"]):
+            longest[case["op"]] = outcome
+    head = "| op | samples | features | ms | times as fast as | temporary MB | times less than |"
+    return "\n".join(
+        [head, "|---|---|---|---|---|---|---|", *map(_summary_row, longest.values()), ""]
+    )
+
+
+def _length(case: dict) -> tuple[int, int, int]:
+    return case["time"], -(case["batch"] or 1), case["features"]
+
+
+def _summary_row(outcome: dict) -> str:
+    case, subjects = outcome["case"], dict(outcome["subjects"])
+    ours = subjects.pop("ours")
+    compared = []
+    for key in ("median", "temporary_bytes"):
+        best = min(subjects, key=lambda name, key=key: subjects[name].get(key, math.inf))
+        ratio = subjects[best][key] / ours[key]
+        compared.append(f"{ratio:.{'1f' if ratio < 10 else '0f'}}x {NAMES[best]}")
+    time, memory = f"{1e3 * ours['median']:.3g}", _megabytes(ours["temporary_bytes"])
+    cells = [case["op"], str(case["time"]), str(case["features"]), time, compared[0]]
+    return f"| {' | '.join([*cells, memory, compared[1]])} |"
 
 
 def write(tables: dict[str, dict], pages: dict[str, str]) -> None:
@@ -191,10 +226,12 @@ def write(tables: dict[str, dict], pages: dict[str, str]) -> None:
     for name in tables:
         new = pages[name]
         text = _marked(name).sub(lambda match, new=new: match[1] + new + match[2], text)
+    tables = kept | tables
+    short = summary(tables)
+    text = _marked("summary").sub(lambda match: match[1] + short + match[2], text)
     PAGE.write_text(text)
-    RECORD.write_text(json.dumps(kept | tables, indent=1) + "\n")
-    if "mixers" in tables:
-        draw(tables["mixers"]["cases"], FIGURE)
+    RECORD.write_text(json.dumps(tables, indent=1) + "\n")
+    draw(tables["mixers"]["cases"], FIGURE)
 
 
 def _marked(name: str) -> re.Pattern:
@@ -245,4 +282,5 @@ def _draw_lines(axes: Axes, lines: dict[str, np.ndarray], better: str) -> None:
 
 
 if __name__ == "__main__":
-    draw(json.loads(RECORD.read_text())["mixers"]["cases"], FIGURE)
+    record = {name: json.loads(RECORD.read_text())[name] for name in COLUMNS}
+    write(record, {name: page(name, table) for name, table in record.items()})
