@@ -18,7 +18,11 @@ from discretax import (
     sequence_mixers as sequence_mixers,
     sharding as sharding,
 )
-from discretax._timeseries import Timeseries as Timeseries
+from discretax._batched import batched as batched
+from discretax._missing import drop_missing as drop_missing, fill_missing as fill_missing
+from discretax._padding import bucket_by_length as bucket_by_length, pad as pad
+from discretax._sequential import Sequential as Sequential
+from discretax._timeseries import Timeseries as Timeseries, map_values as map_values
 from discretax.inference import (
     Generated as Generated,
     discretized as discretized,

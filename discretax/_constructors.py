@@ -57,14 +57,18 @@ def sizes_first(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def check_key(key: Any, what: str = "`key`") -> None:
+    shape = shape_of_one_key(key, what)
+    if key.shape != shape:
+        raise ValueError(f"{what} must be a single key, of shape {shape}; got {key.shape}.")
+
+
+def shape_of_one_key(key: Any, what: str = "`key`") -> tuple[int, ...]:
+    """Of its kind: `jax.random.PRNGKey` gives the numbers of a key as an array of their own."""
     is_array = isinstance(key, jax.Array | np.ndarray)
     is_typed = is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     if not is_typed and not (is_array and key.dtype == np.uint32):
         raise TypeError(f"{what} must be a key, such as `jax.random.key(0)`; got {key!r}.")
-    # `jax.random.PRNGKey` gives the numbers of a key as an array of their own.
-    shape = () if is_typed else jax.eval_shape(jr.PRNGKey, 0).shape
-    if key.shape != shape:
-        raise ValueError(f"{what} must be a single key, of shape {shape}; got {key.shape}.")
+    return () if is_typed else jax.eval_shape(jr.PRNGKey, 0).shape
 
 
 def _is_key(value: Any) -> bool:

@@ -57,7 +57,7 @@ def found(tree: PyTree, kind: type) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): node for path, node in nodes if is_kind(node)}
 
 
-def check_state(state: Any, layer: eqx.Module) -> None:
+def check_state(state: Any, layer: Any) -> None:
     if not isinstance(state, eqx.nn.State):
         # `eqx.nn.Sequential` passes a bare object where it was given no state.
         received = "nothing" if type(state) is object else type(state).__name__

@@ -1,13 +1,16 @@
 """What flows through a model when a plain array of samples is not enough."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from discretax._timestamps import gaps_between
 from discretax._types import Length, Resets, Timesteps, conversion
 
 
@@ -21,8 +24,8 @@ class Timeseries(eqx.Module):
 
         ```python
         batch = Timeseries(values, length=lengths)  # values: (batch, time, features)
-        batched = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-        y, state = batched(batch, state, key=keys)
+        batch = discretax.pad(sequences)  # the same, from a list of arrays
+        y, state = discretax.batched(model)(batch, state, key=key)
         ```
     """
 
@@ -49,7 +52,9 @@ class Timeseries(eqx.Module):
             there, a NaN included, is without effect.
         - `resets`: `(time,)` booleans, True where a new, independent sequence begins.
 
-        Each may carry the same leading batch axes, to be removed with `jax.vmap`.
+        Each may carry the same leading batch axes, to be removed with `jax.vmap` or by
+        [`discretax.batched`][]. `len(batch)`, `batch[0]`, `batch[order]` and a loop over `batch` are
+        about its sequences.
 
         **Raises:**
 
@@ -57,19 +62,11 @@ class Timeseries(eqx.Module):
         `jax.jit`), for a length outside [0, time] and for timesteps that are negative or not
         finite, unless they are padding. Under `jit` such a timestep makes its sample a NaN.
         """
-        self.values = jnp.asarray(values)
-        self.timesteps = None if timesteps is None else jnp.asarray(timesteps)
-        self.length = None if length is None else jnp.asarray(length)
-        self.resets = None if resets is None else jnp.asarray(resets)
-        batch_ndims = {
-            name: array.ndim - (0 if name == "length" else 1)
-            for name, array in (
-                ("timesteps", self.timesteps),
-                ("length", self.length),
-                ("resets", self.resets),
-            )
-            if array is not None
-        }
+        self.values = _as_array(values)
+        self.timesteps = None if timesteps is None else _as_array(timesteps)
+        self.length = None if length is None else _as_array(length)
+        self.resets = None if resets is None else _as_array(resets)
+        batch_ndims = _batch_ndims(self)
         if len(set(batch_ndims.values())) > 1 or min(batch_ndims.values(), default=0) < 0:
             raise ValueError(
                 "`timesteps` and `resets` must be (*batch, time) and `length` (*batch,), with the "
@@ -94,10 +91,128 @@ class Timeseries(eqx.Module):
         check_timesteps(self.timesteps, time, self.length, batch)
         check_resets(self.resets, time, batch)
 
+    @classmethod
+    def from_timestamps(
+        cls,
+        values: Any,
+        timestamps: Any,
+        *,
+        interval: Any,
+        length: Any | None = None,
+        resets: Any | None = None,
+    ) -> "Timeseries":
+        r"""Samples and the times at which they were taken.
+
+        $$\mathrm{timesteps}_t = (\mathrm{timestamps}_t - \mathrm{timestamps}_{t-1}) / \mathrm{interval}$$
+
+        A sequence begins one interval before its first sample: there, and at a reset, the timestep
+        is one. The differences are taken in NumPy, in the timestamps' own precision, before
+        anything is rounded to float32.
+
+        !!! example
+
+            ```python
+            times = np.array(["2026-01-01T00:00", "2026-01-01T00:10", "2026-01-01T01:00"], "M8[s]")
+            series = Timeseries.from_timestamps(values, times, interval=np.timedelta64(10, "m"))
+            series.timesteps  # 1, 1, 5
+            ```
+
+        **Arguments:**
+
+        - `values`: as in a `Timeseries`, with or without batch axes.
+        - `timestamps`: `(*batch, time)` numbers, or NumPy's datetimes, in order. Equal ones are one
+            after the other without a gap.
+        - `interval`: the time that the model takes for one step, in the unit of the timestamps: for
+            datetimes a `numpy.timedelta64` or `datetime.timedelta`. The sampling interval, where
+            there is one; otherwise the median of the gaps in the training set does. Training and
+            use must have the same one, so that it is not guessed from the data here.
+        - `length`, `resets`: as in a `Timeseries`. Timestamps of padding are not looked at.
+
+        **Raises:**
+
+        `ValueError` for timestamps that are out of order, not finite or NaT, or of another shape
+        than the samples, and for an interval that is not positive; `TypeError` for timestamps that
+        are neither numbers nor datetimes, an interval of another kind than they, and inside
+        `jax.jit`, where there are no numbers yet.
+        """
+        gaps = gaps_between(timestamps, interval, np.shape(values), length, resets)
+        return cls(values, gaps.astype(jnp.result_type(float)), length, resets)
+
+    def map_values(self, f: Callable[[Array], Any]) -> "Timeseries":
+        """`f(values)` in the place of the values; timesteps, length and resets stay.
+
+        `f` is given zeros where there is padding. What it makes of them is padding again. It may
+        change the features, not the number of samples. [`discretax.map_values`][] takes arrays too.
+
+        **Raises:** `ValueError` if what `f` returns does not fit the timesteps, length and resets.
+        """
+        return Timeseries(f(values_of(self)), self.timesteps, self.length, self.resets)
+
+    def __len__(self) -> int:
+        """How many sequences a batch has."""
+        return self._batch_size("`len`")
+
+    def __getitem__(self, index: Any) -> "Timeseries":
+        """Sequences of a batch: `batch[0]` is one, `batch[2:5]`, `batch[order]` and `batch[mask]`
+        are batches.
+
+        It is the first batch axis that is indexed, never time. That there is a batch is known from
+        timesteps, length or resets.
+
+        **Raises:** `TypeError` for one sequence, a series of values alone, and an index of another
+        kind; `IndexError` beyond the batch.
+        """
+        index = batch_index(index, self._batch_size("an index"))
+        return jax.tree.map(lambda leaf: leaf[index], self)
+
+    def __iter__(self) -> Iterator["Timeseries"]:
+        """The sequences of a batch, one after the other."""
+        return (self[i] for i in range(self._batch_size("iteration")))
+
+    def _batch_size(self, what: str) -> int:
+        batch_ndim = batch_ndim_of(self)
+        if batch_ndim is None:
+            raise TypeError(
+                f"{what} is for the sequences of a batch; a `Timeseries` of values alone does not "
+                f"tell whether it is one; got {self._shapes()}. Take `x.values`, or give the length "
+                "of each sequence."
+            )
+        if batch_ndim == 0:
+            raise TypeError(
+                f"{what} is for the sequences of a batch; got one sequence, {self._shapes()}. Its "
+                "samples are `x.values`."
+            )
+        return self.values.shape[0]
+
     def _shapes(self) -> str:
         names = ("values", "timesteps", "length", "resets")
         arrays = ((name, getattr(self, name)) for name in names)
         return ", ".join(f"{name} {array.shape}" for name, array in arrays if array is not None)
+
+
+def _as_array(values: Any) -> Array:
+    # `jnp.asarray` compiles for every shape of an array of NumPy, which takes longer than all else.
+    return jax.device_put(values) if type(values) is np.ndarray else jnp.asarray(values)
+
+
+def map_values(f: Callable[[Array], Any], x: Array | Timeseries) -> Any:
+    """`f` of an array, or of the values of a [`discretax.Timeseries`][], which stays one.
+
+    For a layer of one's own that takes both:
+
+    !!! example
+
+        ```python
+        class Logarithm(discretax.encoder.AbstractEncoder):
+            def __call__(self, x, state, key=None):
+                return discretax.map_values(jnp.log1p, x), state
+        ```
+
+    **Arguments:** `f`: of an array, with zeros where there is padding; `x`.
+
+    **Returns:** `f(x)` for an array, [`x.map_values(f)`][discretax.Timeseries] for a `Timeseries`.
+    """
+    return x.map_values(f) if isinstance(x, Timeseries) else f(x)
 
 
 def values_of(x: Array | Timeseries) -> Array:
@@ -112,6 +227,38 @@ def with_values(x: Array | Timeseries, values: Array) -> Any:
     if isinstance(x, Timeseries):
         return Timeseries(values, x.timesteps, x.length, x.resets)
     return values
+
+
+def batch_ndim_of(x: Timeseries) -> int | None:
+    """How many batch axes there are; None where nothing but the values is given."""
+    return max(_batch_ndims(x).values(), default=None)
+
+
+def _batch_ndims(x: Timeseries) -> dict[str, int]:
+    arrays = {"timesteps": x.timesteps, "length": x.length, "resets": x.resets}
+    return {
+        name: array.ndim - (0 if name == "length" else 1)
+        for name, array in arrays.items()
+        if array is not None
+    }
+
+
+def batch_index(index: Any, size: int) -> Any:
+    """`index`, if it is one that JAX takes as NumPy would: beyond the end, JAX takes the last."""
+    if isinstance(index, slice):
+        return index
+    array = index if isinstance(index, jax.Array) else np.asarray(index)
+    is_mask = array.dtype == bool and array.shape == (size,)
+    is_tuple = isinstance(index, tuple)
+    if is_tuple or not (is_mask or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(
+            "a batch takes one index: a whole number, a slice, an array of whole numbers, or a mask "
+            f"of shape {(size,)}; got {index!r}. Samples and features are those of `x.values`."
+        )
+    numbers = known(array)
+    if not is_mask and numbers is not None and ((numbers < -size) | (numbers >= size)).any():
+        raise IndexError(f"the batch has {size} sequences; got the index {index!r}.")
+    return array
 
 
 def length_of(x: Array | Timeseries) -> Int[Array, ""] | None:

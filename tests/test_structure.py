@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "discretax"
 
 # Each room sees the rooms before it in its row, and nothing else of the library.
+_FRONT = ("_types", "_timeseries", "_constructors", "_features", "_stateful")
 _COMMON = (
     "_types",
     "_timeseries",
@@ -32,12 +33,17 @@ _COMMON = (
 MAY_SEE = {
     "_installation": (),
     "_types": ("_installation",),
-    "_timeseries": ("_types",),
+    "_timestamps": (),
+    "_timeseries": ("_types", "_timestamps"),
     "_ensembles": (),
     "_constructors": (),
     "_features": ("_types",),
     "_stateful": ("_types", "_timeseries", "_features"),
     "_broken": ("_timeseries",),
+    "_sequential": _FRONT,
+    "_batched": _FRONT,
+    "_padding": _FRONT,
+    "_missing": _FRONT,
     "ops": _COMMON,
     "init": _COMMON,
     "sequence_mixers": (*_COMMON, "ops", "init"),
@@ -124,6 +130,7 @@ def test_imports_point_one_way(path):
                 "collections",
                 "contextlib",
                 "contextvars",
+                "datetime",
                 "dataclasses",
                 "fcntl",
                 "functools",
