@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
@@ -117,7 +118,7 @@ def drop_missing(x: Array | np.ndarray | Timeseries, missing: Any | None = None)
         rows = values[at], timesteps[at], resets[at]
         for whole, part in zip(out, _left(*rows, kept[at]), strict=True):
             whole[at][: len(part)] = part
-    dtype = np.float32 if x.timesteps is None else x.timesteps.dtype
+    dtype = jnp.result_type(float) if x.timesteps is None else x.timesteps.dtype
     return Timeseries(
         out[0],
         out[1].astype(dtype),

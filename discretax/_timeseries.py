@@ -98,6 +98,7 @@ class Timeseries(eqx.Module):
         timestamps: Any,
         *,
         interval: Any,
+        previous: Any | None = None,
         length: Any | None = None,
         resets: Any | None = None,
     ) -> "Timeseries":
@@ -105,8 +106,8 @@ class Timeseries(eqx.Module):
 
         $$\mathrm{timesteps}_t = (\mathrm{timestamps}_t - \mathrm{timestamps}_{t-1}) / \mathrm{interval}$$
 
-        A sequence begins one interval before its first sample: there, and at a reset, the timestep
-        is one. The differences are taken in NumPy, in the timestamps' own precision, before
+        Without a `previous`, a sequence begins one interval before its first sample: there, and at a
+        reset, the timestep is one. The differences are taken in NumPy, in the timestamps' own precision, before
         anything is rounded to float32.
 
         !!! example
@@ -126,6 +127,8 @@ class Timeseries(eqx.Module):
             datetimes a `numpy.timedelta64` or `datetime.timedelta`. The sampling interval, where
             there is one; otherwise the median of the gaps in the training set does. Training and
             use must have the same one, so that it is not guessed from the data here.
+        - `previous`: the time before the first sample, where it is known: of the last sample of the
+            chunk before, in a stream, or when the series began. One for all or one per sequence.
         - `length`, `resets`: as in a `Timeseries`. Timestamps of padding are not looked at.
 
         **Raises:**
@@ -135,7 +138,7 @@ class Timeseries(eqx.Module):
         are neither numbers nor datetimes, an interval of another kind than they, and inside
         `jax.jit`, where there are no numbers yet.
         """
-        gaps = gaps_between(timestamps, interval, np.shape(values), length, resets)
+        gaps = gaps_between(timestamps, interval, np.shape(values), length, resets, previous)
         return cls(values, gaps.astype(jnp.result_type(float)), length, resets)
 
     def map_values(self, f: Callable[[Array], Any]) -> "Timeseries":

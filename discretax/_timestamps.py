@@ -8,15 +8,21 @@ from jax.core import Tracer
 
 
 def gaps_between(
-    timestamps: Any, interval: Any, values_shape: tuple[int, ...], length: Any, resets: Any
+    timestamps: Any,
+    interval: Any,
+    values_shape: tuple[int, ...],
+    length: Any,
+    resets: Any,
+    previous: Any,
 ) -> np.ndarray:
-    """In intervals; one where a sequence begins and in the padding."""
-    if any(isinstance(value, Tracer) for value in (timestamps, interval, length, resets)):
+    """In intervals; one at a reset, in the padding, and at the beginning without a `previous`."""
+    given = (timestamps, interval, length, resets, previous)
+    if any(isinstance(value, Tracer) for value in given):
         raise TypeError(
             "timestamps are turned into gaps in NumPy, before `jax.jit`; got a traced array. Pass "
             "the `Timeseries` into the compiled function, not the timestamps."
         )
-    times = _numbers(timestamps)
+    times = _numbers("timestamps", timestamps)
     if times.ndim == 0 or values_shape[: times.ndim] != times.shape:
         is_column = times.shape == (*values_shape[:-1], 1)
         remedy = " Take the last axis off: `timestamps[..., 0]`." if is_column else ""
@@ -24,44 +30,64 @@ def gaps_between(
             "`timestamps` must be one per sample, (*batch, time), for values (*batch, time, ...); "
             f"got {times.shape} for values {values_shape}.{remedy}"
         )
-    time = times.shape[-1]
-    begins = np.zeros(times.shape, bool) if resets is None else np.asarray(resets).astype(bool)
+    *batch, time = times.shape
+    begins = np.zeros(times.shape, bool) if resets is None else np.array(resets, bool)
     lengths = np.asarray(time if length is None else length)
-    if begins.shape != times.shape or lengths.shape not in ((), times.shape[:-1]):
+    if begins.shape != times.shape or lengths.shape not in ((), tuple(batch)):
         raise ValueError(
             "`resets` must be (*batch, time) and `length` (*batch,), as the timestamps are; got "
             f"timestamps {times.shape}, resets {begins.shape}, length {lengths.shape}."
         )
+    if previous is None:
+        begins[..., :1] = True
+        before = np.concatenate([times[..., :1], times[..., :-1]], axis=-1)
+    else:
+        before = np.concatenate([_previous(previous, times), times], axis=-1)[..., :-1]
     valid = np.arange(time) < lengths[..., None]
-    begins = begins | (np.arange(time) == 0)
-    is_broken = np.isnat if times.dtype.kind in "mM" else lambda times: ~np.isfinite(times)
-    if (broken := valid & is_broken(times)).any():
+    if (broken := valid & ~_is_finite(times)).any():
         raise ValueError(
             "`timestamps` must be finite and not NaT, but for padding; got "
             f"{times[broken][0]} at {_first(broken)}. Take out the samples that have none."
         )
-    unit = _unit(interval, times)
     followed = valid & ~begins
     with np.errstate(invalid="ignore"):  # in the padding
-        gaps = np.ones(times.shape)
-        gaps[..., 1:] = (times[..., 1:] - times[..., :-1]) / unit
+        gaps = (times - before) / _unit(interval, times)
     if (backwards := followed & (gaps < 0)).any():
-        *batch, t = _first(backwards)
-        before, after = times[(*batch, t - 1)], times[(*batch, t)]
+        at = _first(backwards)
         raise ValueError(
-            f"`timestamps` must be in order within a sequence; got {before}, then {after} at "
-            f"{(*batch, t)}. Sort the samples by them, or mark with `resets` where a new sequence "
-            "begins."
+            f"`timestamps` must be in order within a sequence; got {before[at]}, then {times[at]} "
+            f"at {at}. Sort the samples by them, or mark with `resets` where a new sequence begins."
         )
     return np.where(followed, gaps, 1)
 
 
-def _numbers(timestamps: Any) -> np.ndarray:
-    times = np.asarray(timestamps)
+def _previous(previous: Any, times: np.ndarray) -> np.ndarray:
+    """As a sample before the first."""
+    moment = _numbers("previous", previous)
+    kinds = moment.dtype.kind, times.dtype.kind
+    if not _is_finite(moment).all() or (kinds[0] != kinds[1] and set("mM") & set(kinds)):
+        raise ValueError(
+            f"`previous` must be a time as the timestamps are, {times.dtype}, and finite; got "
+            f"{previous!r}."
+        )
+    if moment.shape not in ((), times.shape[:-1]):
+        raise ValueError(
+            f"`previous` must be one time, or one per sequence, of shape {times.shape[:-1]}; got "
+            f"{moment.shape}."
+        )
+    return np.broadcast_to(moment[..., None], (*times.shape[:-1], 1))
+
+
+def _is_finite(times: np.ndarray) -> np.ndarray:
+    return ~np.isnat(times) if times.dtype.kind in "mM" else np.isfinite(times)
+
+
+def _numbers(name: str, given: Any) -> np.ndarray:
+    times = np.asarray(given)
     if times.dtype.kind not in "iufmM":
         raise TypeError(
-            "`timestamps` must be numbers or NumPy's datetimes; got an array of "
-            f'{times.dtype}. Convert it: `np.asarray(timestamps, "datetime64[us]")`.'
+            f"`{name}` must be numbers or NumPy's datetimes; got an array of {times.dtype}. "
+            f'Convert it: `np.asarray({name}, "datetime64[us]")`.'
         )
     wide = {"i": np.int64, "u": np.int64, "f": np.float64}  # in which differences fit
     return times.astype(wide.get(times.dtype.kind, times.dtype))

@@ -61,6 +61,20 @@ def test_each_sequence_begins_with_one():
     assert_equal(series.timesteps, np.array([[1, 1, 5], [1, 1, 1]]))
 
 
+def test_what_came_before():
+    """Of a stream in chunks, the gaps of the whole."""
+    whole = gaps(TIMES).timesteps
+    chunks = gaps(TIMES[:2]), gaps(TIMES[2:], previous=TIMES[1])
+    assert_equal(np.concatenate([chunk.timesteps for chunk in chunks]), whole)
+    assert_equal(gaps([2, 3], 1, previous=-1).timesteps, np.array([3, 1]))
+    two = np.array([[2, 3], [4, 9]])
+    resets = np.array([[False, False], [True, False]])
+    assert_equal(gaps(two, 1, previous=[0, 3]).timesteps, np.array([[2, 1], [1, 5]]))
+    assert_equal(gaps(two, 1, previous=0, resets=resets).timesteps, np.array([[2, 1], [1, 5]]))
+    series = gaps(MINUTES[1:], np.timedelta64(5, "m"), previous=MINUTES[0])
+    assert_equal(series.timesteps, np.array([2, 10]))
+
+
 @pytest.mark.parametrize(
     "times, options, error, message",
     [
@@ -85,6 +99,10 @@ def test_each_sequence_begins_with_one():
         (TIMES, {"interval": np.ones(5)}, TypeError, "must be a number for timestamps of float64"),
         (TIMES, {"interval": np.timedelta64(1, "s")}, TypeError, "must be a number"),
         (MINUTES, {"interval": 1}, TypeError, r"`numpy.timedelta64`.*datetime64\[m\]; got 1"),
+        (TIMES, {"previous": 11.0}, ValueError, r"got 11\.0, then 10\.0 at \(0,\)"),
+        (TIMES, {"previous": np.nan}, ValueError, "`previous` must be.*and finite; got nan"),
+        (TIMES, {"previous": MINUTES[0]}, ValueError, "as the timestamps are, float64"),
+        (TIMES, {"previous": [1.0]}, ValueError, r"of shape \(\); got \(1,\)"),
         (["2026-01-01"], {}, TypeError, r"numbers or NumPy's datetimes.*`np.asarray\("),
         ([datetime.datetime(2026, 1, 1)], {}, TypeError, "got an array of object"),
     ],
