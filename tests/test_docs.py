@@ -1,10 +1,19 @@
 """The code in the README and in the docs runs, and the numbers that it claims hold."""
 
+import functools
+import inspect
 import pathlib
 import re
 
+import equinox as eqx
 import jax
+import jax.numpy as jnp
+import jax.random as jr
 import pytest
+
+import discretax
+from discretax import blocks, channel_mixers, models, sequence_mixers
+from discretax.sequence_mixers import AbstractSequenceMixer
 
 pytestmark = pytest.mark.slow
 
@@ -12,6 +21,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES.remove(ROOT / "docs" / "examples.md")  # tells of scripts that have tests of their own
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+TIME = 24
+SHAPES = re.compile(r"([a-z][\w.]*(?:, [a-z][\w.]*)*): (\([^)]*\))")  # x, y: (time, 64)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -28,3 +39,37 @@ def test_code_runs(page, tmp_path, monkeypatch):
             # Tracebacks show the line of the page.
             line = text.count("\n", 0, block.start(1))
             exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
+
+
+def with_examples():
+    """Every mixer and model that users make."""
+    for room, base in ((sequence_mixers, AbstractSequenceMixer), (models, eqx.nn.StatefulLayer)):
+        for value in vars(room).values():
+            of_users = inspect.isclass(value) and not value.__name__.startswith("Abstract")
+            if of_users and issubclass(value, base):
+                yield pytest.param(value, id=f"{room.__name__}.{value.__name__}")
+
+
+@pytest.mark.parametrize("described", list(with_examples()))
+def test_example_of_a_docstring(described):
+    """It runs as far as shapes go, and they are those that its comments say."""
+    code = re.search(r"```python\n(.*?)```", inspect.cleandoc(described.__doc__), re.DOTALL)
+    assert code is not None, "every mixer and model shows an example"
+    code = inspect.cleandoc(code[1])
+    said = {n: shape for names, shape in SHAPES.findall(code) for n in names.split(", ")}
+    assert "y" in said or "y.values" in said or "y is x" in code
+    names = {"discretax": discretax, "eqx": eqx, "functools": functools, "jax": jax}
+    for room in (sequence_mixers, channel_mixers, blocks, models):
+        names |= vars(room)
+    names[described.__name__] = described
+
+    def run(key, other_key, x, chunk, sample, gaps, length, resets):
+        scope = names | locals()
+        exec(code, scope)
+        return {name: eval(name, scope) for name in said}
+
+    x, gaps = jnp.ones((TIME, 64)), jnp.ones((TIME,))
+    arrays = (x, x[:5], x[0], gaps, jnp.asarray(TIME), jnp.zeros((TIME,), bool))
+    shapes = jax.eval_shape(run, jr.key(0), jr.key(1), *arrays)
+    for name, shape in said.items():
+        assert shapes[name].shape == eval(shape, {"time": TIME}), name

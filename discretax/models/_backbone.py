@@ -41,7 +41,17 @@ class AbstractBackbone(eqx.nn.StatefulLayer):
 
 
 class BlockStack(AbstractBackbone):
-    """A model from blocks of any kind: `BlockStack([block, other_block])`."""
+    """A model from blocks of any kind: `BlockStack([block, other_block])`.
+
+    !!! example
+
+        ```python
+        lru = StandardBlock(64, sequence_mixer=LRUSequenceMixer, channel_mixer=GLU, key=key)
+        gla = ResidualBlock(64, sequence_mixer=GLASequenceMixer, channel_mixer=GLU, key=other_key)
+        model = BlockStack([lru, gla])
+        y, state = eqx.nn.inference_mode(model)(x, eqx.nn.State(model))  # x, y: (time, 64)
+        ```
+    """
 
     blocks: tuple[AbstractBlock, ...]
 
@@ -68,7 +78,17 @@ class BlockStack(AbstractBackbone):
 
 
 class Backbone(AbstractBackbone):
-    """A model from any mixer: `Backbone(key, hidden_dim=64, sequence_mixer=MyMixer)`."""
+    """A model from any mixer: `Backbone(key, hidden_dim=64, sequence_mixer=MyMixer)`.
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(Backbone)(
+            hidden_dim=64, sequence_mixer=MinGRUSequenceMixer, channel_mixer=GLU, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
+    """
 
     blocks: tuple[AbstractBlock, ...]
 

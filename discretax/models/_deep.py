@@ -51,6 +51,14 @@ class DeepBackbone(eqx.nn.StatefulLayer):
     """A backbone whose blocks run in another way, with the same numbers.
 
     Made by [`discretax.models.scan_blocks`][] and [`discretax.models.remat_blocks`][].
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(LRU)(hidden_dim=64, num_blocks=24, key=key)
+        model = scan_blocks(model)  # a DeepBackbone, compiled as fast as one block
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
     """
 
     backbone: AbstractBackbone

@@ -17,6 +17,15 @@ class Centaurus(AbstractBackbone):
 
     The paper's networks change the mode from stage to stage, as a convolutional network changes
     its kind of convolution; build such a one from blocks.
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(Centaurus)(
+            hidden_dim=64, mode="dws", key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
     """
 
     blocks: tuple[StandardBlock, ...]

@@ -17,6 +17,15 @@ class DeltaNet(AbstractBackbone):
     """Blocks of DeltaNet and GLU (arXiv:2406.06484).
 
     The paper's own blocks are those of [`discretax.models.GatedDeltaNet`][] around this mixer.
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(DeltaNet)(
+            hidden_dim=64, negative_eigenvalues=True, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
     """
 
     blocks: tuple[StandardBlock, ...]

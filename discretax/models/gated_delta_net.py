@@ -14,6 +14,15 @@ class GatedDeltaNet(AbstractBackbone):
 
     The authors' own keys are three quarters as wide as the stream: six heads with `head_dim=256` at
     a width of 2048.
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(GatedDeltaNet)(
+            hidden_dim=64, num_heads=2, num_value_heads=4, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
     """
 
     blocks: tuple[ResidualBlock, ...]

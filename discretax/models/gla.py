@@ -13,6 +13,15 @@ class GLA(AbstractBackbone):
     """Blocks of gated linear attention and a gated MLP (arXiv:2312.06635).
 
     The paper writes layer norms; its authors' code takes RMS norms, as here.
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(GLA)(
+            hidden_dim=64, num_heads=2, hidden_ratio=2.0, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
     """
 
     blocks: tuple[ResidualBlock, ...]

@@ -10,7 +10,17 @@ from discretax.sequence_mixers import AttentionSequenceMixer, GriffinSequenceMix
 
 
 class Griffin(AbstractBackbone):
-    """Griffin: two recurrent blocks, then one of local attention, over again (arXiv:2402.19427)."""
+    """Griffin: two recurrent blocks, then one of local attention, over again (arXiv:2402.19427).
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(Griffin)(
+            hidden_dim=64, window=256, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
+    """
 
     blocks: tuple[ResidualBlock, ...]
 

@@ -26,6 +26,15 @@ class HGRN2(eqx.nn.StatefulLayer):
 
     the softmax being over the blocks: nothing in the first, $(l - 1) / L$ in the $l$-th to begin
     with, as $\Gamma$, the `lower_bounds`, starts at zero and is trained.
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(HGRN2)(
+            hidden_dim=64, num_heads=2, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
     """
 
     backbone: AbstractBackbone | DeepBackbone

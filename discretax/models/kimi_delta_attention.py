@@ -14,6 +14,15 @@ class KimiDeltaAttention(AbstractBackbone):
 
     Kimi Linear has experts in place of the MLP, and attention in each fourth block: see [Language
     models](../language-models.md).
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(KimiDeltaAttention)(
+            hidden_dim=64, num_heads=2, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
     """
 
     blocks: tuple[ResidualBlock, ...]

@@ -13,7 +13,17 @@ from discretax.sequence_mixers.lti.linoss import Discretization
 
 
 class LinOSS(AbstractBackbone):
-    """Blocks of LinOSS and GLU (arXiv:2410.03943, arXiv:2505.12171)."""
+    """Blocks of LinOSS and GLU (arXiv:2410.03943, arXiv:2505.12171).
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(LinOSS)(
+            hidden_dim=64, state_dim=32, damping=False, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
+    """
 
     blocks: tuple[StandardBlock, ...]
 

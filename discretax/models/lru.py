@@ -12,7 +12,17 @@ from discretax.sequence_mixers import LRUSequenceMixer
 
 
 class LRU(AbstractBackbone):
-    """Blocks of LRU and GLU (arXiv:2303.06349)."""
+    """Blocks of LRU and GLU (arXiv:2303.06349).
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(LRU)(
+            hidden_dim=64, state_dim=128, r_min=0.9, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
+    """
 
     blocks: tuple[StandardBlock, ...]
 

@@ -17,6 +17,15 @@ class Mamba(AbstractBackbone):
 
     The mixer has its own gate and projections: no channel mixer follows it. Event-driven with
     `event=True` (arXiv:2411.12603).
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(Mamba)(
+            hidden_dim=64, state_dim=32, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
     """
 
     blocks: tuple[StandardBlock, ...]

@@ -14,6 +14,15 @@ class Mamba2(AbstractBackbone):
     r"""Mamba-2's blocks, $x \leftarrow x + \mathrm{mamba2}(\mathrm{rms}(x))$ (arXiv:2405.21060).
 
     The mixer has its own gate and projections: no channel mixer follows it.
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(Mamba2)(
+            hidden_dim=64, head_dim=32, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
     """
 
     blocks: tuple[StandardBlock, ...]

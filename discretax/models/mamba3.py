@@ -14,6 +14,15 @@ class Mamba3(AbstractBackbone):
     """Blocks of Mamba-3 and a gated MLP (arXiv:2603.15569).
 
     Unlike the first two, Mamba-3 stands beside an MLP, as attention does in a transformer.
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(Mamba3)(
+            hidden_dim=64, head_dim=32, rank=4, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
     """
 
     blocks: tuple[ResidualBlock, ...]

@@ -15,6 +15,15 @@ class RetNet(AbstractBackbone):
     As the authors' code has them since 2023: the paper has layer norms, and an MLP without a gate
     that is twice as wide as the stream, which has as many parameters as the gated one of
     `hidden_ratio=2`.
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(RetNet)(
+            hidden_dim=64, num_heads=4, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
     """
 
     blocks: tuple[ResidualBlock, ...]

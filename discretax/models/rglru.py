@@ -10,7 +10,17 @@ from discretax.sequence_mixers import GriffinSequenceMixer
 
 
 class RGLRU(AbstractBackbone):
-    """Hawk: Griffin's recurrent blocks with gated MLPs, and no attention (arXiv:2402.19427)."""
+    """Hawk: Griffin's recurrent blocks with gated MLPs, and no attention (arXiv:2402.19427).
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(RGLRU)(
+            hidden_dim=64, num_heads=4, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
+    """
 
     blocks: tuple[ResidualBlock, ...]
 

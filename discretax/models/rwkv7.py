@@ -8,7 +8,17 @@ from discretax.models._backbone import AbstractBackbone
 
 
 class RWKV7(AbstractBackbone):
-    """RWKV-7 "Goose", with the initial values of its authors' code (arXiv:2503.14456)."""
+    """RWKV-7 "Goose", with the initial values of its authors' code (arXiv:2503.14456).
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(RWKV7)(
+            hidden_dim=64, head_dim=32, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
+    """
 
     blocks: tuple[RWKV7Block, ...]
 

@@ -14,7 +14,17 @@ from discretax.sequence_mixers.lti._s4_parameters import StepTransform, Transfor
 
 
 class S4(AbstractBackbone):
-    """Blocks of S4, exact GELU and GLU (arXiv:2111.00396)."""
+    """Blocks of S4, exact GELU and GLU (arXiv:2111.00396).
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(S4)(
+            hidden_dim=64, init="legs", dt_max=0.01, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
+    """
 
     blocks: tuple[StandardBlock, ...]
 

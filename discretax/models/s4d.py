@@ -14,7 +14,17 @@ from discretax.sequence_mixers.lti.s4d import Discretization, Init
 
 
 class S4D(AbstractBackbone):
-    """Blocks of S4D, exact GELU and GLU (arXiv:2206.11893)."""
+    """Blocks of S4D, exact GELU and GLU (arXiv:2206.11893).
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(S4D)(
+            hidden_dim=64, state_dim=32, init="inv", key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
+    """
 
     blocks: tuple[StandardBlock, ...]
 

@@ -29,6 +29,16 @@ class S5(AbstractBackbone):
     | `"gelu"` | $u$ |
 
     With `"half_glu2"`, the S5 code drops features of $u$ alone; here they are dropped from $z$.
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(S5)(
+            hidden_dim=64, discretization="async", key=key
+        )
+        events = discretax.Timeseries(x, timesteps=gaps)  # x: (time, 64), gaps: (time,)
+        y, state = eqx.nn.inference_mode(model)(events, state)  # y.values: (time, 64)
+        ```
     """
 
     blocks: tuple[StandardBlock, ...]

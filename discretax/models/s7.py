@@ -10,7 +10,15 @@ from discretax.sequence_mixers import S7SequenceMixer
 
 
 class S7(AbstractBackbone):
-    """S7's blocks: norm, the gated recurrence, sum (arXiv:2410.03464)."""
+    """S7's blocks: norm, the gated recurrence, sum (arXiv:2410.03464).
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(S7)(hidden_dim=64, state_dim=16, key=key)
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
+    """
 
     blocks: tuple[StandardBlock, ...]
 

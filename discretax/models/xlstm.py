@@ -15,6 +15,15 @@ class XLSTM(AbstractBackbone):
     """Blocks of mLSTM and a gated MLP, those of xLSTM 7B (arXiv:2503.13427).
 
     The first paper (arXiv:2405.04517) has other blocks around the mLSTM, and some of sLSTM.
+
+    !!! example
+
+        ```python
+        model, state = eqx.nn.make_with_state(XLSTM)(
+            hidden_dim=64, num_heads=2, intermediate_dim=192, key=key
+        )
+        y, state = eqx.nn.inference_mode(model)(x, state)  # x, y: (time, 64)
+        ```
     """
 
     blocks: tuple[ResidualBlock, ...]

@@ -63,6 +63,14 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
     With a `window` a sequence is walked through in chunks of that length, so that memory grows
     linearly with time. `window=w + 1` is what the authors of Griffin call a window of `w`.
 
+    !!! example
+
+        ```python
+        mixer = AttentionSequenceMixer(64, num_heads=4, num_kv_heads=1, window=256, key=key)
+        cache = mixer.allocate_inference_cache(max_seqlen=1000)  # at most the window
+        y, cache = mixer(x, cache)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Vaswani et al., Attention Is All You Need, NeurIPS 2017 (arXiv:1706.03762). Rotary positions:

@@ -9,7 +9,15 @@ from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, z
 
 
 class IdentitySequenceMixer(AbstractLTVMixer[Float[Array, "0"]]):
-    """$y = x$: a model without a memory, to compare others with. The cache is an empty array."""
+    """$y = x$: a model without a memory, to compare others with. The cache is an empty array.
+
+    !!! example
+
+        ```python
+        mixer = IdentitySequenceMixer(64)
+        y, cache = mixer(x)  # y is x
+        ```
+    """
 
     in_features: int = eqx.field(static=True)
 

@@ -21,6 +21,13 @@ class ShortConvSequenceMixer(AbstractLTVMixer[Float[Array, "past features"]]):
     The convolution is causal, one filter per feature. In LFM2 such layers stand between layers of
     attention. The cache holds the convolution's window, `(conv_width - 1, features)`.
 
+    !!! example
+
+        ```python
+        mixer = ShortConvSequenceMixer(64, conv_width=3, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Liquid AI, LFM2 Technical Report, 2025 (arXiv:2511.23404).

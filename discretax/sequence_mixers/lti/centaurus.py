@@ -61,6 +61,13 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
     The cache holds real and imaginary part of the states, `(channels, 2, sub_state_dim)`, or
     `(2, state_dim * sub_state_dim)` in the pointwise mode.
 
+    !!! example
+
+        ```python
+        mixer = Centaurus(64, mode="pointwise", state_dim=32, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Pei, Let SSMs be ConvNets: State-space Modeling with Optimal Tensor Contractions, ICLR 2025

@@ -49,6 +49,13 @@ class LinOSSSequenceMixer(AbstractContinuousMixer[Float[Array, "2 2 state"]]):
     The original code and discretax 0.3.0 do not hold $A$ without damping, and grow without bound where
     $\Delta^2 A > 4$.
 
+    !!! example
+
+        ```python
+        mixer = LinOSSSequenceMixer(64, state_dim=32, damping=False, key=key)
+        y, cache = mixer(x, integration_timesteps=gaps)  # x, y: (time, 64), gaps: (time,)
+        ```
+
     ??? cite
 
         Rusch and Rus, Oscillatory State-Space Models, ICLR 2025 (arXiv:2410.03943). Damping: Boyer,

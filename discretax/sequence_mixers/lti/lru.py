@@ -29,6 +29,14 @@ class LRUSequenceMixer(AbstractLTIMixer[Float[Array, "2 state"]]):
 
     The cache holds the state's real and imaginary part, `(2, state)`.
 
+    !!! example
+
+        ```python
+        mixer = LRUSequenceMixer(64, state_dim=128, r_min=0.9, r_max=0.999, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        y_next, cache = mixer(chunk, cache)  # goes on where x has ended
+        ```
+
     ??? cite
 
         Orvieto et al., Resurrecting Recurrent Neural Networks for Long Sequences, ICML 2023

@@ -40,6 +40,13 @@ class S4SequenceMixer(s4.AbstractS4Mixer):
 
     The cache holds real and imaginary part of the states, `(features, 2, state_dim / 2)`.
 
+    !!! example
+
+        ```python
+        mixer = S4SequenceMixer(64, init="legs", dt_max=0.01, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Gu, Goel and Ré, Efficiently Modeling Long Sequences with Structured State Spaces, ICLR 2022

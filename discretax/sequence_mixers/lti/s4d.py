@@ -38,6 +38,13 @@ class S4DSequenceMixer(s4.AbstractS4Mixer):
 
     The cache holds real and imaginary part of the states, `(features, 2, state_dim / 2)`.
 
+    !!! example
+
+        ```python
+        mixer = S4DSequenceMixer(64, state_dim=32, init="inv", key=key)
+        y, cache = mixer(x, integration_timesteps=gaps)  # x, y: (time, 64), gaps: (time,)
+        ```
+
     ??? cite
 
         Gu, Gupta, Goel and Ré, On the Parameterization and Initialization of Diagonal State Space

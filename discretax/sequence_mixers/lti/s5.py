@@ -53,6 +53,13 @@ class S5SequenceMixer(AbstractContinuousMixer[Float[Array, "2 state"]]):
     Two other implementations read differently: lrnnx calls `"zoh"` what is `"async"` here when
     timesteps are given, and its time-invariant S5 has a bilinear transform with swapped signs.
 
+    !!! example
+
+        ```python
+        mixer = S5SequenceMixer(64, state_dim=32, discretization="async", key=key)
+        y, cache = mixer(x, integration_timesteps=gaps)  # x, y: (time, 64), gaps: (time,)
+        ```
+
     ??? cite
 
         Smith, Warrington and Linderman, Simplified State Space Layers for Sequence Modeling,
@@ -206,6 +213,13 @@ class BidirectionalS5(AbstractSequenceMixer[None]):
 
     $y_t = m\,\mathrm{Re}(C h^{forward}_t + C^{backward} h^{backward}_t) + D \odot x_t$, as the paper
     has it. For two independent S5, use [`discretax.sequence_mixers.Bidirectional`][].
+
+    !!! example
+
+        ```python
+        mixer = BidirectionalS5(64, state_dim=32, key=key)
+        y, _ = mixer(x, length=length)  # x, y: (time, 64); there is no cache
+        ```
     """
 
     forward: S5SequenceMixer

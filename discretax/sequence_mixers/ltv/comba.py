@@ -40,6 +40,13 @@ class CombaSequenceMixer(AbstractMatrixMixer):
     The cache holds the convolution's window, `(conv_width - 1, convolved)`, and the state, `(value
     heads, key, value)`.
 
+    !!! example
+
+        ```python
+        mixer = CombaSequenceMixer(64, num_heads=2, head_dim=32, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Hu et al., Comba: Improving Bilinear RNNs with Closed-loop Control, 2025 (arXiv:2506.02475).

@@ -33,6 +33,13 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
     The cache holds the convolution's window, `(conv_width - 1, convolved)`, and the state, `(heads,
     key, value)`.
 
+    !!! example
+
+        ```python
+        mixer = DeltaNetSequenceMixer(64, num_heads=2, negative_eigenvalues=True, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Yang et al., Parallelizing Linear Transformers with the Delta Rule over Sequence Length,

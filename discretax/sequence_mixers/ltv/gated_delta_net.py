@@ -35,6 +35,13 @@ class GatedDeltaNetSequenceMixer(AbstractMatrixMixer):
     The cache holds the convolution's window, `(conv_width - 1, convolved)`, and the state, `(value
     heads, key, value)`.
 
+    !!! example
+
+        ```python
+        mixer = GatedDeltaNetSequenceMixer(64, num_heads=2, num_value_heads=4, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Yang, Kautz and Hatamizadeh, Gated Delta Networks: Improving Mamba2 with Delta Rule, ICLR 2025

@@ -37,6 +37,13 @@ class GatedDeltaNet2SequenceMixer(AbstractMatrixMixer):
     The cache holds the convolution's window, `(conv_width - 1, convolved)`, and the state, `(heads,
     key, value)`.
 
+    !!! example
+
+        ```python
+        mixer = GatedDeltaNet2SequenceMixer(64, num_heads=2, head_dim=32, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Gated DeltaNet-2, 2026 (arXiv:2605.22791).

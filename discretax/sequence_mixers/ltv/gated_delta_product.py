@@ -36,6 +36,13 @@ class GatedDeltaProductSequenceMixer(AbstractMatrixMixer):
     The cache holds the convolution's window, `(conv_width - 1, convolved)`, and the state, `(value
     heads, key, value)`.
 
+    !!! example
+
+        ```python
+        mixer = GatedDeltaProductSequenceMixer(64, num_heads=2, num_steps=3, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Siems et al., DeltaProduct: Improving State-Tracking in Linear RNNs via Householder Products,

@@ -36,6 +36,13 @@ class GLASequenceMixer(AbstractMatrixMixer):
     The cache holds the convolution's window, `(conv_width - 1, convolved)`, and the state, `(heads,
     key, value)`.
 
+    !!! example
+
+        ```python
+        mixer = GLASequenceMixer(64, num_heads=2, key=key)
+        y, cache = mixer(x, resets=resets)  # x, y: (time, 64), resets: (time,)
+        ```
+
     ??? cite
 
         Yang et al., Gated Linear Attention Transformers with Hardware-Efficient Training, ICML 2024

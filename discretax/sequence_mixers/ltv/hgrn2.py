@@ -33,6 +33,13 @@ class HGRN2SequenceMixer(AbstractMatrixMixer):
     $W_f$ is the `k_proj` of the projections, $W_i$ the `v_proj`. The cache holds an empty window and
     the state, `(heads, key, value)`.
 
+    !!! example
+
+        ```python
+        mixer = HGRN2SequenceMixer(64, num_heads=2, lower_bound=0.5, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Qin et al., HGRN2: Gated Linear RNNs with State Expansion, COLM 2024 (arXiv:2404.07904).

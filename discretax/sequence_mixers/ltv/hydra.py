@@ -46,6 +46,13 @@ class HydraSequenceMixer(AbstractSequenceMixer[None]):
     It needs the future: there is nothing to stream, no cache and no step. A sample that is not finite
     reaches all of its sequence.
 
+    !!! example
+
+        ```python
+        mixer = HydraSequenceMixer(64, state_dim=16, head_dim=32, key=key)
+        y, _ = mixer(x, length=length)  # x, y: (time, 64); there is no cache
+        ```
+
     ??? cite
 
         Hwang, Lahoti, Puduppully, Dao and Gu, Hydra: Bidirectional State Space Models Through

@@ -42,6 +42,13 @@ class KimiDeltaAttentionSequenceMixer(AbstractMatrixMixer):
     The cache holds the convolution's window, `(conv_width - 1, convolved)`, and the state, `(value
     heads, key, value)`.
 
+    !!! example
+
+        ```python
+        mixer = KimiDeltaAttentionSequenceMixer(64, num_heads=2, head_dim=32, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Kimi Team, Kimi Linear: An Expressive, Efficient Attention Architecture, 2025

@@ -59,6 +59,13 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
     from none; here they are the same. The parameters are those of its event form, less a weight
     that has no effect. Its bilinear step differs from its whole.
 
+    !!! example
+
+        ```python
+        mixer = MambaSequenceMixer(64, state_dim=16, event=True, key=key)
+        y, cache = mixer(x, integration_timesteps=gaps)  # x, y: (time, 64), gaps: (time,)
+        ```
+
     ??? cite
 
         Gu and Dao, Mamba: Linear-Time Sequence Modeling with Selective State Spaces, 2023

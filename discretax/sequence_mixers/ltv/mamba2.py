@@ -42,6 +42,13 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
     The steps are clipped to `dt_limit` wherever they are used. transformers does not clip them when
     it generates with a cache.
 
+    !!! example
+
+        ```python
+        mixer = Mamba2SequenceMixer(64, state_dim=32, head_dim=32, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Dao and Gu, Transformers are SSMs: Generalized Models and Efficient Algorithms Through

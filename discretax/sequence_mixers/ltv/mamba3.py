@@ -58,6 +58,13 @@ class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
     The cache holds $\theta / 2\pi$, `(heads, pairs)`, the states, `(heads, head_dim, state)`, and the
     inputs and $B$ of the last sample, `(rank, heads, head_dim)` and `(rank, heads, state)`.
 
+    !!! example
+
+        ```python
+        mixer = Mamba3SequenceMixer(64, state_dim=32, head_dim=32, rank=4, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Lahoti et al., Mamba-3: Improved Sequence Modeling using State Space Principles, 2026

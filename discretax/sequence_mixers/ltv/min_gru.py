@@ -23,6 +23,13 @@ class MinGRUSequenceMixer(AbstractMinimalMixer):
     computed here, has the same meaning and is stable without. The state before the first sample is
     zero. The cache holds the state, `(expand * features,)`.
 
+    !!! example
+
+        ```python
+        mixer = MinGRUSequenceMixer(64, expand=2, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64), cache: (128,)
+        ```
+
     ??? cite
 
         Feng, Tung, Ahmed, Bengio and Hajimirsadeghi, Were RNNs All We Needed?, 2024

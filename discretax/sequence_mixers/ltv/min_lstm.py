@@ -21,6 +21,13 @@ class MinLSTMSequenceMixer(AbstractMinimalMixer):
     with $g$, $W_{out}$, the cache and the way of computing as in
     [`discretax.sequence_mixers.MinGRUSequenceMixer`][].
 
+    !!! example
+
+        ```python
+        mixer = MinLSTMSequenceMixer(64, expand=2, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64), cache: (128,)
+        ```
+
     ??? cite
 
         Feng, Tung, Ahmed, Bengio and Hajimirsadeghi, Were RNNs All We Needed?, 2024

@@ -42,6 +42,13 @@ class MLSTMSequenceMixer(AbstractLTVMixer[MLSTMCache]):
 
     The cache holds $C$ with $n$ as its last column, `(heads, key, value + 1)`, and $m$, `(heads,)`.
 
+    !!! example
+
+        ```python
+        mixer = MLSTMSequenceMixer(64, num_heads=2, forget_bias=(3.0, 6.0), key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Beck et al., xLSTM: Extended Long Short-Term Memory, NeurIPS 2024 (arXiv:2405.04517); xLSTM 7B:

@@ -43,6 +43,13 @@ class RetentionSequenceMixer(AbstractLTVMixer[RetentionCache]):
     come. It is a whole number that runs over where the angles do, so that late samples are as exact
     as early ones; at a reset it begins at zero again.
 
+    !!! example
+
+        ```python
+        mixer = RetentionSequenceMixer(64, num_heads=4, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Sun et al., Retentive Network: A Successor to Transformer for Large Language Models, 2023

@@ -49,6 +49,13 @@ class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
     lrnnx's RGLRU is [`discretax.sequence_mixers.GriffinSequenceMixer`][] with one head, exact GELU,
     no biases around and no exception for the first sample; its `a_log` is $-\Lambda$.
 
+    !!! example
+
+        ```python
+        mixer = RGLRUSequenceMixer(64, num_heads=4, key=key)
+        y, cache = mixer(x, resets=resets)  # x, y: (time, 64), resets: (time,)
+        ```
+
     ??? cite
 
         De et al., Griffin: Mixing Gated Linear Recurrences with Local Attention for Efficient
@@ -193,6 +200,13 @@ class GriffinSequenceMixer(AbstractLTVMixer[GriffinCache]):
     with $\phi$ the `activation` and [`discretax.sequence_mixers.RGLRUSequenceMixer`][] of the inner
     width. The convolution is causal, one short filter per feature, and does not look across a
     reset.
+
+    !!! example
+
+        ```python
+        mixer = GriffinSequenceMixer(64, lru_width=96, num_heads=4, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
 
     ??? cite
 

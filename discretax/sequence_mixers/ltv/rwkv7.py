@@ -52,6 +52,13 @@ class RWKV7SequenceMixer(AbstractLTVMixer[RWKV7Cache]):
 
     The cache holds the last sample, `(features,)`, and the state, `(heads, head_dim, head_dim)`.
 
+    !!! example
+
+        ```python
+        mixer = RWKV7SequenceMixer(64, head_dim=32, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Peng et al., RWKV-7 "Goose" with Expressive Dynamic State Evolution, 2025 (arXiv:2503.14456).
@@ -229,6 +236,13 @@ class RWKV7ChannelMixer(AbstractLTVMixer[Float[Array, " features"]]):
 
     It looks back by a sample, and so it is a sequence mixer here. The cache is the last sample,
     `(features,)`.
+
+    !!! example
+
+        ```python
+        mixer = RWKV7ChannelMixer(64, intermediate_dim=256, key=key)
+        y, last = mixer(x)  # x, y: (time, 64), last: (64,)
+        ```
 
     ??? cite
 

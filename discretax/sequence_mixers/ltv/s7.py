@@ -39,6 +39,13 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
     samples; here it starts with memories of `1 / (1 - a_min)` to `1 / (1 - a_max)` samples. lrnnx
     adds the input to the output, which here is the block's part.
 
+    !!! example
+
+        ```python
+        mixer = S7SequenceMixer(64, state_dim=16, key=key)
+        y, cache = mixer(x)  # x, y: (time, 64)
+        ```
+
     ??? cite
 
         Soydan, Zubić, Messikommer, Mishra and Scaramuzza, S7: Selective and Simplified State Space

@@ -18,6 +18,14 @@ class Bidirectional(AbstractSequenceMixer[None]):
     The backward pass begins at the last valid sample, crosses each gap between two samples once,
     and stops at the same boundaries as the forward pass. It needs the future: there is nothing to
     stream, no cache and no step.
+
+    !!! example
+
+        ```python
+        forward = functools.partial(LRUSequenceMixer, state_dim=32)
+        mixer = Bidirectional(64, forward=forward, key=key)
+        y, _ = mixer(x, length=length)  # x, y: (time, 64); there is no cache
+        ```
     """
 
     forward: AbstractSequenceMixer

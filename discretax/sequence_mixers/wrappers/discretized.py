@@ -15,6 +15,13 @@ class Discretized(AbstractLTIMixer[Any]):
     Usually made for a whole model at once, by [`discretax.discretized`][]. It is for inference:
     training it would move the system and leave the parameters behind. Where parameters are to be in
     bfloat16 or float16, cast them first: of a slow decay, such a type's rounding would leave none.
+
+    !!! example
+
+        ```python
+        mixer = Discretized(S5SequenceMixer(64, state_dim=32, key=key))
+        y, cache = mixer.step(sample, mixer.allocate_inference_cache())  # sample, y: (64,)
+        ```
     """
 
     mixer: AbstractLTIMixer

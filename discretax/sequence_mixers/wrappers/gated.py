@@ -46,6 +46,14 @@ class GatedSequenceMixer(AbstractSequenceMixer[Any]):
     bottleneck's maps do not fit, and a gate asks for the inner layer before it is made. The order
     of operations is the one written there, the widths are those of the paper.
 
+    !!! example
+
+        ```python
+        small = functools.partial(S4DSequenceMixer, state_dim=32)
+        mixer = GatedSequenceMixer(64, sequence_mixer=small, bottleneck=4, gate=2, key=key)
+        y, cache = mixer(x)  # x: (time, 64), y: (time, 128)
+        ```
+
     ??? cite
 
         Mehta, Gupta, Cutkosky and Neyshabur, Long Range Language Modeling via Gated State Spaces,

@@ -60,6 +60,14 @@ class SequenceParallel(AbstractSequenceMixer[Any]):
     not depend on the number of samples.
 
     The other axes of the mesh are left to the compiler. A step is the mixer's own.
+
+    !!! example
+
+        ```python
+        mesh = discretax.sharding.make_mesh(seq=jax.device_count())
+        mixer = SequenceParallel(LRUSequenceMixer(64, key=key), mesh)
+        y, cache = eqx.filter_jit(mixer)(x)  # x, y: (time, 64), of which each device holds a part
+        ```
     """
 
     mixer: AbstractSequenceMixer
