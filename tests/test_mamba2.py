@@ -67,7 +67,7 @@ def reference(mixer, x):
         v, B, C = np.split(v, (inner, inner + groups * mixer.state_dim))
         v, B, C = v.reshape(heads, -1), B.reshape(groups, -1), C.reshape(groups, -1)
         dt = np.clip(softplus(d + numbers(mixer.dt_bias)), *mixer.dt_limit)
-        y = numbers(mixer.D)[:, None] * v
+        y = numbers(mixer.D).reshape(heads, -1) * v
         for i in range(heads):
             group = i // (heads // groups)
             h[i] *= np.exp(-np.exp(numbers(mixer.A_log)[i]) * dt[i])
@@ -148,6 +148,14 @@ def test_biases_can_be_chosen():
     assert mixer.out_proj.bias.shape == (4,)
     assert mixer.conv_bias is None
     assert jnp.isfinite(mixer(jnp.ones((3, 4)))[0]).all()
+
+
+def test_skip_of_each_feature_of_a_head():
+    mixer = Mamba2SequenceMixer(4, jr.key(0), D_has_hdim=True, **SMALL)
+    np.testing.assert_array_equal(mixer.D, np.ones((4, 2)))
+    mixer = eqx.tree_at(lambda m: m.D, mixer, jr.normal(jr.key(1), (4, 2)))
+    x = jr.normal(jr.key(2), (5, 4))
+    assert_close(eqx.filter_jit(mixer)(x)[0], reference(mixer, x)[0], "float32")
 
 
 def test_timesteps_are_refused():

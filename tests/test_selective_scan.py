@@ -72,6 +72,31 @@ def test_is_the_loop(discretization, events):
         assert_close(actual, loop(**arrays, discretization=discretization), 1e-13)
 
 
+def test_groups_are_scans_side_by_side():
+    """Of features 0 to 2 and 3 to 5, each with `B` and `C` of their own."""
+    groups = [draw(seed=seed) for seed in range(2)]
+    options = {"length": 9, "resets": jnp.arange(TIME) == 4, "chunk_size": 4}
+
+    def together(name):
+        join = jnp.stack if name in ("B", "C") else jnp.concatenate
+        return ft.partial(join, axis=0 if name in ("A", "D", "h0") else 1)
+
+    def grouped(groups):
+        arrays = {name: together(name)([group[name] for group in groups]) for name in groups[0]}
+        return ops.selective_scan(**arrays, **options)
+
+    def apart(groups):
+        ys, hs = zip(*(ops.selective_scan(**group, **options) for group in groups), strict=True)
+        return jnp.concatenate(ys, axis=1), jnp.concatenate(hs)
+
+    def with_gradients(run):
+        return jax.jit(
+            lambda groups: (run(groups), jax.grad(lambda groups: weighted(run(groups)))(groups))
+        )(groups)
+
+    assert_close(with_gradients(grouped), with_gradients(apart))
+
+
 def test_skip_and_initial_state_may_be_left_out():
     arrays = {name: value for name, value in draw().items() if name not in ("D", "h0", "dt_A")}
     assert_close(scan(**arrays), loop(**arrays))
@@ -197,6 +222,8 @@ def test_memory_holds_no_states():
         ),
         ("dt_A", jnp.ones((TIME, 1)), r"`dt_A` must be .* = \(11, 3\); got float32\(11, 1\)"),
         ("B", jnp.ones((TIME, 3)), r"`B` must be .*\(time, state\) = \(11, 2\); got .*\(11, 3\)"),
+        ("B", jnp.ones((TIME, 2, 2)), r"multiple of the number of groups; got 3 .*, 2 groups"),
+        ("B", jnp.ones((TIME, 3, 2)), r"`C` must be .*\(time, groups, state\) = \(11, 3, 2\); got"),
         ("C", jnp.ones((TIME, 2), int), r"`C` must be floating.*got int32\(11, 2\)"),
         ("D", jnp.ones(2), r"`D` must be .*\(features\) = \(3,\); got float32\(2,\)"),
         ("h0", jnp.ones((2, 3)), r"`h0` must be .*\(features, state\) = \(3, 2\); got .*\(2, 3\)"),

@@ -24,7 +24,9 @@ pytestmark = pytest.mark.slow
 RESET = 5
 
 
-def draw(batch, time, features, state, *, resets=False, separate_steps=True, dtype=jnp.float32):
+def draw(
+    batch, time, features, state, *, rates=1, resets=False, separate_steps=True, dtype=jnp.float32
+):
     """The arguments of `forward`; `B`, `h0` and the resets are one for the whole batch."""
     rng = np.random.default_rng(0)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
@@ -33,7 +35,7 @@ def draw(batch, time, features, state, *, resets=False, separate_steps=True, dty
         "x": normal(batch, time, features),
         "dt": steps(),
         "dt_A": steps() if separate_steps else None,
-        "A": -jnp.exp(normal(1, state, features).astype(jnp.float32)),
+        "A": -jnp.exp(normal(rates, state, features).astype(jnp.float32)),
         "B": normal(1, time, state),
         "C": normal(batch, time, state),
         "h0": normal(1, state, features).astype(jnp.float32),
@@ -87,7 +89,7 @@ NAMES = ("x", "dt", "dt_A", "A", "B", "C", "h0")
 @pytest.mark.parametrize(
     ("sizes", "every", "options"),
     [
-        ((2, 13, 40, 4), 16, {"resets": True}),
+        ((2, 13, 40, 4), 16, {"resets": True, "rates": 2}),
         ((1, 13, 136, 8), 16, {"separate_steps": False}),
     ],
     ids=["batch", "blocks"],
@@ -241,15 +243,16 @@ def test_the_kernels_by_name(options, reason):
             run.lower(lowering_platforms=("cuda",))
 
 
-def test_models_side_by_side_are_computed_by_xla():
-    """A kernel has one `A` for the whole batch."""
-    x, B, A = jnp.ones((3, 64, 8)), jnp.ones((3, 64, 4)), -jnp.ones((3, 8, 4))
-
-    @ft.partial(jax.jit, static_argnums=0)
-    def run(implementation, *inputs):
-        return jax.vmap(ft.partial(ops.selective_scan, implementation=implementation))(*inputs)
-
-    with pytest.raises(ValueError, match="all examples must have the same `A`"):
-        run.trace("mosaic_gpu", x, x, A, B, B).lower(lowering_platforms=("cuda",))
-    text = run.trace(None, x, x, A, B, B).lower(lowering_platforms=("cuda",)).as_text()
-    assert "mosaic_gpu" not in text
+def test_models_side_by_side_and_groups():
+    """Examples with rates of their own, a batch of them and one."""
+    x, B, A = jnp.ones((3, 64, 16)), jnp.ones((3, 64, 4)), -jnp.ones((3, 16, 4))
+    run = ft.partial(ops.selective_scan, implementation="mosaic_gpu")
+    grouped = jnp.ones((64, 2, 4))
+    calls = [
+        (jax.vmap(run), x, x, A, B, B),
+        (jax.vmap(run, (None, None, 0, None, None)), x[0], x[0], A, B[0], B[0]),
+        (run, x[0], x[0], A[0], grouped, grouped),
+    ]
+    for call, *inputs in calls:
+        lowered = jax.jit(call).trace(*inputs).lower(lowering_platforms=("cuda",))
+        assert lowered.as_text().count("custom_call @mosaic_gpu") == 1

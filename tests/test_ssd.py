@@ -35,7 +35,7 @@ def loop(x, dt, A, B, C, D=None, h0=None, resets=None):
     time, heads, width = x.shape
     groups, state = B.shape[1:]
     h = np.zeros((heads, width, state)) if h0 is None else numbers(h0).copy()
-    y = np.zeros(x.shape) if D is None else numbers(D)[:, None] * x
+    y = np.zeros(x.shape) if D is None else numbers(D).reshape(heads, -1) * x
     for t in range(time):
         if resets is not None and resets[t]:
             h[:] = 0
@@ -84,6 +84,11 @@ def test_single_precision():
 
 def test_skip_and_initial_state_may_be_left_out():
     arrays = {name: value for name, value in draw().items() if name not in ("D", "h0")}
+    assert_close(scan(**arrays), loop(**arrays))
+
+
+def test_skip_of_each_feature():
+    arrays = draw() | {"D": jr.normal(jr.key(8), (HEADS, WIDTH))}
     assert_close(scan(**arrays), loop(**arrays))
 
 
@@ -259,6 +264,7 @@ def test_bfloat16_accumulates_in_float32():
         ("A", jnp.ones((HEADS, 1)), r"`A` must be .*\(heads\) = \(4,\); got float32\(4, 1\)"),
         ("C", jnp.ones((TIME, GROUPS, 3)), r"`C` must be .* = \(11, 2, 2\); got .*\(11, 2, 3\)"),
         ("C", jnp.ones((TIME, GROUPS, STATE), int), r"`C` must be floating.*got int32"),
+        ("D", jnp.ones((HEADS, 2)), r"`D` .*\(heads, head_dim\) = \(4, 3\); got float32\(4, 2\)"),
         ("D", jnp.ones(2), r"`D` must be .*\(heads\) = \(4,\); got float32\(2,\)"),
         ("h0", jnp.ones((4, 2, 3)), r"`h0` must be .*head_dim, state\) = \(4, 3, 2\)"),
         ("chunk_size", 0, "`chunk_size` must be .* at least 1; got 0"),

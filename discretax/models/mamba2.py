@@ -44,6 +44,7 @@ class Mamba2(AbstractBackbone):
         dt_init_floor: float = 1e-4,
         dt_limit: tuple[float, float] = (0.0, math.inf),
         A_init_range: tuple[float, float] = (1.0, 16.0),
+        D_has_hdim: bool = False,
         norm_eps: float = 1e-5,
         conv_bias: bool = True,
         use_bias: bool = False,
@@ -57,8 +58,8 @@ class Mamba2(AbstractBackbone):
         - `hidden_dim`: width of the residual stream.
         - `num_blocks`: how many blocks to stack.
         - `state_dim`, `conv_width`, `expand`, `head_dim`, `num_groups`, `dt_min`, `dt_max`,
-            `dt_init_floor`, `dt_limit`, `A_init_range`, `norm_eps`, `conv_bias`, `use_bias`: as in
-            [`discretax.sequence_mixers.Mamba2SequenceMixer`][].
+            `dt_init_floor`, `dt_limit`, `A_init_range`, `D_has_hdim`, `norm_eps`, `conv_bias`,
+            `use_bias`: as in [`discretax.sequence_mixers.Mamba2SequenceMixer`][].
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][]. The paper
             drops nothing.
         """
@@ -74,6 +75,7 @@ class Mamba2(AbstractBackbone):
             dt_init_floor=dt_init_floor,
             dt_limit=dt_limit,
             A_init_range=A_init_range,
+            D_has_hdim=D_has_hdim,
             norm_eps=norm_eps,
             conv_bias=conv_bias,
             use_bias=use_bias,

@@ -16,7 +16,7 @@ def ssd(
     A: Float[Array, " heads"],
     B: Float[Array, "time groups state"],
     C: Float[Array, "time groups state"],
-    D: Float[Array, " heads"] | None = None,
+    D: Float[Array, "heads *head_dim"] | None = None,
     h0: Float[Array, "heads head_dim state"] | None = None,
     *,
     length: Int[Array, ""] | int | None = None,
@@ -40,7 +40,8 @@ def ssd(
     - `dt`: $\Delta$, the steps.
     - `A`: the rates, negative for a state that decays.
     - `B`, `C`: how each sample is written to the states and read from them.
-    - `D`: the skip, one number per head; none if left out.
+    - `D`: the skip, one number per head, `(heads,)`, or per feature, `(heads, head_dim)`; none if left
+        out.
     - `h0`: the state before the first sample; zero if left out.
     - `length`: number of valid samples; those at or past it leave the state as it is.
     - `resets`: where True at `t`, the state before `t` is zero. It is selected, not multiplied, so
@@ -70,8 +71,9 @@ def ssd(
         )
     check_array("x", x, time=time, heads=heads, head_dim=head_dim)
     check_array("dt", dt, time=time, heads=heads)
-    for name, array in (("A", A), ("D", D)):
-        check_array(name, array, heads=heads)
+    check_array("A", A, heads=heads)
+    per_feature = {"head_dim": head_dim} if D is not None and D.ndim == 2 else {}
+    check_array("D", D, heads=heads, **per_feature)
     for name, array in (("B", B), ("C", C)):
         check_array(name, array, time=time, groups=groups, state=state_dim)
     check_array("h0", h0, heads=heads, head_dim=head_dim, state=state_dim)
@@ -81,5 +83,6 @@ def ssd(
     samples = as_samples(C, B, x, dt, dt * A.astype(dtype)[None], None, state)
     y, h = matrix_state(samples, state, length=length, resets=resets, chunk_size=chunk_size)
     if D is not None:
-        y = y + D.astype(dtype)[None, :, None] * x.astype(dtype)
+        D = D.astype(dtype).reshape(heads, -1)
+        y = y + D[None] * x.astype(dtype)
     return y.astype(x.dtype), h.mT

@@ -33,7 +33,7 @@ def forward(
     x: Float[Array, "#batch time features"],
     dt: Float[Array, "#batch time features"],
     dt_A: Float[Array, "#batch time features"] | None,
-    A: Float[Array, "1 state features"],
+    A: Float[Array, "#batch state features"],
     B: Float[Array, "#batch time state"],
     C: Float[Array, "#batch time state"],
     h0: Float[Array, "#batch state features"],
@@ -55,7 +55,7 @@ def forward(
     chunk = checkpoint_every // rows  # tiles
     streams = {"x": x, "dt": dt, "dt_A": dt_A, "narrow": narrow(B, C, resets)}
     streams = {name: value for name, value in streams.items() if value is not None}
-    batch = max(value.shape[0] for value in (*streams.values(), h0))
+    batch = max(value.shape[0] for value in (*streams.values(), A, h0))
     tiles = pl.cdiv(time, rows)
 
     def body(*refs):

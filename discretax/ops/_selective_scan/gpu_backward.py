@@ -92,7 +92,7 @@ def backward(
     x: Float[Array, "#batch time features"],
     dt: Float[Array, "#batch time features"],
     dt_A: Float[Array, "#batch time features"] | None,
-    A: Float[Array, "1 state features"],
+    A: Float[Array, "#batch state features"],
     B: Float[Array, "#batch time state"],
     C: Float[Array, "#batch time state"],
     resets: Bool[Array, "#batch time"] | None,

@@ -22,6 +22,7 @@ from discretax.ops._running.derivatives import (
 from discretax.ops._running.dispatch import kernel_on, operation, over_batch
 from discretax.ops._running.manual_axes import split_by_compiler
 from discretax.ops._running.split_time import incoming_state
+from discretax.ops._selective_scan.groups import group_by_group, groups_of
 from discretax.ops._selective_scan.xla import (
     Samples,
     SelectiveDiscretization,
@@ -36,8 +37,8 @@ def selective_scan(
     x: Float[Array, "time features"],
     dt: Float[Array, "time features"],
     A: Float[Array, "features state"],
-    B: Float[Array, "time state"],
-    C: Float[Array, "time state"],
+    B: Float[Array, "time *groups state"],
+    C: Float[Array, "time *groups state"],
     D: Float[Array, " features"] | None = None,
     h0: Float[Array, "features state"] | None = None,
     *,
@@ -68,7 +69,9 @@ def selective_scan(
     - `x`: the input.
     - `dt`: $\Delta$, the steps.
     - `A`: the rates, negative for a state that decays.
-    - `B`, `C`: how each sample is written to the states and read from them, alike for all features.
+    - `B`, `C`: how each sample is written to the states and read from them: `(time, state)`, alike for
+        all features, or `(time, groups, state)`: feature $i$ takes those of group
+        $\lfloor i \cdot \mathrm{groups} / \mathrm{features} \rfloor$.
     - `D`: the elementwise skip; none if left out.
     - `h0`: the state before the first sample; zero if left out.
     - `dt_A`: $\Delta^A$, the steps over which the state decays, where they are not `dt`, as between
@@ -90,8 +93,9 @@ def selective_scan(
 
     **Raises:**
 
-    `ValueError` if shapes do not fit, the discretization or the implementation is unknown, an input
-    is not real, or an implementation asked for by name cannot run.
+    `ValueError` if shapes do not fit, the features cannot be shared out among the groups, the
+    discretization or the implementation is unknown, an input is not real, or an implementation asked
+    for by name cannot run.
     """
     check_name("discretization", discretization, SelectiveDiscretization)
     check_name("implementation", implementation, SelectiveImplementation)
@@ -108,11 +112,22 @@ def selective_scan(
         check_array(name, array, time=time, features=features)
     for name, array in (("A", A), ("h0", h0)):
         check_array(name, array, features=features, state=state_dim)
+    groups = groups_of(B, features)
     for name, array in (("B", B), ("C", C)):
-        check_array(name, array, time=time, state=state_dim)
+        check_array(name, array, time=time, **groups, state=state_dim)
     check_array("D", D, features=features)
     check_length(length, time)
     check_resets(resets, time)
+    if groups:
+        scan = ft.partial(
+            selective_scan,
+            discretization=discretization,
+            length=length,
+            resets=resets,
+            chunk_size=chunk_size,
+            implementation=implementation,
+        )
+        return group_by_group(scan, x, dt, A, B, C, D, h0, dt_A)
     dtype = accumulation_dtype(*jax.tree.leaves((x, dt, dt_A, A, B, C, D, h0)))
     h = jnp.zeros(A.shape, dtype) if h0 is None else h0.astype(dtype)
     if time == 0:
@@ -185,8 +200,6 @@ def _why_no_kernel(discretization, chunk_size, samples, A, kernel):
         return "it runs on NVIDIA GPUs alone"
     if discretization != "mamba":
         return f"`discretization` must be 'mamba'; got {discretization!r}"
-    if A.shape[0] != 1:
-        return "all examples must have the same `A`"
     from discretax.ops._selective_scan.gpu_backward import supports
 
     return supports(*_in_order(samples, A), checkpoint_every=chunk_size)

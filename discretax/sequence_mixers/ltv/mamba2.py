@@ -31,8 +31,8 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
     $$h_t = e^{\Delta_t A} h_{t-1} + \Delta_t v_t B_t^T, \qquad
     y_t = W_{out}\, (w \odot \mathrm{rms}((h_t C_t + D v_t) \odot \mathrm{silu}(z_t)))$$
 
-    with $A = -e^{\mathrm{A\_log}}$, $\Delta$, $A$ and $D$ one number per head, and $v$ cut into heads
-    of `head_dim` features. Heads share $B$ and $C$ within a group, as in [`discretax.ops.ssd`][], and
+    with $A = -e^{\mathrm{A\_log}}$, $\Delta$, $A$ and $D$ one number per head (`D_has_hdim`: $D$ one
+    per feature of a head), and $v$ cut into heads of `head_dim` features. Heads share $B$ and $C$ within a group, as in [`discretax.ops.ssd`][], and
     $\mathrm{rms}$ divides each group's features by the root of their mean square. $z$ and $v$ have
     `expand` times the width of $x$; the convolution is causal, one short filter per feature.
 
@@ -60,7 +60,7 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
     conv_bias: Float[Array, " convolved"] | None
     dt_bias: Float[Array, " heads"]
     A_log: Float[Array, " heads"]
-    D: Float[Array, " heads"]
+    D: Float[Array, "heads *head_dim"]
     norm_weight: Float[Array, " inner"]
     out_proj: eqx.nn.Linear
     in_features: int = eqx.field(static=True)
@@ -87,6 +87,7 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
         dt_init_floor: float = 1e-4,
         dt_limit: tuple[float, float] = (0.0, math.inf),
         A_init_range: tuple[float, float] = (1.0, 16.0),
+        D_has_hdim: bool = False,
         norm_eps: float = 1e-5,
         conv_bias: bool = True,
         use_bias: bool = False,
@@ -105,6 +106,7 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
         - `dt_init_floor`: no step starts below it.
         - `dt_limit`: the least and the largest step.
         - `A_init_range`: $-A$ starts uniform between these.
+        - `D_has_hdim`: whether $D$ is `(heads, head_dim)` rather than `(heads,)`.
         - `norm_eps`: added to the mean squares of the norm.
         - `conv_bias`: of the convolution.
         - `use_bias`: of $W_{in}$ and $W_{out}$.
@@ -139,7 +141,7 @@ class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
         )
         self.dt_bias = step_bias(step_key, (num_heads,), dt_min, dt_max, dt_init_floor)
         self.A_log = log_rate(A_key, (num_heads,), *A_init_range)
-        self.D = jnp.ones(num_heads)
+        self.D = jnp.ones((num_heads, head_dim) if D_has_hdim else num_heads)
         self.norm_weight = jnp.ones(inner)
         self.out_proj = eqx.nn.Linear(inner, in_features, use_bias=use_bias, key=out_key)
         self.in_features = in_features
