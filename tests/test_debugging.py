@@ -9,6 +9,7 @@ from cases import CASES, FEATURES
 from helpers import assert_close, draw
 
 from discretax.ops import linear_recurrence, selective_scan
+from discretax.testing import mixer_laws
 
 pytestmark = pytest.mark.slow
 
@@ -44,6 +45,27 @@ def test_without_jit(name):
     with jax.disable_jit():
         uncompiled = gradients(mixer, x)
     assert_close(uncompiled, eqx.filter_jit(gradients)(mixer, x))
+
+
+def laws(case):
+    return {law.name: law for law in mixer_laws(case.make, **{**case.options, "longest": 13})}
+
+
+# Of the cases that a law concerns, the cheapest: the last in this row.
+CHEAPEST = ("Bidirectional", "Decay", "IdentitySequenceMixer")
+LAWS = {}
+for cheap in CHEAPEST:
+    LAWS |= laws(next(case for case in CASES if str(case) == cheap))
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_every_law_without_jit(name):
+    with jax.disable_jit():
+        LAWS[name]()
+
+
+def test_every_law_is_there():
+    assert set(LAWS) == {name for case in CASES for name in laws(case)}
 
 
 def test_a_split_sequence_without_jit():
