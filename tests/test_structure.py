@@ -91,7 +91,7 @@ MIXER_MAY_SEE = {
     "ltv": ("base", "wrappers"),
     "wrappers": ("base",),
     "base": (),
-    **dict.fromkeys(("attention", "identity", "short_convolution"), ("base",)),
+    **dict.fromkeys(("attention", "identity", "packed", "short_convolution"), ("base",)),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -65,6 +65,7 @@ from discretax.sequence_mixers.ltv.rwkv7 import (
     RWKV7SequenceMixer as RWKV7SequenceMixer,
 )
 from discretax.sequence_mixers.ltv.s7 import S7SequenceMixer as S7SequenceMixer
+from discretax.sequence_mixers.packed import states_at_resets as states_at_resets
 from discretax.sequence_mixers.short_convolution import (
     ShortConvSequenceMixer as ShortConvSequenceMixer,
 )
