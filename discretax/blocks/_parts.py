@@ -44,12 +44,6 @@ def _check_layer(layer: Any) -> None:
         )
 
 
-def make_dropout(drop_rate: float) -> eqx.nn.Dropout:
-    if not 0 <= drop_rate < 1:
-        raise ValueError(f"`drop_rate` must lie in [0, 1); got {drop_rate}.")
-    return eqx.nn.Dropout(drop_rate)
-
-
 def make_sequence_mixer(
     mixer: AbstractSequenceMixer | Callable[..., AbstractSequenceMixer],
     in_features: int,

@@ -4,10 +4,10 @@ from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from discretax._broken import each_sample
+from discretax._dropout import dropped
 from discretax._stateful import AbstractStreamingLayer
 from discretax._timeseries import Timeseries, length_of
 from discretax._types import Values
@@ -57,16 +57,7 @@ class AbstractBlock(AbstractStreamingLayer):
 
     def drop(self, u: Values, key: PRNGKeyArray | None) -> Values:
         """One mask of features for the whole sequence."""
-        if self.dropout.inference or self.dropout.p == 0:
-            return u
-        if key is None:
-            raise ValueError(
-                f"`{type(self).__name__}` drops features at random (drop_rate={self.dropout.p}) "
-                "and got no key. Call `model(x, state, key=key)`, or "
-                "`eqx.nn.inference_mode(model)` to evaluate, or build the model with `drop_rate=0`."
-            )
-        mask: Array = self.dropout(jnp.ones(u.shape[1], u.dtype), key=key)
-        return u * mask[None]
+        return dropped(u, self.dropout, key, self)
 
 
 def mixer_options(x: Array | Timeseries) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from jaxtyping import PRNGKeyArray
 
 from discretax._broken import each_sample
 from discretax._constructors import keyed
+from discretax._dropout import make_dropout
 from discretax._features import check_size
 from discretax._stateful import samples_of
 from discretax._timeseries import with_values
@@ -13,7 +14,6 @@ from discretax.blocks._parts import (
     Norm,
     NormLayer,
     make_channel_mixer,
-    make_dropout,
     make_norm,
     make_sequence_mixer,
 )

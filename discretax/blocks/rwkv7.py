@@ -6,10 +6,10 @@ import jax.random as jr
 from jaxtyping import PRNGKeyArray, PyTree
 
 from discretax._constructors import keyed
+from discretax._dropout import make_dropout
 from discretax._features import check_positive, check_size
 from discretax._stateful import samples_of
 from discretax._timeseries import with_values
-from discretax.blocks._parts import make_dropout
 from discretax.blocks.base import AbstractBlock, Samples, mixer_options, normalise
 from discretax.sequence_mixers import RWKV7ChannelMixer, RWKV7SequenceMixer
 

@@ -7,6 +7,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from discretax._broken import each_sample
 from discretax._constructors import keyed
+from discretax._dropout import make_dropout
 from discretax._features import check_function, check_size
 from discretax._stateful import samples_of
 from discretax._timeseries import with_values
@@ -14,7 +15,6 @@ from discretax.blocks._parts import (
     Norm,
     NormLayer,
     make_channel_mixer,
-    make_dropout,
     make_norm,
     make_sequence_mixer,
 )

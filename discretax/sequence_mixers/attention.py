@@ -10,11 +10,12 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from discretax._broken import is_broken, mended, spoilt
 from discretax._constructors import keyed
+from discretax._counts import count_after, counts_before
 from discretax._features import check_positive, check_size, divided, linear, size_of_head
 from discretax._timeseries import known
 from discretax._types import Length, Resets, Sample, Timesteps, Values, widened
 from discretax.ops._attention import masked_attention
-from discretax.ops._rotary import count_after, counts_before, rotated
+from discretax.ops._rotary import rotated
 from discretax.ops._running.chunks import scan_chunks
 from discretax.sequence_mixers.base import (
     AbstractSequenceMixer,

@@ -166,7 +166,7 @@ class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
         )
         self.dt_proj = eqx.tree_at(
             lambda layer: (layer.weight, layer.bias),
-            eqx.nn.Linear(dt_rank, inner, key=dt_key),
+            eqx.nn.Linear(dt_rank, inner, key=jr.clone(dt_key)),  # whose draws are replaced
             (weight, initial_bias(step_key)),
         )
         self.dt_A_bias = initial_bias(event_key) if event else None

@@ -7,11 +7,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from discretax._constructors import keyed
+from discretax._counts import count_after, counts_before
 from discretax._features import check_positive
 from discretax._timeseries import zero_padding
 from discretax._types import Length, Resets, Timesteps, Values
 from discretax.ops import gated_linear_attention
-from discretax.ops._rotary import count_after, counts_before, rotated
+from discretax.ops._rotary import rotated
 from discretax.ops._running.split_time import incoming_state
 from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
 from discretax.sequence_mixers.ltv._matrix_memory import Output, Projections
