@@ -57,9 +57,10 @@ def batched(
     def call(
         x: Array | np.ndarray | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Any, eqx.nn.State]:
-        check_state(state, model)
+        owner = getattr(model, "__self__", model)  # of a method
+        check_state(state, owner)
         size = _batch_size(x)
-        layers = found(model, AbstractStreamingLayer).values()
+        layers = found(owner, AbstractStreamingLayer).values()
         streams = any(layer.streaming for layer in layers)
         if streams:
             _check_streams(state, size)

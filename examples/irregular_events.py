@@ -40,7 +40,7 @@ from classify_timeseries import Config, load, make_optimiser, predict, train_ste
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from discretax import Timeseries
+from discretax import Sequential, Timeseries, drop_missing
 from discretax.encoder import LinearEncoder
 from discretax.heads import ClassificationHead
 from discretax.models import S4D, S5, Mamba
@@ -64,29 +64,18 @@ accuracies, one per seed."""
 
 
 def thin(x: Timeseries, dropped: float, rng: np.random.Generator) -> Timeseries:
-    """Drops each sample with probability `dropped`; one at least is kept of every series."""
-    values = np.full(x.values.shape, np.nan, np.float32)
-    gaps = np.ones(values.shape[:2], np.float32)
-    length = np.array(x.length)
-    for i, samples in enumerate(np.asarray(x.values)):
-        kept = np.flatnonzero(rng.random(length[i]) >= dropped)
-        if len(kept) == 0:
-            kept = rng.integers(length[i], size=1)
-        length[i] = len(kept)
-        values[i, : len(kept)] = samples[kept]
-        gaps[i, : len(kept)] = gaps_before(kept)
-    return Timeseries(values, gaps, length)
-
-
-def gaps_before(kept: np.ndarray) -> np.ndarray:
-    """Time since the previous kept sample, in sample intervals; before the first, its index + 1.
+    """Drops each sample with probability `dropped`; one at least is kept of every series.
 
     A series begins one interval before its first sample: with nothing dropped every gap is one,
     which is what a model takes them for that is told nothing. Counted from the first sample
     instead, its gap would be zero, and the zero-order hold, which holds a sample over the gap
     before it, would lose it.
     """
-    return np.diff(kept, prepend=-1)
+    lost = np.ones(x.values.shape[:2], bool)
+    for row, length in zip(lost, np.asarray(x.length), strict=True):
+        kept = np.flatnonzero(rng.random(length) >= dropped)
+        row[kept if len(kept) else rng.integers(length, size=1)] = False
+    return drop_missing(x, lost)
 
 
 def tell(x: Timeseries, gaps: str) -> Timeseries:
@@ -114,7 +103,7 @@ def make_model(name: str, config: Config, channels: int, classes: int, key: jax.
         drop_rate=config.drop_rate,
     )
     head = ClassificationHead(in_features=width, out_features=classes, key=keys[2])
-    return eqx.nn.Sequential([encoder, model, head])
+    return Sequential(encoder=encoder, model=model, head=head)
 
 
 def train(name: str, config: Config, seed: int, x: Timeseries, labels: jax.Array):

@@ -174,8 +174,7 @@ def train_step(model, state, opt_state, tokens: jax.Array, key: jax.Array, confi
     """One step, and the training loss in bits per byte."""
 
     def loss_fn(model, state):
-        batched = jax.vmap(model.loss, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-        losses, state = batched(documents(tokens), state, key=jr.split(key, len(tokens)))
+        losses, state = discretax.batched(model.loss)(documents(tokens), state, key=key)
         return losses.total.sum() / losses.count.sum(), state
 
     (loss, state), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(model, state)

@@ -85,7 +85,7 @@ def to_sequences(images, config: Config) -> jax.Array:
 
 
 @eqx.nn.make_with_state
-def make_model(config: Config, key: jax.Array) -> eqx.nn.Sequential:
+def make_model(config: Config, key: jax.Array) -> discretax.Sequential:
     features, width = config.resolution if config.rows else 1, config.hidden_dim
     keys = jr.split(key, 3)
     encoder = LinearEncoder(in_features=features, out_features=width, key=keys[0])
@@ -100,7 +100,7 @@ def make_model(config: Config, key: jax.Array) -> eqx.nn.Sequential:
         max_phase=phase,
     )
     head = ClassificationHead(in_features=width, out_features=10, key=keys[2])
-    return eqx.nn.Sequential([encoder, lru, head])
+    return discretax.Sequential(encoder=encoder, model=lru, head=head)
 
 
 @eqx.filter_jit
@@ -135,8 +135,7 @@ def train_step(model, state, opt_state, images, labels, key, config: Config):
     x = to_sequences(jax.vmap(random_shift)(images, shift_keys), config)
 
     def loss_fn(model, state):
-        batched = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-        log_p, state = batched(x, state, key=dropout_keys)
+        log_p, state = discretax.batched(model)(x, state, key=dropout_keys)
         loss = -jnp.take_along_axis(log_p, labels[:, None], axis=1).mean()
         return loss, (state, (log_p.argmax(1) == labels).mean())
 

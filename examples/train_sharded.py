@@ -116,8 +116,7 @@ def train_step(inputs: tuple[jax.Array, Config, Mesh], trained):
         model = gather_model(model, mesh, min_size=config.min_size)
         if mesh.shape["seq"] > 1:
             model = sequence_parallel(model, mesh)
-        batched = jax.vmap(model.loss, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-        losses, state = batched(tokens, state)
+        losses, state = discretax.batched(model.loss)(tokens, state)
         return losses.total.sum() / losses.count.sum(), state
 
     (loss, state), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(model, state)

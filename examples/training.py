@@ -40,7 +40,7 @@ def make_model(backbone, vocabulary: int, classes: int, width: int, key: jax.Arr
     encoder = EmbeddingEncoder(keys[0], num_classes=vocabulary, out_features=width)
     model = backbone(keys[1], hidden_dim=width)
     head = ClassificationHead(width, classes, keys[2], reduce=False)
-    return eqx.nn.Sequential([encoder, model, head])
+    return discretax.Sequential(encoder=encoder, model=model, head=head)
 
 
 def residual_stack(mixer, num_blocks: int, key: jax.Array, *, hidden_dim: int) -> BlockStack:
@@ -56,8 +56,7 @@ def residual_stack(mixer, num_blocks: int, key: jax.Array, *, hidden_dim: int) -
 
 def read(model, state, x):
     """Log-probabilities after every token, (batch, time, classes), and the state."""
-    batched = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-    return batched(x, state)
+    return discretax.batched(model)(x, state)
 
 
 def loss_of(log_p: jax.Array, answers: jax.Array) -> jax.Array:

@@ -92,8 +92,9 @@ def test_streams_have_a_state_each(named):
         answer, streams = run(live, streams, chunk)
     assert_close(answer, whole)
     one = discretax.inference_state(live, state)
-    with pytest.raises(ValueError, match=r"each of the 3 streams.*batch_size=3\)"):
-        batched(live)(x, one)
+    for streaming in live, live.__call__:
+        with pytest.raises(ValueError, match=r"each of the 3 streams.*batch_size=3\)"):
+            batched(streaming)(x, one)
 
 
 def test_parts_by_name_and_place(named):
@@ -129,7 +130,9 @@ def test_an_ensemble(named):
     keys, x = jr.split(jr.key(5)), draw(BATCH, TIME, FEATURES)
     models = eqx.filter_vmap(make)(keys)
     call = eqx.filter_vmap(lambda model: batched(model)(x, named[1])[0])
-    assert_close(call(models)[1], x @ make(keys[1])["encoder"].linear.weight.T)
+    expected = x @ make(keys[1])["encoder"].linear.weight.T
+    assert_close(call(models)[1], expected)
+    assert_close(batched(make(keys[1]).__call__)(x, named[1])[0], expected)  # a method
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Models: stacks of blocks, to be put between an encoder and a head by `eqx.nn.Sequential`."""
+"""Models: stacks of blocks, to be put between an encoder and a head by `discretax.Sequential`."""
 
 from discretax.models._backbone import (
     AbstractBackbone as AbstractBackbone,
