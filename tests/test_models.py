@@ -106,6 +106,9 @@ def test_documented_signature_of_lru():
         "prenorm": True,
         "use_bias": True,
         "norm": "batch",
+        "channel_mixer": None,
+        "activation": jax.nn.gelu,
+        "bidirectional": False,
     }
     key, *options = inspect.signature(LRU).parameters.values()
     assert (key.name, key.kind) == ("key", inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import equinox as eqx
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 from discretax._features import described, is_layer, made, out_features
 from discretax.blocks._batch_norm import BatchNorm
@@ -14,6 +14,9 @@ from discretax.sequence_mixers import AbstractSequenceMixer
 
 NormLayer = BatchNorm | eqx.nn.LayerNorm | eqx.nn.RMSNorm | OffsetRMSNorm | None
 Norm = Literal["batch", "layer", "rms"] | Callable[[int], NormLayer] | None
+Activation = Callable[[Array], Array] | None
+SequenceMixerMaker = Callable[..., AbstractSequenceMixer]
+ChannelMixerMaker = Callable[..., AbstractChannelMixer]
 
 
 def make_norm(norm: Norm, in_features: int) -> NormLayer:
@@ -45,7 +48,7 @@ def _check_layer(layer: Any) -> None:
 
 
 def make_sequence_mixer(
-    mixer: AbstractSequenceMixer | Callable[..., AbstractSequenceMixer],
+    mixer: AbstractSequenceMixer | SequenceMixerMaker,
     in_features: int,
     key: PRNGKeyArray,
 ) -> tuple[AbstractSequenceMixer, int]:
@@ -60,7 +63,7 @@ def make_sequence_mixer(
 
 
 def make_channel_mixer(
-    mixer: AbstractChannelMixer | Callable[..., AbstractChannelMixer],
+    mixer: AbstractChannelMixer | ChannelMixerMaker,
     mixed_features: int,
     in_features: int,
     key: PRNGKeyArray,

@@ -1,5 +1,3 @@
-from collections.abc import Callable
-
 import equinox as eqx
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
@@ -11,8 +9,10 @@ from discretax._features import check_size
 from discretax._stateful import samples_of
 from discretax._timeseries import with_values
 from discretax.blocks._parts import (
+    ChannelMixerMaker,
     Norm,
     NormLayer,
+    SequenceMixerMaker,
     make_channel_mixer,
     make_norm,
     make_sequence_mixer,
@@ -55,8 +55,8 @@ class ResidualBlock(AbstractBlock):
         in_features: int,
         key: PRNGKeyArray,
         *,
-        sequence_mixer: AbstractSequenceMixer | Callable[..., AbstractSequenceMixer],
-        channel_mixer: AbstractChannelMixer | Callable[..., AbstractChannelMixer],
+        sequence_mixer: AbstractSequenceMixer | SequenceMixerMaker,
+        channel_mixer: AbstractChannelMixer | ChannelMixerMaker,
         drop_rate: float = 0.0,
         prenorm: bool = True,
         norm: Norm = "rms",

@@ -1,9 +1,7 @@
-from collections.abc import Callable
-
 import equinox as eqx
 import jax
 import jax.random as jr
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from discretax._broken import each_sample
 from discretax._constructors import keyed
@@ -12,8 +10,11 @@ from discretax._features import check_function, check_size
 from discretax._stateful import samples_of
 from discretax._timeseries import with_values
 from discretax.blocks._parts import (
+    Activation,
+    ChannelMixerMaker,
     Norm,
     NormLayer,
+    SequenceMixerMaker,
     make_channel_mixer,
     make_norm,
     make_sequence_mixer,
@@ -48,7 +49,7 @@ class StandardBlock(AbstractBlock):
     in_features: int = eqx.field(static=True)
     out_features: int = eqx.field(static=True)
     prenorm: bool = eqx.field(static=True)
-    activation: Callable[[Array], Array] | None = eqx.field(static=True)
+    activation: Activation = eqx.field(static=True)
 
     @keyed
     def __init__(
@@ -56,12 +57,12 @@ class StandardBlock(AbstractBlock):
         in_features: int,
         key: PRNGKeyArray,
         *,
-        sequence_mixer: AbstractSequenceMixer | Callable[..., AbstractSequenceMixer],
-        channel_mixer: AbstractChannelMixer | Callable[..., AbstractChannelMixer],
+        sequence_mixer: AbstractSequenceMixer | SequenceMixerMaker,
+        channel_mixer: AbstractChannelMixer | ChannelMixerMaker,
         drop_rate: float = 0.1,
         prenorm: bool = True,
         norm: Norm = "batch",
-        activation: Callable[[Array], Array] | None = jax.nn.gelu,
+        activation: Activation = jax.nn.gelu,
     ):
         """**Arguments:**
 
@@ -73,8 +74,9 @@ class StandardBlock(AbstractBlock):
             `in_features`, and the block's by the keyword `out_features`.
         - `drop_rate`: probability with which dropout zeroes a feature.
         - `prenorm`: norm before the mixer (True) or after the sum (False).
-        - `norm`: `"batch"` over batch and time, as the papers have it; `"layer"` or `"rms"` over
-            the features of each sample; a function `(in_features) -> layer`, for a norm of other
+        - `norm`: `"batch"` over batch and time, as the papers have it, which in training looks at
+            later samples and at other sequences: to forecast, and for reinforcement learning, take
+            another; `"layer"` or `"rms"` over the features of each sample; a function `(in_features) -> layer`, for a norm of other
             options: `functools.partial(OffsetRMSNorm, eps=1e-5)`; None.
         - `activation`: what the sequence mixer's output goes through: `jax.nn.gelu`, in its
             approximation by tanh; `functools.partial(jax.nn.gelu, approximate=False)`; None for

@@ -1,22 +1,26 @@
 """The stack of blocks that every model is, stated once."""
 
 import functools as ft
+import inspect
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import equinox as eqx
 import jax
 import jax.random as jr
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from discretax._constructors import keyed
 from discretax._features import check_instance, check_maker, check_size, described
 from discretax._stateful import check_state
 from discretax.blocks import AbstractBlock, ResidualBlock, StandardBlock
-from discretax.blocks._parts import Norm
+from discretax.blocks._parts import Activation, ChannelMixerMaker, Norm, SequenceMixerMaker
 from discretax.blocks.base import Samples
-from discretax.channel_mixers import GLU, AbstractChannelMixer, IdentityChannelMixer, SwiGLU
-from discretax.sequence_mixers import AbstractSequenceMixer
+from discretax.channel_mixers import GLU, AbstractChannelMixer, SwiGLU
+from discretax.sequence_mixers import AbstractSequenceMixer, Bidirectional
+
+Block = TypeVar("Block", bound=AbstractBlock)
 
 
 class AbstractBackbone(eqx.nn.StatefulLayer):
@@ -98,32 +102,36 @@ class Backbone(AbstractBackbone):
         key: PRNGKeyArray,
         *,
         hidden_dim: int,
-        sequence_mixer: Callable[..., AbstractSequenceMixer],
-        channel_mixer: Callable[..., AbstractChannelMixer] = GLU,
+        sequence_mixer: SequenceMixerMaker,
         num_blocks: int = 4,
         drop_rate: float = 0.1,
         prenorm: bool = True,
         norm: Norm = "batch",
-        activation: Callable[[Array], Array] | None = jax.nn.gelu,
+        channel_mixer: ChannelMixerMaker = GLU,
+        activation: Activation = jax.nn.gelu,
+        bidirectional: bool = False,
     ):
         """**Arguments:**
 
         - `key`: for the initialisation.
         - `hidden_dim`: width of the residual stream.
         - `sequence_mixer`, `channel_mixer`: functions `(in_features, *, key)` that make a mixer,
-            called once per block.
+            called once per block: the class, or `functools.partial(SwiGLU, intermediate_dim=96)`.
         - `num_blocks`: how many blocks to stack.
-        - `drop_rate`, `prenorm`, `norm`, `activation`: as in [`discretax.blocks.StandardBlock`][].
+        - `drop_rate`, `prenorm`, `norm`, `activation`: as in [`discretax.blocks.StandardBlock`][]. In
+            training `norm="batch"` looks at later samples and at other sequences: to forecast, and
+            for reinforcement learning, take `"layer"` or `"rms"`.
+        - `bidirectional`: a mixer in each direction, [`discretax.sequence_mixers.Bidirectional`][];
+            such a model needs whole sequences and does not stream.
 
         **Raises:** `TypeError` for mixers that are made already, which all blocks would share.
         """
         check_maker("sequence_mixer", sequence_mixer, AbstractSequenceMixer)
-        check_maker("channel_mixer", channel_mixer, AbstractChannelMixer)
         self.blocks = standard_blocks(
             key,
             hidden_dim,
             num_blocks,
-            sequence_mixer,
+            directed(bidirectional, sequence_mixer),
             channel_mixer,
             drop_rate,
             prenorm,
@@ -132,44 +140,34 @@ class Backbone(AbstractBackbone):
         )
 
 
+def directed(bidirectional: bool, mixer: SequenceMixerMaker, **options: Any) -> SequenceMixerMaker:
+    """What makes the mixer of the `options`, or one in each direction."""
+    mixer = ft.partial(mixer, **options)
+    return ft.partial(Bidirectional, forward=mixer) if bidirectional else mixer
+
+
 def standard_blocks(
     key: PRNGKeyArray,
     hidden_dim: int,
     num_blocks: int,
-    sequence_mixer: Callable[..., AbstractSequenceMixer],
-    channel_mixer: Callable[..., AbstractChannelMixer],
+    sequence_mixer: SequenceMixerMaker,
+    channel_mixer: ChannelMixerMaker,
     drop_rate: float,
     prenorm: bool,
     norm: Norm,
-    activation: Callable[[Array], Array] | None = jax.nn.gelu,
+    activation: Activation,
 ) -> tuple[StandardBlock, ...]:
-    hidden_dim = check_size("hidden_dim", hidden_dim)
-    num_blocks = check_size("num_blocks", num_blocks)
-    block = ft.partial(
-        StandardBlock,
+    make = ft.partial(StandardBlock, activation=activation)
+    return _blocks(
+        make,
+        key,
         hidden_dim,
-        sequence_mixer=sequence_mixer,
-        channel_mixer=channel_mixer,
-        drop_rate=drop_rate,
-        prenorm=prenorm,
-        norm=norm,
-        activation=activation,
-    )
-    return tuple(block(block_key) for block_key in jr.split(key, num_blocks))
-
-
-def mixer_blocks(
-    key: PRNGKeyArray,
-    hidden_dim: int,
-    num_blocks: int,
-    mixer: Callable[..., AbstractSequenceMixer],
-    drop_rate: float,
-    prenorm: bool,
-    norm: Norm,
-) -> tuple[StandardBlock, ...]:
-    """Blocks of a mixer that has a gate and projections of its own: nothing follows it."""
-    return standard_blocks(
-        key, hidden_dim, num_blocks, mixer, IdentityChannelMixer, drop_rate, prenorm, norm, None
+        num_blocks,
+        (sequence_mixer,),
+        channel_mixer,
+        drop_rate,
+        prenorm,
+        norm,
     )
 
 
@@ -177,39 +175,94 @@ def residual_blocks(
     key: PRNGKeyArray,
     hidden_dim: int,
     num_blocks: int,
-    pattern: Sequence[Callable[..., AbstractSequenceMixer]],
-    channel_mixer: Callable[..., AbstractChannelMixer],
+    pattern: Sequence[SequenceMixerMaker],
+    channel_mixer: ChannelMixerMaker,
     drop_rate: float,
     prenorm: bool,
     norm: Norm,
 ) -> tuple[ResidualBlock, ...]:
     """Blocks of the mixers of the `pattern`, and over again, a channel mixer after each."""
+    return _blocks(
+        ResidualBlock, key, hidden_dim, num_blocks, pattern, channel_mixer, drop_rate, prenorm, norm
+    )
+
+
+def _blocks(
+    make: Callable[..., Block],
+    key: PRNGKeyArray,
+    hidden_dim: int,
+    num_blocks: int,
+    pattern: Sequence[SequenceMixerMaker],
+    channel_mixer: ChannelMixerMaker,
+    drop_rate: float,
+    prenorm: bool,
+    norm: Norm,
+) -> tuple[Block, ...]:
     hidden_dim = check_size("hidden_dim", hidden_dim)
     num_blocks = check_size("num_blocks", num_blocks)
-    block = ft.partial(
-        ResidualBlock,
-        hidden_dim,
-        channel_mixer=channel_mixer,
-        drop_rate=drop_rate,
-        prenorm=prenorm,
-        norm=norm,
-    )
+    check_maker("channel_mixer", channel_mixer, AbstractChannelMixer)
     return tuple(
-        block(block_key, sequence_mixer=pattern[i % len(pattern)])
+        make(
+            hidden_dim,
+            block_key,
+            sequence_mixer=pattern[i % len(pattern)],
+            channel_mixer=channel_mixer,
+            drop_rate=drop_rate,
+            prenorm=prenorm,
+            norm=norm,
+        )
         for i, block_key in enumerate(jr.split(key, num_blocks))
     )
 
 
-def geglu(hidden_dim: int, expansion: int, use_bias: bool) -> Callable[..., SwiGLU]:
+def glu(
+    model: type[eqx.Module], channel_mixer: ChannelMixerMaker | None, use_bias: bool
+) -> ChannelMixerMaker:
+    """The `channel_mixer` that a user gives to the `model`, or its own, as the two below."""
+    if channel_mixer is not None:
+        return _alone(channel_mixer, model, use_bias=use_bias)
+    return ft.partial(GLU, use_bias=use_bias)
+
+
+def geglu(
+    model: type[eqx.Module],
+    channel_mixer: ChannelMixerMaker | None,
+    hidden_dim: int,
+    expansion: int,
+    use_bias: bool,
+) -> ChannelMixerMaker:
+    if channel_mixer is not None:
+        return _alone(channel_mixer, model, expansion=expansion)
     width = check_size("expansion", expansion) * check_size("hidden_dim", hidden_dim)
     return ft.partial(SwiGLU, intermediate_dim=width, use_bias=use_bias, non_linearity="gelu")
 
 
 def swiglu(
-    hidden_ratio: float, intermediate_dim: int | None, use_bias: bool
-) -> Callable[..., SwiGLU]:
+    model: type[eqx.Module],
+    channel_mixer: ChannelMixerMaker | None,
+    hidden_ratio: float | None,
+    intermediate_dim: int | None,
+    use_bias: bool,
+) -> ChannelMixerMaker:
     """Of the `intermediate_dim`, or of the width that the ratio gives if that is None."""
-    ratio = hidden_ratio if intermediate_dim is None else None
-    return ft.partial(
-        SwiGLU, hidden_ratio=ratio, intermediate_dim=intermediate_dim, use_bias=use_bias
-    )
+    widths = {"hidden_ratio": hidden_ratio, "intermediate_dim": intermediate_dim}
+    if channel_mixer is not None:
+        return _alone(channel_mixer, model, **widths, use_bias=use_bias)
+    if intermediate_dim is not None:
+        widths["hidden_ratio"] = None
+    return ft.partial(SwiGLU, **widths, use_bias=use_bias)
+
+
+def _alone(
+    channel_mixer: ChannelMixerMaker, model: type[eqx.Module], **options: Any
+) -> ChannelMixerMaker:
+    """The channel mixer, beside which nothing would come of the options of the model's own."""
+    arguments = inspect.signature(model).parameters
+    for name, value in options.items():
+        if name in arguments and value != arguments[name].default:
+            raise ValueError(
+                f"`{name}` is for the channel mixer that `{model.__name__}` makes itself; got {name}="
+                f"{value!r} beside a `channel_mixer`. Give it to that one: "
+                "`functools.partial(MyChannelMixer, ...)`."
+            )
+    return channel_mixer

@@ -1,13 +1,11 @@
-import functools as ft
-
+import jax
 from jaxtyping import PRNGKeyArray
 
 from discretax import sequence_mixers
 from discretax._constructors import keyed
 from discretax.blocks import StandardBlock
-from discretax.blocks._parts import Norm
-from discretax.channel_mixers import GLU
-from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.blocks._parts import Activation, ChannelMixerMaker, Norm
+from discretax.models._backbone import AbstractBackbone, directed, glu, standard_blocks
 from discretax.ops import Route
 from discretax.sequence_mixers.lti.centaurus import Discretization, Mode
 
@@ -49,6 +47,9 @@ class Centaurus(AbstractBackbone):
         prenorm: bool = True,
         use_bias: bool = True,
         norm: Norm = "batch",
+        channel_mixer: ChannelMixerMaker | None = None,
+        activation: Activation = jax.nn.gelu,
+        bidirectional: bool = False,
     ):
         """**Arguments:**
 
@@ -57,10 +58,13 @@ class Centaurus(AbstractBackbone):
         - `num_blocks`: how many blocks to stack.
         - `mode`, `state_dim`, `sub_state_dim`, `dt_min`, `dt_max`, `step_rescale`, `discretization`,
             `route`: as in [`discretax.sequence_mixers.Centaurus`][].
-        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        - `drop_rate`, `prenorm`, `norm`, `activation`, `bidirectional`: as in
+            [`discretax.models.Backbone`][].
+        - `channel_mixer`: as there; a [`discretax.channel_mixers.GLU`][] if left out.
         - `use_bias`: in the GLU.
         """
-        mixer = ft.partial(
+        mixer = directed(
+            bidirectional,
             sequence_mixers.Centaurus,
             mode=mode,
             state_dim=state_dim,
@@ -71,7 +75,7 @@ class Centaurus(AbstractBackbone):
             discretization=discretization,
             route=route,
         )
-        channel_mixer = ft.partial(GLU, use_bias=use_bias)
+        channel_mixer = glu(type(self), channel_mixer, use_bias)
         self.blocks = standard_blocks(
-            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm
+            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm, activation
         )

@@ -1,14 +1,13 @@
-import functools as ft
 from collections.abc import Callable
 from typing import Literal
 
+import jax
 from jaxtyping import Array, PRNGKeyArray
 
 from discretax._constructors import keyed
 from discretax.blocks import StandardBlock
-from discretax.blocks._parts import Norm
-from discretax.channel_mixers import GLU
-from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.blocks._parts import ChannelMixerMaker, Norm
+from discretax.models._backbone import AbstractBackbone, directed, glu, standard_blocks
 from discretax.sequence_mixers import DeltaNetSequenceMixer
 from discretax.sequence_mixers.ltv._matrix_memory import l2_normalised
 
@@ -53,6 +52,8 @@ class DeltaNet(AbstractBackbone):
         prenorm: bool = True,
         use_bias: bool = False,
         norm: Norm = "batch",
+        channel_mixer: ChannelMixerMaker | None = None,
+        bidirectional: bool = False,
     ):
         """**Arguments:**
 
@@ -62,10 +63,13 @@ class DeltaNet(AbstractBackbone):
         - `num_heads`, `head_dim`, `value_dim`, `conv_width`, `shared_beta`, `negative_eigenvalues`,
             `gate`, `output_norm`, `norm_eps`, `scale`, `activation`, `key_norm`: as in
             [`discretax.sequence_mixers.DeltaNetSequenceMixer`][].
-        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        - `drop_rate`, `prenorm`, `norm`, `bidirectional`: as in
+            [`discretax.models.Backbone`][].
+        - `channel_mixer`: as there; a [`discretax.channel_mixers.GLU`][] if left out.
         - `use_bias`: in the GLU.
         """
-        mixer = ft.partial(
+        mixer = directed(
+            bidirectional,
             DeltaNetSequenceMixer,
             num_heads=num_heads,
             head_dim=head_dim,
@@ -80,7 +84,7 @@ class DeltaNet(AbstractBackbone):
             activation=activation,
             key_norm=key_norm,
         )
-        channel_mixer = ft.partial(GLU, use_bias=use_bias)
+        channel_mixer = glu(type(self), channel_mixer, use_bias)
         self.blocks = standard_blocks(
-            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm
+            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm, jax.nn.gelu
         )

@@ -4,7 +4,7 @@ from jaxtyping import PRNGKeyArray
 
 from discretax._constructors import keyed
 from discretax.blocks import ResidualBlock
-from discretax.blocks._parts import Norm
+from discretax.blocks._parts import ChannelMixerMaker, Norm
 from discretax.models._backbone import AbstractBackbone, geglu, residual_blocks
 from discretax.sequence_mixers import AttentionSequenceMixer, GriffinSequenceMixer
 
@@ -44,6 +44,7 @@ class Griffin(AbstractBackbone):
         drop_rate: float = 0.0,
         prenorm: bool = True,
         norm: Norm = "rms",
+        channel_mixer: ChannelMixerMaker | None = None,
     ):
         """**Arguments:**
 
@@ -76,7 +77,7 @@ class Griffin(AbstractBackbone):
             out_bias=use_bias,
         )
         pattern = (recurrent, recurrent, attention)
-        mlp = geglu(hidden_dim, expansion, use_bias)
+        mlp = geglu(type(self), channel_mixer, hidden_dim, expansion, use_bias)
         self.blocks = residual_blocks(
             key, hidden_dim, num_blocks, pattern, mlp, drop_rate, prenorm, norm
         )

@@ -1,5 +1,4 @@
-import functools as ft
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -9,11 +8,17 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from discretax._constructors import keyed
 from discretax._features import size_of_head
 from discretax.blocks import AbstractBlock
-from discretax.blocks._parts import Norm
+from discretax.blocks._parts import ChannelMixerMaker, Norm
 from discretax.blocks.base import Samples
-from discretax.models._backbone import AbstractBackbone, BlockStack, residual_blocks, swiglu
+from discretax.models._backbone import (
+    AbstractBackbone,
+    BlockStack,
+    directed,
+    residual_blocks,
+    swiglu,
+)
 from discretax.models._deep import DeepBackbone
-from discretax.sequence_mixers import HGRN2SequenceMixer
+from discretax.sequence_mixers import Bidirectional, HGRN2SequenceMixer
 
 
 class HGRN2(eqx.nn.StatefulLayer):
@@ -59,6 +64,8 @@ class HGRN2(eqx.nn.StatefulLayer):
         drop_rate: float = 0.0,
         prenorm: bool = True,
         norm: Norm = "rms",
+        channel_mixer: ChannelMixerMaker | None = None,
+        bidirectional: bool = False,
     ):
         """**Arguments:**
 
@@ -70,15 +77,17 @@ class HGRN2(eqx.nn.StatefulLayer):
         - `hidden_ratio`, `use_bias`: of the gated MLP, a [`discretax.channel_mixers.SwiGLU`][].
         - `intermediate_dim`: the width of the MLP, instead of that which `hidden_ratio` gives.
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.ResidualBlock`][].
+        - `channel_mixer`, `bidirectional`: as in [`discretax.models.Backbone`][]; the MLP if left out.
         """
-        mixer = ft.partial(
+        mixer = directed(
+            bidirectional,
             HGRN2SequenceMixer,
             num_heads=num_heads,
             head_dim=head_dim,
             value_dim=value_dim,
             norm_eps=norm_eps,
         )
-        mlp = swiglu(hidden_ratio, intermediate_dim, use_bias)
+        mlp = swiglu(type(self), channel_mixer, hidden_ratio, intermediate_dim, use_bias)
         blocks = residual_blocks(
             key, hidden_dim, num_blocks, (mixer,), mlp, drop_rate, prenorm, norm
         )
@@ -95,9 +104,15 @@ class HGRN2(eqx.nn.StatefulLayer):
     ) -> tuple[Samples, eqx.nn.State]:
         """As [`discretax.models.AbstractBackbone`][] has it."""
         backbone = eqx.tree_at(
-            lambda backbone: [block.sequence_mixer.lower_bound for block in backbone.blocks],
+            lambda backbone: [
+                mixer.lower_bound for block in backbone.blocks for mixer in _of_each_way(block)
+            ],
             self.backbone,
-            list(self.bounds()),
+            [
+                bound
+                for block, bound in zip(self.blocks, self.bounds(), strict=True)
+                for _ in _of_each_way(block)
+            ],
         )
         return backbone(x, state, key)
 
@@ -105,3 +120,8 @@ class HGRN2(eqx.nn.StatefulLayer):
         """The least that the forget gates of each block leave: $b$."""
         shares = jax.nn.softmax(self.lower_bounds, axis=0).at[0].set(0)
         return jnp.cumsum(shares, axis=0)
+
+
+def _of_each_way(block: AbstractBlock) -> tuple[Any, ...]:
+    mixer = block.sequence_mixer
+    return (mixer.forward, mixer.backward) if isinstance(mixer, Bidirectional) else (mixer,)

@@ -1,13 +1,12 @@
-import functools as ft
 import math
 
+import jax
 from jaxtyping import PRNGKeyArray
 
 from discretax._constructors import keyed
 from discretax.blocks import StandardBlock
-from discretax.blocks._parts import Norm
-from discretax.channel_mixers import GLU
-from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.blocks._parts import Activation, ChannelMixerMaker, Norm
+from discretax.models._backbone import AbstractBackbone, directed, glu, standard_blocks
 from discretax.sequence_mixers import LinOSSSequenceMixer
 from discretax.sequence_mixers.lti.linoss import Discretization
 
@@ -43,6 +42,9 @@ class LinOSS(AbstractBackbone):
         prenorm: bool = True,
         use_bias: bool = True,
         norm: Norm = "batch",
+        channel_mixer: ChannelMixerMaker | None = None,
+        activation: Activation = jax.nn.gelu,
+        bidirectional: bool = False,
     ):
         """**Arguments:**
 
@@ -51,10 +53,13 @@ class LinOSS(AbstractBackbone):
         - `num_blocks`: how many blocks to stack.
         - `state_dim`, `discretization`, `damping`, `r_min`, `theta_max`: as in
             [`discretax.sequence_mixers.LinOSSSequenceMixer`][].
-        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        - `drop_rate`, `prenorm`, `norm`, `activation`, `bidirectional`: as in
+            [`discretax.models.Backbone`][].
+        - `channel_mixer`: as there; a [`discretax.channel_mixers.GLU`][] if left out.
         - `use_bias`: in the GLU.
         """
-        mixer = ft.partial(
+        mixer = directed(
+            bidirectional,
             LinOSSSequenceMixer,
             state_dim=state_dim,
             discretization=discretization,
@@ -62,7 +67,7 @@ class LinOSS(AbstractBackbone):
             r_min=r_min,
             theta_max=theta_max,
         )
-        channel_mixer = ft.partial(GLU, use_bias=use_bias)
+        channel_mixer = glu(type(self), channel_mixer, use_bias)
         self.blocks = standard_blocks(
-            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm
+            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm, activation
         )

@@ -1,13 +1,12 @@
-import functools as ft
 import math
 
+import jax
 from jaxtyping import PRNGKeyArray
 
 from discretax._constructors import keyed
 from discretax.blocks import StandardBlock
-from discretax.blocks._parts import Norm
-from discretax.channel_mixers import GLU
-from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.blocks._parts import Activation, ChannelMixerMaker, Norm
+from discretax.models._backbone import AbstractBackbone, directed, glu, standard_blocks
 from discretax.sequence_mixers import LRUSequenceMixer
 
 
@@ -41,6 +40,9 @@ class LRU(AbstractBackbone):
         prenorm: bool = True,
         use_bias: bool = True,
         norm: Norm = "batch",
+        channel_mixer: ChannelMixerMaker | None = None,
+        activation: Activation = jax.nn.gelu,
+        bidirectional: bool = False,
     ):
         """**Arguments:**
 
@@ -49,13 +51,20 @@ class LRU(AbstractBackbone):
         - `num_blocks`: how many blocks to stack.
         - `state_dim`, `r_min`, `r_max`, `max_phase`: as in
             [`discretax.sequence_mixers.LRUSequenceMixer`][].
-        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        - `drop_rate`, `prenorm`, `norm`, `activation`, `bidirectional`: as in
+            [`discretax.models.Backbone`][].
+        - `channel_mixer`: as there; a [`discretax.channel_mixers.GLU`][] if left out.
         - `use_bias`: in the GLU.
         """
-        mixer = ft.partial(
-            LRUSequenceMixer, state_dim=state_dim, r_min=r_min, r_max=r_max, max_phase=max_phase
+        mixer = directed(
+            bidirectional,
+            LRUSequenceMixer,
+            state_dim=state_dim,
+            r_min=r_min,
+            r_max=r_max,
+            max_phase=max_phase,
         )
-        channel_mixer = ft.partial(GLU, use_bias=use_bias)
+        channel_mixer = glu(type(self), channel_mixer, use_bias)
         self.blocks = standard_blocks(
-            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm
+            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm, activation
         )

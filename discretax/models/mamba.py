@@ -1,12 +1,12 @@
-import functools as ft
 from typing import Literal
 
 from jaxtyping import PRNGKeyArray
 
 from discretax._constructors import keyed
 from discretax.blocks import StandardBlock
-from discretax.blocks._parts import Norm
-from discretax.models._backbone import AbstractBackbone, mixer_blocks
+from discretax.blocks._parts import Activation, ChannelMixerMaker, Norm
+from discretax.channel_mixers import IdentityChannelMixer
+from discretax.models._backbone import AbstractBackbone, directed, standard_blocks
 from discretax.ops._selective_scan.selective_scan import SelectiveDiscretization
 from discretax.sequence_mixers import MambaSequenceMixer
 from discretax.sequence_mixers.ltv.mamba import StepInit
@@ -54,6 +54,9 @@ class Mamba(AbstractBackbone):
         drop_rate: float = 0.0,
         prenorm: bool = True,
         norm: Norm = "rms",
+        channel_mixer: ChannelMixerMaker = IdentityChannelMixer,
+        activation: Activation = None,
+        bidirectional: bool = False,
     ):
         """**Arguments:**
 
@@ -63,10 +66,12 @@ class Mamba(AbstractBackbone):
         - `state_dim`, `conv_width`, `expand`, `dt_rank`, `dt_min`, `dt_max`, `dt_init`, `dt_scale`,
             `dt_init_floor`, `conv_bias`, `use_bias`, `discretization`, `event`,
             `b_c_dt_rms_eps`: as in [`discretax.sequence_mixers.MambaSequenceMixer`][].
-        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][]. The paper
+        - `drop_rate`, `prenorm`, `norm`, `channel_mixer`, `activation`, `bidirectional`: as in
+            [`discretax.models.Backbone`][]. The paper
             drops nothing.
         """
-        mixer = ft.partial(
+        mixer = directed(
+            bidirectional,
             MambaSequenceMixer,
             state_dim=state_dim,
             conv_width=conv_width,
@@ -83,4 +88,6 @@ class Mamba(AbstractBackbone):
             event=event,
             b_c_dt_rms_eps=b_c_dt_rms_eps,
         )
-        self.blocks = mixer_blocks(key, hidden_dim, num_blocks, mixer, drop_rate, prenorm, norm)
+        self.blocks = standard_blocks(
+            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm, activation
+        )

@@ -1,12 +1,12 @@
-import functools as ft
 import math
 
 from jaxtyping import PRNGKeyArray
 
 from discretax._constructors import keyed
 from discretax.blocks import StandardBlock
-from discretax.blocks._parts import Norm
-from discretax.models._backbone import AbstractBackbone, mixer_blocks
+from discretax.blocks._parts import Activation, ChannelMixerMaker, Norm
+from discretax.channel_mixers import IdentityChannelMixer
+from discretax.models._backbone import AbstractBackbone, directed, standard_blocks
 from discretax.sequence_mixers import Mamba2SequenceMixer
 
 
@@ -51,6 +51,9 @@ class Mamba2(AbstractBackbone):
         drop_rate: float = 0.0,
         prenorm: bool = True,
         norm: Norm = "rms",
+        channel_mixer: ChannelMixerMaker = IdentityChannelMixer,
+        activation: Activation = None,
+        bidirectional: bool = False,
     ):
         """**Arguments:**
 
@@ -60,10 +63,12 @@ class Mamba2(AbstractBackbone):
         - `state_dim`, `conv_width`, `expand`, `head_dim`, `num_groups`, `dt_min`, `dt_max`,
             `dt_init_floor`, `dt_limit`, `A_init_range`, `D_has_hdim`, `norm_eps`, `conv_bias`,
             `use_bias`: as in [`discretax.sequence_mixers.Mamba2SequenceMixer`][].
-        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][]. The paper
+        - `drop_rate`, `prenorm`, `norm`, `channel_mixer`, `activation`, `bidirectional`: as in
+            [`discretax.models.Backbone`][]. The paper
             drops nothing.
         """
-        mixer = ft.partial(
+        mixer = directed(
+            bidirectional,
             Mamba2SequenceMixer,
             state_dim=state_dim,
             conv_width=conv_width,
@@ -80,4 +85,6 @@ class Mamba2(AbstractBackbone):
             conv_bias=conv_bias,
             use_bias=use_bias,
         )
-        self.blocks = mixer_blocks(key, hidden_dim, num_blocks, mixer, drop_rate, prenorm, norm)
+        self.blocks = standard_blocks(
+            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm, activation
+        )

@@ -1,11 +1,9 @@
-import functools as ft
-
 from jaxtyping import PRNGKeyArray
 
 from discretax._constructors import keyed
 from discretax.blocks import ResidualBlock
-from discretax.blocks._parts import Norm
-from discretax.models._backbone import AbstractBackbone, residual_blocks, swiglu
+from discretax.blocks._parts import ChannelMixerMaker, Norm
+from discretax.models._backbone import AbstractBackbone, directed, residual_blocks, swiglu
 from discretax.sequence_mixers import RetentionSequenceMixer
 
 
@@ -46,6 +44,8 @@ class RetNet(AbstractBackbone):
         drop_rate: float = 0.0,
         prenorm: bool = True,
         norm: Norm = "rms",
+        channel_mixer: ChannelMixerMaker | None = None,
+        bidirectional: bool = False,
     ):
         """**Arguments:**
 
@@ -57,8 +57,10 @@ class RetNet(AbstractBackbone):
         - `hidden_ratio`, `use_bias`: of the gated MLP, a [`discretax.channel_mixers.SwiGLU`][].
         - `intermediate_dim`: the width of the MLP, instead of that which `hidden_ratio` gives.
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.ResidualBlock`][].
+        - `channel_mixer`, `bidirectional`: as in [`discretax.models.Backbone`][]; the MLP if left out.
         """
-        mixer = ft.partial(
+        mixer = directed(
+            bidirectional,
             RetentionSequenceMixer,
             num_heads=num_heads,
             head_dim=head_dim,
@@ -66,7 +68,7 @@ class RetNet(AbstractBackbone):
             rotary_base=rotary_base,
             norm_eps=norm_eps,
         )
-        mlp = swiglu(hidden_ratio, intermediate_dim, use_bias)
+        mlp = swiglu(type(self), channel_mixer, hidden_ratio, intermediate_dim, use_bias)
         self.blocks = residual_blocks(
             key, hidden_dim, num_blocks, (mixer,), mlp, drop_rate, prenorm, norm
         )

@@ -1,11 +1,9 @@
-import functools as ft
-
 from jaxtyping import PRNGKeyArray
 
 from discretax._constructors import keyed
 from discretax.blocks import ResidualBlock
-from discretax.blocks._parts import Norm
-from discretax.models._backbone import AbstractBackbone, geglu, residual_blocks
+from discretax.blocks._parts import ChannelMixerMaker, Norm
+from discretax.models._backbone import AbstractBackbone, directed, geglu, residual_blocks
 from discretax.sequence_mixers import GriffinSequenceMixer
 
 
@@ -41,6 +39,8 @@ class RGLRU(AbstractBackbone):
         drop_rate: float = 0.0,
         prenorm: bool = True,
         norm: Norm = "rms",
+        channel_mixer: ChannelMixerMaker | None = None,
+        bidirectional: bool = False,
     ):
         """**Arguments:**
 
@@ -52,10 +52,12 @@ class RGLRU(AbstractBackbone):
         - `use_bias`: of all linear maps.
         - `expansion`: how many times wider than the stream the gated MLP is, a
             [`discretax.channel_mixers.SwiGLU`][] with GELU.
-        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.ResidualBlock`][]. The paper
+        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.ResidualBlock`][].
+        - `channel_mixer`, `bidirectional`: as in [`discretax.models.Backbone`][]; the MLP if left out. The paper
             drops nothing.
         """
-        mixer = ft.partial(
+        mixer = directed(
+            bidirectional,
             GriffinSequenceMixer,
             lru_width=lru_width,
             num_heads=num_heads,
@@ -64,7 +66,7 @@ class RGLRU(AbstractBackbone):
             a_max=a_max,
             use_bias=use_bias,
         )
-        mlp = geglu(hidden_dim, expansion, use_bias)
+        mlp = geglu(type(self), channel_mixer, hidden_dim, expansion, use_bias)
         self.blocks = residual_blocks(
             key, hidden_dim, num_blocks, (mixer,), mlp, drop_rate, prenorm, norm
         )

@@ -1,16 +1,15 @@
-import functools as ft
-
 from jaxtyping import PRNGKeyArray
 
 from discretax._constructors import keyed
 from discretax.blocks import StandardBlock
-from discretax.blocks._parts import Norm
-from discretax.models._backbone import AbstractBackbone
+from discretax.blocks._parts import Activation, ChannelMixerMaker, Norm
+from discretax.models._backbone import AbstractBackbone, directed, glu
 from discretax.models._gated import gated_blocks
 from discretax.ops import Route
 from discretax.sequence_mixers import S4DSequenceMixer
 from discretax.sequence_mixers.lti._s4_parameters import StepTransform, Transform
 from discretax.sequence_mixers.lti.s4d import Discretization, Init
+from discretax.sequence_mixers.wrappers.gated import exact_gelu
 
 
 class S4D(AbstractBackbone):
@@ -57,6 +56,9 @@ class S4D(AbstractBackbone):
         prenorm: bool = True,
         use_bias: bool = True,
         norm: Norm = "batch",
+        channel_mixer: ChannelMixerMaker | None = None,
+        activation: Activation = exact_gelu,
+        bidirectional: bool = False,
     ):
         """**Arguments:**
 
@@ -68,10 +70,13 @@ class S4D(AbstractBackbone):
             `discretization`, `route`: as in [`discretax.sequence_mixers.S4DSequenceMixer`][].
         - `bottleneck`, `gate`: as in [`discretax.sequence_mixers.GatedSequenceMixer`][]; without
             both, the mixer stands alone.
-        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        - `drop_rate`, `prenorm`, `norm`, `activation`, `bidirectional`: as in
+            [`discretax.models.Backbone`][].
+        - `channel_mixer`: as there; a [`discretax.channel_mixers.GLU`][] if left out.
         - `use_bias`: in the GLU.
         """
-        mixer = ft.partial(
+        mixer = directed(
+            bidirectional,
             S4DSequenceMixer,
             state_dim=state_dim,
             init=init,
@@ -91,5 +96,15 @@ class S4D(AbstractBackbone):
             route=route,
         )
         self.blocks = gated_blocks(
-            key, hidden_dim, num_blocks, mixer, bottleneck, gate, use_bias, drop_rate, prenorm, norm
+            key,
+            hidden_dim,
+            num_blocks,
+            mixer,
+            bottleneck,
+            gate,
+            glu(type(self), channel_mixer, use_bias),
+            drop_rate,
+            prenorm,
+            norm,
+            activation,
         )

@@ -7,13 +7,13 @@ from jaxtyping import PRNGKeyArray
 from discretax._constructors import keyed
 from discretax._features import check_name
 from discretax.blocks import StandardBlock
-from discretax.blocks._parts import Norm
-from discretax.channel_mixers import GLU, HalfGLU, IdentityChannelMixer
-from discretax.models._backbone import AbstractBackbone, standard_blocks
+from discretax.blocks._parts import Activation, ChannelMixerMaker, Norm
+from discretax.channel_mixers import HalfGLU, IdentityChannelMixer
+from discretax.models._backbone import AbstractBackbone, glu, standard_blocks
 from discretax.sequence_mixers import BidirectionalS5, S5SequenceMixer
 from discretax.sequence_mixers.lti.s5 import Discretization, OutputInit
 
-Activation = Literal["full_glu", "half_glu1", "half_glu2", "gelu"]
+Name = Literal["full_glu", "half_glu1", "half_glu2", "gelu"]
 
 
 class S5(AbstractBackbone):
@@ -64,7 +64,8 @@ class S5(AbstractBackbone):
         prenorm: bool = True,
         use_bias: bool = True,
         norm: Norm = "batch",
-        activation: Activation = "full_glu",
+        activation: Name | Activation = "full_glu",
+        channel_mixer: ChannelMixerMaker | None = None,
     ):
         """**Arguments:**
 
@@ -74,19 +75,32 @@ class S5(AbstractBackbone):
         - `state_dim`, `ssm_blocks`, `conj_sym`, `C_init`, `clip_eigs`, `dt_min`, `dt_max`,
             `step_rescale`, `discretization`: as in
             [`discretax.sequence_mixers.S5SequenceMixer`][].
-        - `bidirectional`: [`discretax.sequence_mixers.BidirectionalS5`][] instead.
-        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        - `bidirectional`: [`discretax.sequence_mixers.BidirectionalS5`][], for which what
+            [`discretax.models.Backbone`][] says holds too.
+        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.models.Backbone`][].
         - `use_bias`: $b$ in the table above.
-        - `activation`: see the table above.
+        - `activation`: a name of the table above, or, as in [`discretax.models.Backbone`][], a
+            function or None; $z$ then goes through that, and through the channel mixer.
+        - `channel_mixer`: as there; a [`discretax.channel_mixers.GLU`][] if left out. Beside one,
+            the names but `"full_glu"` are refused.
         """
-        check_name("activation", activation, Activation)
-        channel_mixer = {
-            "full_glu": ft.partial(GLU, use_bias=use_bias),
-            "half_glu1": ft.partial(HalfGLU, use_bias=use_bias),
-            "half_glu2": ft.partial(HalfGLU, use_bias=use_bias, gate_activation=jax.nn.gelu),
-            "gelu": IdentityChannelMixer,
-        }[activation]
-        phi = None if activation == "half_glu2" else jax.nn.gelu
+        if isinstance(activation, str):
+            check_name("activation", activation, Name)
+            phi = None if activation == "half_glu2" else jax.nn.gelu
+            if activation != "full_glu" and channel_mixer is not None:
+                raise ValueError(
+                    f"activation={activation!r} chooses the channel mixer as well; got a "
+                    "`channel_mixer` beside it. Give a function, such as `activation=jax.nn.gelu`."
+                )
+        else:
+            phi = activation
+        if activation in ("half_glu1", "half_glu2"):
+            gate_activation = jax.nn.gelu if activation == "half_glu2" else None
+            channel_mixer = ft.partial(HalfGLU, use_bias=use_bias, gate_activation=gate_activation)
+        elif activation == "gelu":
+            channel_mixer = IdentityChannelMixer
+        else:
+            channel_mixer = glu(type(self), channel_mixer, use_bias)
         mixer = ft.partial(
             BidirectionalS5 if bidirectional else S5SequenceMixer,
             state_dim=state_dim,

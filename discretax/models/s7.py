@@ -1,16 +1,18 @@
-import functools as ft
-
 from jaxtyping import PRNGKeyArray
 
 from discretax._constructors import keyed
 from discretax.blocks import StandardBlock
-from discretax.blocks._parts import Norm
-from discretax.models._backbone import AbstractBackbone, mixer_blocks
+from discretax.blocks._parts import Activation, ChannelMixerMaker, Norm
+from discretax.channel_mixers import IdentityChannelMixer
+from discretax.models._backbone import AbstractBackbone, directed, standard_blocks
 from discretax.sequence_mixers import S7SequenceMixer
 
 
 class S7(AbstractBackbone):
     """S7's blocks: norm, the gated recurrence, sum (arXiv:2410.03464).
+
+    They are large, about `2 * state_dim * hidden_dim**2` parameters each: see
+    [`discretax.sequence_mixers.S7SequenceMixer`][].
 
     !!! example
 
@@ -36,6 +38,9 @@ class S7(AbstractBackbone):
         drop_rate: float = 0.1,
         prenorm: bool = True,
         norm: Norm = "batch",
+        channel_mixer: ChannelMixerMaker = IdentityChannelMixer,
+        activation: Activation = None,
+        bidirectional: bool = False,
     ):
         """**Arguments:**
 
@@ -44,9 +49,17 @@ class S7(AbstractBackbone):
         - `num_blocks`: how many blocks to stack.
         - `state_dim`, `a_min`, `a_max`, `use_bias`: as in
             [`discretax.sequence_mixers.S7SequenceMixer`][].
-        - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.StandardBlock`][].
+        - `drop_rate`, `prenorm`, `norm`, `channel_mixer`, `activation`, `bidirectional`: as in
+            [`discretax.models.Backbone`][].
         """
-        mixer = ft.partial(
-            S7SequenceMixer, state_dim=state_dim, a_min=a_min, a_max=a_max, use_bias=use_bias
+        mixer = directed(
+            bidirectional,
+            S7SequenceMixer,
+            state_dim=state_dim,
+            a_min=a_min,
+            a_max=a_max,
+            use_bias=use_bias,
         )
-        self.blocks = mixer_blocks(key, hidden_dim, num_blocks, mixer, drop_rate, prenorm, norm)
+        self.blocks = standard_blocks(
+            key, hidden_dim, num_blocks, mixer, channel_mixer, drop_rate, prenorm, norm, activation
+        )

@@ -1,13 +1,10 @@
-import functools as ft
-
 from jaxtyping import PRNGKeyArray
 
 from discretax._constructors import keyed
 from discretax._features import check_size
 from discretax.blocks import ResidualBlock
-from discretax.blocks._parts import Norm
-from discretax.channel_mixers import SwiGLU
-from discretax.models._backbone import AbstractBackbone, residual_blocks
+from discretax.blocks._parts import ChannelMixerMaker, Norm
+from discretax.models._backbone import AbstractBackbone, directed, residual_blocks, swiglu
 from discretax.sequence_mixers import MLSTMSequenceMixer
 
 
@@ -47,6 +44,8 @@ class XLSTM(AbstractBackbone):
         drop_rate: float = 0.0,
         prenorm: bool = True,
         norm: Norm = "rms",
+        channel_mixer: ChannelMixerMaker | None = None,
+        bidirectional: bool = False,
     ):
         """**Arguments:**
 
@@ -59,9 +58,11 @@ class XLSTM(AbstractBackbone):
             `hidden_dim`, rounded up to a multiple of 64, if left out.
         - `use_bias`: of the MLP.
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.ResidualBlock`][].
+        - `channel_mixer`, `bidirectional`: as in [`discretax.models.Backbone`][]; the MLP if left out.
         """
         hidden_dim = check_size("hidden_dim", hidden_dim)
-        mixer = ft.partial(
+        mixer = directed(
+            bidirectional,
             MLSTMSequenceMixer,
             num_heads=num_heads,
             head_dim=head_dim,
@@ -71,9 +72,9 @@ class XLSTM(AbstractBackbone):
             gate_soft_cap=gate_soft_cap,
             norm_eps=norm_eps,
         )
-        if intermediate_dim is None:
+        if channel_mixer is None and intermediate_dim is None:
             intermediate_dim = 64 * -(-hidden_dim // 24)
-        mlp = ft.partial(SwiGLU, intermediate_dim=intermediate_dim, use_bias=use_bias)
+        mlp = swiglu(type(self), channel_mixer, None, intermediate_dim, use_bias)
         self.blocks = residual_blocks(
             key, hidden_dim, num_blocks, (mixer,), mlp, drop_rate, prenorm, norm
         )

@@ -32,6 +32,9 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
 
     The cache holds the state, `(state,)`.
 
+    $W_x$ is large: with width $H$ and $N$ states the mixer has $2NH^2 + 3H^2 + 2NH + N$ parameters.
+    Two blocks of [`discretax.models.S7`][] of width 32, with 64 states, have 276 736.
+
     The authors' published code is another model: a complex diagonal $\Lambda$ that does not depend
     on the input, steps that do, and timesteps, $\bar A_t = e^{\Lambda \Delta_t \tau_t}$; $B_t$ and
     $C_t$ complex and $D$ fixed. What is here follows the paper, as lrnnx does. lrnnx starts $\alpha$
@@ -76,7 +79,7 @@ class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
 
         - `in_features`: width of the input and of the output.
         - `key`: for the initialisation.
-        - `state_dim`: number of states. $W_x$ has `2 * in_features**2 * state_dim` weights and more.
+        - `state_dim`: number of states.
         - `a_min`, `a_max`: for an input of zero, $1 - \bar A$ starts evenly spread in logarithm
             between `1 - a_min` and `1 - a_max`. $W_x$ starts normal with deviation
             `1 / in_features`.
