@@ -65,7 +65,7 @@ class DeltaNet(AbstractBackbone):
             [`discretax.sequence_mixers.DeltaNetSequenceMixer`][].
         - `drop_rate`, `prenorm`, `norm`, `bidirectional`: as in
             [`discretax.models.Backbone`][].
-        - `channel_mixer`: as there; a [`discretax.channel_mixers.GLU`][] if left out.
+        - `channel_mixer`: as in [`discretax.models.Backbone`][]; a GLU with `use_bias` if left out.
         - `use_bias`: in the GLU.
         """
         mixer = directed(

@@ -72,7 +72,7 @@ class S4D(AbstractBackbone):
             both, the mixer stands alone.
         - `drop_rate`, `prenorm`, `norm`, `activation`, `bidirectional`: as in
             [`discretax.models.Backbone`][].
-        - `channel_mixer`: as there; a [`discretax.channel_mixers.GLU`][] if left out.
+        - `channel_mixer`: as in [`discretax.models.Backbone`][]; a GLU with `use_bias` if left out.
         - `use_bias`: in the GLU.
         """
         mixer = directed(
