@@ -36,8 +36,9 @@ import jax
 import jax.random as jr
 import numpy as np
 import training
-from classify_timeseries import Config, load, make_optimiser, predict, train_step
+from classify_timeseries import Config, make_optimiser, predict, train_step
 from matplotlib.figure import Figure
+from series import load
 from tqdm import tqdm
 
 from discretax import Sequential, Timeseries, drop_missing

