@@ -9,8 +9,7 @@ import jax.random as jr
 import pytest
 from helpers import FEATURES, TIME, draw
 
-from discretax import Timeseries
-from discretax._stateful import AbstractStreamingLayer
+from discretax import AbstractStreamingLayer, Timeseries
 from discretax.models import Backbone
 from discretax.sequence_mixers import Bidirectional, LRUSequenceMixer
 from discretax.testing import check_streaming
@@ -24,15 +23,10 @@ made = itertools.count(1)
 class RunningSum(AbstractStreamingLayer):
     """Of the samples since the last reset, at each of them, or at the last of them alone."""
 
-    cache_index: eqx.nn.StateIndex
-    streaming: bool
-    inference: bool
     fault: str = eqx.field(static=True)
     reduce: bool = eqx.field(static=True)
 
     def __init__(self, fault="", reduce=False):
-        self.cache_index = eqx.nn.StateIndex(None)
-        self.streaming = self.inference = False
         self.fault = fault
         self.reduce = reduce
 
@@ -47,7 +41,7 @@ class RunningSum(AbstractStreamingLayer):
         valid = time < (len(time) if x.length is None else x.length)
         resets = jnp.zeros(len(time), bool) if x.resets is None else x.resets & valid
         u = jnp.where(valid[:, None] | (self.fault == "padding in the cache"), x.values, 0)
-        first = self.read_cache(state) if self.streaming else jnp.zeros(FEATURES)
+        first = self.read_cache(state)
 
         def add(total, inputs):
             u, reset = inputs
@@ -62,8 +56,8 @@ class RunningSum(AbstractStreamingLayer):
             y = y + len(time)
         if self.fault == "wrong for one sample" and len(time) == 1:
             y = y + 1
-        if self.streaming and self.fault != "forgets":
-            state = state.set(self.cache_index, last)
+        if self.fault != "forgets":
+            state = self.write_cache(state, last)
         return (last if self.reduce else y), state
 
 

@@ -395,14 +395,6 @@ def test_sequential_without_a_state(name):
     caught.match(REMEDY)
 
 
-@pytest.mark.parametrize("make", [block, head])
-def test_streaming_outside_inference_mode(make):
-    layer, state = eqx.nn.make_with_state(make)()
-    live = streaming_mode(layer)
-    with pytest.raises(ValueError, match=r"inference mode only.*eqx\.nn\.inference_mode\(model\)"):
-        live(X, inference_state(layer, state))
-
-
 @pytest.mark.parametrize("make, name", [(block, "StandardBlock"), (head, "Pooling")])
 def test_streaming_without_a_cache(make, name):
     layer, state = eqx.nn.make_with_state(make)()

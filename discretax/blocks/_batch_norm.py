@@ -30,6 +30,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
     bias: Float[Array, " features"]
     statistics: eqx.nn.StateIndex
     inference: bool
+    streaming: bool
     momentum: float = eqx.field(static=True)
     eps: float = eqx.field(static=True)
 
@@ -42,6 +43,7 @@ class BatchNorm(eqx.nn.StatefulLayer):
         mean, variance = jnp.zeros((2, in_features))
         self.statistics = eqx.nn.StateIndex((mean, variance, jnp.zeros(())))
         self.inference = False
+        self.streaming = False
         self.momentum = momentum
         self.eps = eps
 
@@ -58,11 +60,18 @@ class BatchNorm(eqx.nn.StatefulLayer):
 
         **Returns:** the normalised `x`, and the state, with new running averages in training.
 
-        **Raises:** `ValueError` in training without a `jax.vmap` axis named `"batch"`, and for a
-        batched state outside `jax.vmap`.
+        **Raises:** `ValueError` in training without a `jax.vmap` axis named `"batch"`, in training
+        while streaming, and for a batched state outside `jax.vmap`.
         """
         del key
         check_state(state, self)
+        if self.streaming and not self.inference:
+            raise ValueError(
+                'norm="batch" streams in inference mode only: in training it averages over all samples '
+                "of the batch, and a chunk has not all of them. Use "
+                "`discretax.streaming_mode(eqx.nn.inference_mode(model))`, or, to train on chunks, "
+                'build the model with norm="layer" and drop_rate=0.'
+            )
         u = zero_padding(x, length).astype(accumulation_dtype(x, self.weight))
         statistics = read_state(state, self.statistics, self)
         if statistics[0].shape != self.weight.shape:

@@ -42,9 +42,6 @@ class ResidualBlock(AbstractBlock):
     channel_norm: NormLayer
     channel_mixer: AbstractChannelMixer
     dropout: eqx.nn.Dropout
-    cache_index: eqx.nn.StateIndex
-    streaming: bool
-    inference: bool
     in_features: int = eqx.field(static=True)
     out_features: int = eqx.field(static=True)
     prenorm: bool = eqx.field(static=True)
@@ -92,9 +89,6 @@ class ResidualBlock(AbstractBlock):
         self.sequence_norm = make_norm(norm, in_features)
         self.channel_norm = make_norm(norm, in_features)
         self.dropout = make_dropout(drop_rate)
-        self.cache_index = eqx.nn.StateIndex(None)
-        self.streaming = False
-        self.inference = False
         self.in_features = self.out_features = in_features
         self.prenorm = prenorm
 
@@ -102,7 +96,6 @@ class ResidualBlock(AbstractBlock):
         self, x: Samples, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Samples, eqx.nn.State]:
         u = samples_of(x, state, self, self.in_features)
-        self.check_inference()
         mixer_key, *drop_keys = (None,) * 3 if key is None else jr.split(key, 3)
 
         def mix(u, state):

@@ -35,9 +35,6 @@ class RWKV7Block(AbstractBlock):
     channel_norm: eqx.nn.LayerNorm
     channel_mixer: RWKV7ChannelMixer
     dropout: eqx.nn.Dropout
-    cache_index: eqx.nn.StateIndex
-    streaming: bool
-    inference: bool
     in_features: int = eqx.field(static=True)
     out_features: int = eqx.field(static=True)
     hidden_dim: int = eqx.field(static=True)
@@ -104,9 +101,6 @@ class RWKV7Block(AbstractBlock):
         self.sequence_norm = norm()
         self.channel_norm = norm()
         self.dropout = make_dropout(drop_rate)
-        self.cache_index = eqx.nn.StateIndex(None)
-        self.streaming = False
-        self.inference = False
         self.in_features = self.sequence_mixer.in_features
         self.hidden_dim = hidden_dim
         self.out_features = hidden_dim if last else 2 * hidden_dim
@@ -124,7 +118,6 @@ class RWKV7Block(AbstractBlock):
         self, x: Samples, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Samples, eqx.nn.State]:
         u = samples_of(x, state, self, self.in_features)
-        self.check_inference()
         keys = (None, None) if key is None else jr.split(key)
         caches = self.read_cache(state) if self.streaming else (None, None)
         options = mixer_options(x)
@@ -142,8 +135,7 @@ class RWKV7Block(AbstractBlock):
         mixed, channel_cache = self.channel_mixer(mixed, caches[1], **options)
         u = u + self.drop(mixed, keys[1])
 
-        if self.streaming:
-            state = state.set(self.cache_index, (cache, channel_cache))
+        state = self.write_cache(state, (cache, channel_cache))
         if self.out_features > self.hidden_dim:
             u = jnp.concatenate([u, values], axis=-1)
         return with_values(x, u), state

@@ -43,9 +43,6 @@ class StandardBlock(AbstractBlock):
     sequence_mixer: AbstractSequenceMixer
     channel_mixer: AbstractChannelMixer
     dropout: eqx.nn.Dropout
-    cache_index: eqx.nn.StateIndex
-    streaming: bool
-    inference: bool
     in_features: int = eqx.field(static=True)
     out_features: int = eqx.field(static=True)
     prenorm: bool = eqx.field(static=True)
@@ -98,9 +95,6 @@ class StandardBlock(AbstractBlock):
         )
         self.norm = make_norm(norm, in_features)
         self.dropout = make_dropout(drop_rate)
-        self.cache_index = eqx.nn.StateIndex(None)
-        self.streaming = False
-        self.inference = False
         self.in_features = self.out_features = in_features
         self.prenorm = prenorm
         self.activation = activation
@@ -109,7 +103,6 @@ class StandardBlock(AbstractBlock):
         self, x: Samples, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Samples, eqx.nn.State]:
         u = samples_of(x, state, self, self.in_features)
-        self.check_inference()
         mixer_key, *drop_keys = (None,) * 3 if key is None else jr.split(key, 3)
 
         def branch(u, state):

@@ -22,9 +22,6 @@ class Pooling(AbstractStreamingLayer):
     once there is any.
     """
 
-    cache_index: eqx.nn.StateIndex
-    streaming: bool
-    inference: bool
     in_features: int = eqx.field(static=True)
     kind: Kind = eqx.field(static=True)
 
@@ -35,9 +32,6 @@ class Pooling(AbstractStreamingLayer):
         """
         if kind not in ("mean", "last", "max"):
             raise ValueError(f"`pooling` must be 'mean', 'last' or 'max'; got {kind!r}.")
-        self.cache_index = eqx.nn.StateIndex(None)
-        self.streaming = False
-        self.inference = False
         self.in_features = in_features
         self.kind = kind
 
@@ -68,7 +62,7 @@ class Pooling(AbstractStreamingLayer):
             cache = self.read_cache(state)
             check_cache(self, cache, self.allocate_inference_cache())
             after = self._after(jnp.where(begins_anew, 0, cache), summary.astype(cache.dtype))
-            state = state.set(self.cache_index, after)
+            state = self.write_cache(state, after)
             summary = (after[0] if self.kind == "mean" else after).astype(u.dtype)
         pooled, number = summary[:-1], summary[-1]
         if self.kind == "mean":

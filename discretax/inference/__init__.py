@@ -5,6 +5,7 @@ from discretax.inference._generate import (
     generate as generate,
     stream_tokens as stream_tokens,
 )
+from discretax.inference._live import LiveStep as LiveStep, live as live
 from discretax.inference._resampling import resampled as resampled
 from discretax.inference._sampling import sample_token as sample_token
 from discretax.inference._streaming import (

@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from discretax._timeseries import Timeseries
 from discretax.inference._sampling import draw_token
-from discretax.inference._streaming import inference_state
-from discretax.inference._task import Task, checked_task, live_model
+from discretax.inference._streaming import inference_state, live_model
+from discretax.inference._task import Task, checked_task
 
 
 class Generated(NamedTuple):

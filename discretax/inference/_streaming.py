@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from discretax._ensembles import check_one_member
-from discretax._stateful import AbstractStreamingLayer, found
+from discretax._stateful import AbstractStreamingLayer, found, found_within
+from discretax.blocks import BatchNorm
 from discretax.sequence_mixers import AbstractLTIMixer, AbstractSequenceMixer, Discretized
 
 Model = TypeVar("Model", bound=PyTree)
@@ -15,14 +16,19 @@ Model = TypeVar("Model", bound=PyTree)
 def streaming_mode(model: Model, value: bool = True) -> Model:
     """The model with its layers carrying their caches in the state from call to call.
 
-    The model must be in inference mode when it is called:
     `live = streaming_mode(eqx.nn.inference_mode(model))`. The concatenated outputs of its calls on
     chunks of any lengths, one included, then equal the output on the whole. A head that pools
-    answers with what it has seen so far.
+    answers with what it has seen so far. To call such a model from Python, [`discretax.live`][] is
+    the faster way.
+
+    A model in training mode streams as well, but for batch norm and dropout, which refuse: what they
+    do to a chunk is not a part of what they do to the whole.
 
     **Arguments:** `model`: any PyTree of layers; `value`: False to go back.
     """
-    flags = lambda tree: [layer.streaming for layer in streaming_layers(tree)]
+    flags = lambda tree: [
+        layer.streaming for layer in found_within(tree, AbstractStreamingLayer | BatchNorm).values()
+    ]
     return eqx.tree_at(flags, model, replace_fn=lambda _: value) if flags(model) else model
 
 
@@ -97,13 +103,17 @@ def discretized(model: Model) -> Model:
     return jax.tree.map(precompute, model, is_leaf=is_lti)
 
 
+def live_model(model: Model) -> Model:
+    return discretized(streaming_mode(eqx.nn.inference_mode(model)))
+
+
 def streaming_layers(tree: PyTree) -> list[AbstractStreamingLayer]:
-    return list(found(tree, AbstractStreamingLayer).values())
+    return list(found_within(tree, AbstractStreamingLayer).values())
 
 
 def _check_caches_apart(model: PyTree) -> None:
     first = {}
-    for path, layer in found(model, AbstractStreamingLayer).items():
+    for path, layer in found_within(model, AbstractStreamingLayer).items():
         other = first.setdefault(layer.cache_index.marker, path)
         if other != path:
             raise ValueError(

@@ -13,12 +13,7 @@ from discretax._features import check_size
 from discretax._stateful import AbstractStreamingLayer
 from discretax._timeseries import known
 from discretax.inference._sampling import Sampling, checked_sampling
-from discretax.inference._streaming import (
-    discretized,
-    inference_state,
-    streaming_layers,
-    streaming_mode,
-)
+from discretax.inference._streaming import inference_state, live_model, streaming_layers
 
 
 class Task(eqx.Module):
@@ -72,10 +67,6 @@ def checked_task(
         chunk_size,
         dtype,
     )
-
-
-def live_model(model: PyTree) -> PyTree:
-    return discretized(streaming_mode(eqx.nn.inference_mode(model)))
 
 
 @eqx.filter_jit

@@ -4,13 +4,16 @@ from discretax.sequence_mixers.attention import AttentionSequenceMixer as Attent
 from discretax.sequence_mixers.base import (
     AbstractContinuousMixer as AbstractContinuousMixer,
     AbstractLTIMixer as AbstractLTIMixer,
-    AbstractLTVMixer as AbstractLTVMixer,
+    AbstractRecurrentMixer as AbstractRecurrentMixer,
     AbstractSequenceMixer as AbstractSequenceMixer,
     refuse_timesteps as refuse_timesteps,
     refuse_to_stream as refuse_to_stream,
     zero_cache as zero_cache,
 )
 from discretax.sequence_mixers.identity import IdentitySequenceMixer as IdentitySequenceMixer
+from discretax.sequence_mixers.lti._depthwise_system import DepthwiseSystem as DepthwiseSystem
+from discretax.sequence_mixers.lti._diagonal_system import DiagonalSystem as DiagonalSystem
+from discretax.sequence_mixers.lti._oscillator_system import OscillatorSystem as OscillatorSystem
 from discretax.sequence_mixers.lti.centaurus import (
     Centaurus as Centaurus,
     CentaurusDWS as CentaurusDWS,

@@ -97,7 +97,7 @@ class AbstractSequenceMixer(eqx.Module, Generic[Cache]):
         """One sample: `x` of shape `(features,)`, with the cache of the previous step."""
 
 
-class AbstractRecurrentMixer(AbstractSequenceMixer[Cache]):
+class AbstractCheckedMixer(AbstractSequenceMixer[Cache]):
     """A mixer whose cache is of one size, however many samples it has seen.
 
     What it is called with is checked here, and what it answers gets its types here. A broken sample,
@@ -144,7 +144,7 @@ class AbstractRecurrentMixer(AbstractSequenceMixer[Cache]):
         return contained(run, cache, x, resets, length, incoming=incoming_broken)
 
 
-class AbstractLTIMixer(AbstractRecurrentMixer[Cache]):
+class AbstractLTIMixer(AbstractCheckedMixer[Cache]):
     """A mixer whose system does not change with time, unless timesteps make it.
 
     It says how its parameters become a discrete system; the system knows how to run.
@@ -197,11 +197,13 @@ class AbstractContinuousMixer(AbstractLTIMixer[Cache]):
     """Multiplies every step: 2 for a signal sampled half as often as the one of training."""
 
 
-class AbstractLTVMixer(AbstractRecurrentMixer[Cache]):
-    """A mixer whose system is chosen by the input: it differs from sample to sample.
+class AbstractRecurrentMixer(AbstractCheckedMixer[Cache]):
+    """A mixer that says how a chunk is mixed, and no more: the base to write one of your own on.
 
-    It says how a chunk is mixed; a step is a chunk of one sample. What `mix` returns may be of
-    wider types than `x` and `cache`: the call and the step give it theirs.
+    A step is a chunk of one sample. What `mix` is given has been checked, and what it returns may be of
+    wider types than `x` and `cache`: the call and the step give it theirs. The library's mixers whose
+    system is chosen by the input, linear and time-varying ones (LTV), are written on it. So is anything
+    else that carries a cache of one size.
     """
 
     contains_broken_samples: ClassVar[bool] = False

@@ -5,10 +5,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._features import check_size
 from discretax._types import Length, Resets, Timesteps, Values
-from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
+from discretax.sequence_mixers.base import AbstractRecurrentMixer, refuse_timesteps, zero_cache
 
 
-class IdentitySequenceMixer(AbstractLTVMixer[Float[Array, "0"]]):
+class IdentitySequenceMixer(AbstractRecurrentMixer[Float[Array, "0"]]):
     """$y = x$: a model without a memory, to compare others with. The cache is an empty array.
 
     !!! example

@@ -10,10 +10,10 @@ from discretax._features import check_size, linear
 from discretax._types import Length, Resets, Timesteps, Values
 from discretax.init import short_convolution
 from discretax.ops import depthwise_convolution
-from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
+from discretax.sequence_mixers.base import AbstractRecurrentMixer, refuse_timesteps, zero_cache
 
 
-class ShortConvSequenceMixer(AbstractLTVMixer[Float[Array, "past features"]]):
+class ShortConvSequenceMixer(AbstractRecurrentMixer[Float[Array, "past features"]]):
     r"""A short convolution between two gates, which remembers a few samples and no more.
 
     $$[b, c, u] = W_{in} x, \qquad y = W_{out}\,(c \odot \mathrm{conv}(b \odot u))$$

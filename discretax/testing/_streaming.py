@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from discretax._stateful import AbstractStreamingLayer, found
+from discretax._sequential import Sequential
+from discretax._stateful import AbstractStreamingLayer, found_within
 from discretax._timeseries import Timeseries, values_of
 from discretax.inference import inference_state, streaming_mode
 from discretax.testing._compare import at, same
@@ -136,7 +137,7 @@ class Stream:
 
 def caches(model: PyTree, state: eqx.nn.State) -> dict[str, PyTree]:
     """By what leads to the layer."""
-    layers = found(model, AbstractStreamingLayer)
+    layers = found_within(model, AbstractStreamingLayer)
     return {f"model{path}": state.get(layer.cache_index) for path, layer in layers.items()}
 
 
@@ -249,7 +250,8 @@ def check_streaming(model: PyTree, state: eqx.nn.State, x: Samples, *, rtol: flo
 
     **Raises:**
 
-    `AssertionError` that lists every broken law, with the numbers and where they part.
+    `AssertionError` that lists every broken law, with the numbers and where they part, and says at
+    which layer of a sequence of them it begins.
     `ValueError` for fewer than five samples, and for samples with padding or resets of their own;
     and what `inference_state` raises.
     """
@@ -262,4 +264,36 @@ def check_streaming(model: PyTree, state: eqx.nn.State, x: Samples, *, rtol: flo
         raise ValueError(f"`x` must be at least 5 samples; got {values_of(x).shape[0]}.")
     stream = Stream(model, state, x, rtol)
     stream.fresh()  # where this fails, no law is to blame
-    hold([bound for law in LAWS for bound in law.of(stream)])
+    try:
+        hold([bound for law in LAWS for bound in law.of(stream)])
+    except AssertionError as broken:
+        raise AssertionError(f"{broken}\n\n{_advice(model, state, x, rtol)}") from broken.__cause__
+
+
+def _advice(model: PyTree, state: eqx.nn.State, x: Samples, rtol: float) -> str:
+    """Which layer is the first to break a law, and what it may lack."""
+    layers = model.layers if isinstance(model, Sequential | eqx.nn.Sequential) else (model,)
+    parts = [model[: i + 1] for i in range(len(layers) - 1)] if len(layers) > 1 else []
+    i = next((i for i, part in enumerate(parts) if not _holds(part, state, x, rtol)), len(parts))
+    layer, name = layers[i], f"`{type(layers[i]).__name__}`"
+    where = f"{name}, `model[{i}]`, is" if parts else f"{name} is"
+    if found_within(layer, AbstractStreamingLayer):
+        return (
+            f"{where} where it begins. It keeps a cache: see to it that the cache is read and "
+            "written in every call, and that padding and resets are honoured."
+        )
+    return (
+        f"{where} where it begins, and it keeps no cache. A layer that looks at other samples than the "
+        "one of the moment derives from `discretax.AbstractStreamingLayer`, and reads and writes what "
+        'it remembers of them: see "A layer that remembers" in the documentation.'
+    )
+
+
+def _holds(model: PyTree, state: eqx.nn.State, x: Samples, rtol: float) -> bool:
+    stream = Stream(model, state, x, rtol)
+    try:
+        for law in (chunks_are_the_whole, resets_are_separate_runs, padding_is_without_effect):
+            law.check(stream)
+    except Exception:
+        return False
+    return True

@@ -16,7 +16,7 @@ from discretax._types import Length, Resets, Timesteps, Values, accumulation_dty
 from discretax.init import short_convolution
 from discretax.ops import depthwise_convolution
 from discretax.ops._rms import rms_normalised
-from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
+from discretax.sequence_mixers.base import AbstractRecurrentMixer, refuse_timesteps, zero_cache
 
 Activation = Literal["silu", "sigmoid"]
 ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid}
@@ -29,7 +29,7 @@ class MatrixCache(NamedTuple):
     state: Float[Array, "heads key value"]
 
 
-class AbstractMatrixMixer(AbstractLTVMixer[MatrixCache]):
+class AbstractMatrixMixer(AbstractRecurrentMixer[MatrixCache]):
     """Queries, keys and values; what a mixer does with them; norm, gate and projection."""
 
     projections: eqx.AbstractVar["Projections"]

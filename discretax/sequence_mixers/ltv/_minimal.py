@@ -13,12 +13,12 @@ from discretax._features import linear
 from discretax._types import Length, Resets, Timesteps, Values, widened
 from discretax.ops._recurrence.chunked import chunked_recurrence
 from discretax.ops._recurrence.projections import choose_chunk_size
-from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
+from discretax.sequence_mixers.base import AbstractRecurrentMixer, refuse_timesteps, zero_cache
 
 Gates = Float[Array, "time state"]
 
 
-class AbstractMinimalMixer(AbstractLTVMixer[Float[Array, " state"]]):
+class AbstractMinimalMixer(AbstractRecurrentMixer[Float[Array, " state"]]):
     """A mean of the past and of a candidate, weighed by gates that do not see the past."""
 
     candidate_proj: eqx.AbstractVar[eqx.nn.Linear]

@@ -15,7 +15,7 @@ from discretax.ops import depthwise_convolution, selective_scan
 from discretax.ops._rms import rms_normalised
 from discretax.ops._selective_scan.selective_scan import SelectiveDiscretization
 from discretax.sequence_mixers.base import (
-    AbstractLTVMixer,
+    AbstractRecurrentMixer,
     refuse_timesteps,
     zero_cache,
 )
@@ -30,7 +30,7 @@ class MambaCache(NamedTuple):
     state: Float[Array, "state inner"]  # as the scan keeps it: a step then moves nothing
 
 
-class MambaSequenceMixer(AbstractLTVMixer[MambaCache]):
+class MambaSequenceMixer(AbstractRecurrentMixer[MambaCache]):
     r"""Mamba: a gated layer around a selective scan, whose steps and projections come from the input.
 
     $$[u, z] = W_{in} x, \qquad u \leftarrow \mathrm{silu}(\mathrm{conv}(u)), \qquad

@@ -13,7 +13,7 @@ from discretax._types import Length, Resets, Timesteps, Values, accumulation_dty
 from discretax.init import log_rate, short_convolution, step_bias
 from discretax.ops import depthwise_convolution, ssd
 from discretax.ops._rms import rms_normalised
-from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
+from discretax.sequence_mixers.base import AbstractRecurrentMixer, refuse_timesteps, zero_cache
 
 
 class Mamba2Cache(NamedTuple):
@@ -23,7 +23,7 @@ class Mamba2Cache(NamedTuple):
     state: Float[Array, "heads head_dim state"]
 
 
-class Mamba2SequenceMixer(AbstractLTVMixer[Mamba2Cache]):
+class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
     r"""Mamba-2: a gated layer around heads whose states decay by one number per sample.
 
     $$[z, u, d] = W_{in} x, \qquad [v, B, C] = \mathrm{silu}(\mathrm{conv}(u)), \qquad

@@ -15,7 +15,7 @@ from discretax.init import step_bias
 from discretax.ops import TrapezoidalState, cumulative_phase, trapezoidal_ssd
 from discretax.ops._rms import rms_normalised
 from discretax.ops._rotary import turned
-from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
+from discretax.sequence_mixers.base import AbstractRecurrentMixer, refuse_timesteps, zero_cache
 
 Rate = Literal["softplus", "heavy_tail"]
 
@@ -27,7 +27,7 @@ class Mamba3Cache(NamedTuple):
     state: TrapezoidalState
 
 
-class Mamba3SequenceMixer(AbstractLTVMixer[Mamba3Cache]):
+class Mamba3SequenceMixer(AbstractRecurrentMixer[Mamba3Cache]):
     r"""Mamba-3: heads whose states rotate, discretised by the trapezoidal rule.
 
     $$[z, v, B, C, d, a, l, \omega] = W_{in} x, \qquad

@@ -9,7 +9,7 @@ from discretax._constructors import keyed
 from discretax._features import check_positive, linear, soft_capped
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.ops import mlstm
-from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
+from discretax.sequence_mixers.base import AbstractRecurrentMixer, refuse_timesteps, zero_cache
 from discretax.sequence_mixers.ltv._matrix_memory import (
     Output,
     Projections,
@@ -25,7 +25,7 @@ class MLSTMCache(NamedTuple):
     maximum: Float[Array, " heads"]
 
 
-class MLSTMSequenceMixer(AbstractLTVMixer[MLSTMCache]):
+class MLSTMSequenceMixer(AbstractRecurrentMixer[MLSTMCache]):
     r"""The mLSTM of the xLSTM: a matrix for each head, written to with exponential weights.
 
     $$C_t = \sigma(f_t)\, C_{t-1} + e^{i_t} k_t v_t^T, \qquad

@@ -14,7 +14,7 @@ from discretax._types import Length, Resets, Timesteps, Values
 from discretax.ops import gated_linear_attention
 from discretax.ops._rotary import rotated
 from discretax.ops._running.split_time import incoming_state
-from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
+from discretax.sequence_mixers.base import AbstractRecurrentMixer, refuse_timesteps, zero_cache
 from discretax.sequence_mixers.ltv._matrix_memory import Output, Projections
 
 
@@ -25,7 +25,7 @@ class RetentionCache(NamedTuple):
     clock: Int[Array, ""]
 
 
-class RetentionSequenceMixer(AbstractLTVMixer[RetentionCache]):
+class RetentionSequenceMixer(AbstractRecurrentMixer[RetentionCache]):
     r"""Multi-scale retention, of the RetNet: rotary keys, and a constant decay for each head.
 
     $$S_t = \gamma S_{t-1} + (R_t k_t)\, v_t^T, \qquad

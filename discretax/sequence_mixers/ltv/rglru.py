@@ -15,7 +15,7 @@ from discretax.init import inverse_softplus
 from discretax.ops import depthwise_convolution
 from discretax.ops._recurrence.chunked import chunked_recurrence
 from discretax.ops._running.split_time import has_past
-from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
+from discretax.sequence_mixers.base import AbstractRecurrentMixer, refuse_timesteps, zero_cache
 
 # Two CPU cores, forward and backward: chunks of a megabyte of states, which is this many numbers, are
 # the fastest of those compared in "choices" in docs/performance.md. A parallel scan wants the whole
@@ -30,7 +30,7 @@ class RGLRUCache(NamedTuple):
     started: Bool[Array, ""]
 
 
-class RGLRUSequenceMixer(AbstractLTVMixer[RGLRUCache]):
+class RGLRUSequenceMixer(AbstractRecurrentMixer[RGLRUCache]):
     r"""The real-gated linear recurrent unit of Hawk and Griffin.
 
     $$r_t = \sigma(W_a x_t + b_a), \qquad i_t = \sigma(W_x x_t + b_x), \qquad
@@ -192,7 +192,7 @@ class GriffinCache(NamedTuple):
     recurrence: RGLRUCache
 
 
-class GriffinSequenceMixer(AbstractLTVMixer[GriffinCache]):
+class GriffinSequenceMixer(AbstractRecurrentMixer[GriffinCache]):
     r"""Griffin's recurrent block: a gated branch beside a short convolution and an RG-LRU.
 
     $$y = W_{out} (\mathrm{RGLRU}(\mathrm{conv}(W_x x + b_x)) \odot \phi(W_y x + b_y)) + b_{out}$$

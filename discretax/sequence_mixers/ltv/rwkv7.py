@@ -12,7 +12,7 @@ from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size, divided, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.ops import delta_rule, token_shift
-from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
+from discretax.sequence_mixers.base import AbstractRecurrentMixer, refuse_timesteps, zero_cache
 from discretax.sequence_mixers.ltv._matrix_memory import layer_normalised
 
 ValueResidual = Literal["gives", "takes"] | None
@@ -26,7 +26,7 @@ class RWKV7Cache(NamedTuple):
     state: Float[Array, "heads key value"]
 
 
-class RWKV7SequenceMixer(AbstractLTVMixer[RWKV7Cache]):
+class RWKV7SequenceMixer(AbstractRecurrentMixer[RWKV7Cache]):
     r"""RWKV-7 "Goose", its time mixing: a delta rule whose erase and write strengths are vectors.
 
     $$x^c_t = x_t + \mu_c \odot (x_{t-1} - x_t), \qquad
@@ -229,7 +229,7 @@ class RWKV7SequenceMixer(AbstractLTVMixer[RWKV7Cache]):
         return jnp.concatenate([y, first_values], axis=-1), RWKV7Cache(last, state)
 
 
-class RWKV7ChannelMixer(AbstractLTVMixer[Float[Array, " features"]]):
+class RWKV7ChannelMixer(AbstractRecurrentMixer[Float[Array, " features"]]):
     r"""The channel mixer of RWKV-7: an MLP of each sample and a part of the one before.
 
     $$y_t = W_v\, \mathrm{relu}\big(W_k (x_t + \mu \odot (x_{t-1} - x_t))\big)^2$$

@@ -11,13 +11,13 @@ from discretax._constructors import keyed
 from discretax._features import check_size, linear
 from discretax._types import Length, Resets, Timesteps, Values, widened
 from discretax.ops._recurrence.chunked import chunked_recurrence
-from discretax.sequence_mixers.base import AbstractLTVMixer, refuse_timesteps, zero_cache
+from discretax.sequence_mixers.base import AbstractRecurrentMixer, refuse_timesteps, zero_cache
 
 # B_t and C_t exist for so many samples at once. Each chunk reads all of W_x, so it is not shorter.
 CHUNK = 64
 
 
-class S7SequenceMixer(AbstractLTVMixer[Float[Array, " state"]]):
+class S7SequenceMixer(AbstractRecurrentMixer[Float[Array, " state"]]):
     r"""S7: a state that all features share, and a system of which every part comes from the input.
 
     $$u = W_{in} x, \qquad [\alpha, B, C, D, b] = W_x u, \qquad
