@@ -71,7 +71,7 @@ MAY_SEE = {
     "inspection": (*_COMMON, "sequence_mixers"),
     "optim": (*_COMMON, "sequence_mixers"),
     "sharding": ("_features",),
-    "testing": (*_COMMON, "ops", "sequence_mixers", "inference"),
+    "testing": (*_COMMON, "_sequential", "ops", "sequence_mixers", "inference"),
 }
 # Within `ops`, a room sees the files of one idea and the operations that it is made of.
 _TOOLS = ("_checks", "_rms", "_scaled", "_discretization")
