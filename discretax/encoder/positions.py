@@ -18,15 +18,9 @@ class LearnedPositions(AbstractStreamingLayer):
     """
 
     embedding: eqx.nn.Embedding
-    cache_index: eqx.nn.StateIndex
-    streaming: bool
-    inference: bool
 
     def __init__(self, num_positions: int, out_features: int, *, key: PRNGKeyArray):
         self.embedding = eqx.nn.Embedding(num_positions, out_features, key=key)
-        self.cache_index = eqx.nn.StateIndex(None)
-        self.streaming = False
-        self.inference = False
 
     @property
     def num_positions(self) -> int:
@@ -61,7 +55,7 @@ class LearnedPositions(AbstractStreamingLayer):
         if self.streaming:
             after = count_after(start.astype(int), positions, length)
             after = jnp.minimum(after, self.num_positions)  # counted on, integers would run over
-            state = state.set(self.cache_index, after.astype(start.dtype))
+            state = self.write_cache(state, after)
         positions = jnp.where(valid_samples(time, length), positions, 0)
         vectors = self.embedding.weight.at[positions].get(mode="fill", fill_value=jnp.nan)
         return vectors, state
