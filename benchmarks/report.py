@@ -191,7 +191,7 @@ def summary(tables: dict[str, dict]) -> str:
         case, best = outcome["case"], longest.get(outcome["case"]["op"])
         if best is None or _length(case) > _length(best["case"]):
             longest[case["op"]] = outcome
-    head = "| op | samples | features | ms | times as fast as | temporary MB | times less than |"
+    head = "| op | faster than | less memory than | samples | features | ms | temporary MB |"
     return "\n".join(
         [head, "|---|---|---|---|---|---|---|", *map(_summary_row, longest.values()), ""]
     )
@@ -208,10 +208,10 @@ def _summary_row(outcome: dict) -> str:
     for key in ("median", "temporary_bytes"):
         best = min(subjects, key=lambda name, key=key: subjects[name].get(key, math.inf))
         ratio = subjects[best][key] / ours[key]
-        compared.append(f"{ratio:.{'1f' if ratio < 10 else '0f'}}x {NAMES[best]}")
+        compared.append(f"{ratio:.{'1f' if ratio < 10 else '0f'}}x ({NAMES[best]})")
     time, memory = f"{1e3 * ours['median']:.3g}", _megabytes(ours["temporary_bytes"])
-    cells = [case["op"], str(case["time"]), str(case["features"]), time, compared[0]]
-    return f"| {' | '.join([*cells, memory, compared[1]])} |"
+    cells = [case["op"], *compared, str(case["time"]), str(case["features"]), time, memory]
+    return f"| {' | '.join(cells)} |"
 
 
 def write(tables: dict[str, dict], pages: dict[str, str]) -> None:

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import operator
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -284,3 +285,12 @@ def test_says_that_another_library_has_written_into_the_folder(theirs, said, tmp
 def test_the_citation_is_of_this_version():
     assert f"\nversion: {discretax.__version__}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"version = {{{discretax.__version__}}}" in (ROOT / "README.md").read_text()
+
+
+def test_what_is_typed_installs_this_library():
+    """`pip install discretax` with or without extras is another one."""
+    texts = [*FILES, ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    texts += (ROOT / "examples").glob("*.py")
+    other = re.compile(r"pip install [^`\n]*discretax(?!-zoo)\b[^`\n]*")
+    found = {command for path in texts for command in other.findall(path.read_text())}
+    assert found == {"pip install discretax"}  # said of the other one
