@@ -7,6 +7,7 @@ import jax.random as jr
 import pytest
 from cases import CASES, FEATURES
 from helpers import assert_close, draw
+from jax.experimental.key_reuse._core import check_key_reuse  # not exported
 
 from discretax.ops import linear_recurrence, selective_scan
 from discretax.testing import mixer_laws
@@ -74,6 +75,12 @@ def test_a_split_sequence_without_jit():
     with jax.disable_jit():
         uncompiled = mixer(x)
     assert_close(uncompiled, mixer(x))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_no_key_is_drawn_from_twice(case):
+    """As JAX's own checker has it (`jax.debug_key_reuse`)."""
+    check_key_reuse(lambda key: eqx.filter(case.make(key), eqx.is_array), jr.key(0))
 
 
 def recurrence(x):

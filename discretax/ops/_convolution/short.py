@@ -32,7 +32,8 @@ def depthwise_convolution(
     - `window`: the `past` $= K - 1$ samples before the first one, oldest first. Zero if left out.
     - `length`: number of valid samples; those at or past it do not enter the returned window.
     - `resets`: where True at `t`, a new sequence begins: samples before `t` count as zero from
-        there on. They are selected, not multiplied, so that a NaN in the past does not pass.
+        there on. They are selected, not multiplied, so that a NaN in the past does not pass. For
+        gradients put a finite number in its place before the call, `jnp.where(jnp.isfinite(x), x, 0)`.
 
     **Returns:**
 

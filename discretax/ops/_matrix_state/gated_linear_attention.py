@@ -50,7 +50,8 @@ def gated_linear_attention(
     - `scale`: of the output. $1/\sqrt{\mathrm{key}}$ is usual, and not taken by itself.
     - `length`: number of valid samples; those at or past it leave the state as it is.
     - `resets`: where True at `t`, the state before `t` is zero. It is selected, not multiplied, so
-        that a NaN in the past does not pass.
+        that a NaN in the past does not pass. For gradients put a finite number in its place before
+        the call, `jnp.where(jnp.isfinite(x), x, 0)`: its product with a cotangent of zero is NaN.
     - `chunk_size`: samples in a chunk.
 
     **Returns:**

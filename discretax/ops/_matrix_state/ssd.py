@@ -45,7 +45,8 @@ def ssd(
     - `h0`: the state before the first sample; zero if left out.
     - `length`: number of valid samples; those at or past it leave the state as it is.
     - `resets`: where True at `t`, the state before `t` is zero. It is selected, not multiplied, so
-        that a NaN in the past does not pass.
+        that a NaN in the past does not pass. For gradients put a finite number in its place before
+        the call, `jnp.where(jnp.isfinite(x), x, 0)`: its product with a cotangent of zero is NaN.
     - `chunk_size`: samples in a chunk.
 
     **Returns:**

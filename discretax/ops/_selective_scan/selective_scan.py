@@ -79,7 +79,8 @@ def selective_scan(
     - `discretization`: see the table. `"mamba"` is the first order of `"zoh"` in the input alone.
     - `length`: number of valid samples; those at or past it leave the state as it is.
     - `resets`: where True at `t`, the state before `t` is zero. It is selected, not multiplied, so
-        that a NaN in the past does not pass.
+        that a NaN in the past does not pass. For gradients put a finite number in its place before
+        the call, `jnp.where(jnp.isfinite(x), x, 0)`: its product with a cotangent of zero is NaN.
     - `chunk_size`: samples between two states that the backward pass keeps. `None`: 32, or on a GPU
         as many as leave room for two programs on a multiprocessor.
     - `implementation`: `"mosaic_gpu"` is a kernel for NVIDIA GPUs from Hopper on, for `"mamba"`

@@ -101,7 +101,7 @@ class S7SequenceMixer(AbstractRecurrentMixer[Float[Array, " state"]]):
         width = 2 * state_dim + 2 * in_features * state_dim + in_features
         self.x_proj = eqx.tree_at(
             lambda layer: layer.weight,
-            eqx.nn.Linear(in_features, width, use_bias=False, key=x_key),
+            eqx.nn.Linear(in_features, width, use_bias=False, key=jr.clone(x_key)),  # replaced
             jr.normal(x_key, (width, in_features)) / in_features,
         )
         self.gate_proj = eqx.nn.Linear(in_features, in_features, use_bias, key=gate_key)
