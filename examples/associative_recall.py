@@ -142,7 +142,7 @@ def test(config: Config, model, state, key: jax.Array) -> dict:
 
 def train(config: Config, name: str, seed: int):
     """The trained model, and its losses and accuracies on the way."""
-    make, loss = partial(make_model, name, config), partial(loss_fn, config)
+    make, loss = partial(make_model, name, config), jax.tree_util.Partial(loss_fn, config)
     model, _, history = training.train(name, config, seed, make, loss, partial(test, config))
     return model, history
 

@@ -113,7 +113,7 @@ def train(config: Config, name: str, seed: int):
     def test(model, state, key):
         return dict(zip(KINDS, evaluate(model, state, config, key), strict=True))
 
-    make, loss = partial(make_model, name, config), partial(loss_fn, config)
+    make, loss = partial(make_model, name, config), jax.tree_util.Partial(loss_fn, config)
     model, _, history = training.train(name, config, seed, make, loss, test)
     return model, history
 

@@ -1,7 +1,7 @@
 """Keeps a state that every symbol changes: what negative eigenvalues are good for.
 
     python examples/state_tracking.py                 # parity, six models
-    python examples/state_tracking.py --task arithmetic --steps 2000
+    python examples/state_tracking.py --task arithmetic --steps 2000 --weight-noise 0
     python examples/state_tracking.py --model gated_delta_net_negative --seeds 3
 
 After every symbol the model writes the state so far:
@@ -19,6 +19,10 @@ a sequence that begins with the first. A model that is causal sees no difference
 
 Trained on 40 symbols, the model reads 256. No layer has a convolution: what it knows of earlier
 symbols is in its states.
+
+Every step of training reads with fresh noise on the weights (Jim, Giles and Horne, 1996,
+doi:10.1109/72.548170). Without it the loss is zero before the state is kept as it should be: what
+loses 2 % with every symbol has 45 % left after 40, enough to be read, and 0.6 % after 256.
 """
 
 import dataclasses
@@ -32,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import optax
 import training
 from jax import lax
 from matplotlib.figure import Figure
@@ -73,6 +78,7 @@ class Config:
     every: int = 250
     batch_size: int = 16
     learning_rate: float = 5e-3
+    weight_noise: float = 0.05  # standard deviation, in training only
 
 
 def parity(length: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -127,9 +133,16 @@ def make_model(task: str, name: str, config: Config, key: jax.Array):
     return training.make_model(backbone, symbols, answers, config.hidden_dim, key)
 
 
+def with_noise(model, deviation: float, key: jax.Array):
+    """The model with normal noise added to every parameter."""
+    noise = optax.tree.random_like(key, eqx.filter(model, eqx.is_inexact_array))
+    return eqx.apply_updates(model, optax.tree.scale(deviation, noise))
+
+
 def loss_fn(task: str, config: Config, model, state, key: jax.Array):
-    x, answers = make_batch(task, config.train_length, config.batch_size, key)
-    log_p, state = training.read(model, state, x)
+    data_key, noise_key = jr.split(key)
+    x, answers = make_batch(task, config.train_length, config.batch_size, data_key)
+    log_p, state = training.read(with_noise(model, config.weight_noise, noise_key), state, x)
     return training.loss_of(log_p, answers), state
 
 
@@ -144,7 +157,7 @@ def accuracies(model, state, task: str, config: Config, key: jax.Array) -> jax.A
 def train(task: str, config: Config, name: str, seed: int):
     """The trained model, and its accuracies by length."""
     make = partial(make_model, task, name, config)
-    loss = partial(loss_fn, task, config)
+    loss = jax.tree_util.Partial(loss_fn, task, config)
     model, state, _ = training.train(name, config, seed, make, loss)
     *_, test_key = jr.split(jr.key(seed), 4)  # the training has used the first three
     return model, np.asarray(accuracies(model, state, task, config, test_key))
@@ -186,7 +199,9 @@ def draw(path: Path, results: dict, title: str, guess: float, config: Config) ->
 
 
 def rules(config: Config, given: dict):
-    yield from arguments.above_zero(given, ("seeds", *dataclasses.asdict(config)))
+    positive = dataclasses.asdict(config).keys() - {"weight_noise"}
+    yield from arguments.above_zero(given, ("seeds", *sorted(positive)))
+    yield "weight_noise", config.weight_noise >= 0, "at least 0"
     longer_than = f"above --train-length, {config.train_length}, and at least {GROUP}"
     yield "test_length", config.test_length > max(config.train_length, GROUP - 1), longer_than
     yield "steps", config.steps % config.every == 0, f"a multiple of {config.every}"

@@ -72,9 +72,14 @@ def make_optimiser(config: Schedule) -> optax.GradientTransformation:
 
 
 @eqx.filter_jit
-def train_steps(model, state, opt_state, keys: jax.Array, loss_fn, update: Callable):
-    """One step for each key, by the loss and state `loss_fn(model, state, key)`; the mean loss."""
+def train_steps(model, state, opt_state, keys: jax.Array, loss_fn, config: Schedule):
+    """One step for each key, by the loss and state `loss_fn(model, state, key)`; the mean loss.
+
+    Two `jax.tree_util.Partial` of the same function and settings are equal, so what is compiled for
+    one seed serves the next. Two `functools.partial` never are.
+    """
     params, static = eqx.partition(model, eqx.is_inexact_array)
+    update = make_optimiser(config).update
 
     def loss_of_params(params, state, key):
         return loss_fn(eqx.combine(params, static), state, key)
@@ -94,13 +99,13 @@ def train(name: str, config: Schedule, seed: int, make_model, loss_fn, test=lamb
     """The trained model, its state, and the loss and what `test(model, state, key)` tells on the way."""
     model_key, train_key, test_key = jr.split(jr.key(seed), 3)
     model, state = make_model(model_key)
-    optimiser, history = make_optimiser(config), []
-    opt_state = optimiser.init(eqx.filter(model, eqx.is_inexact_array))
+    opt_state = make_optimiser(config).init(eqx.filter(model, eqx.is_inexact_array))
+    history = []
     rounds = jr.split(train_key, (config.steps // config.every, config.every))
     with tqdm(total=config.steps, desc=f"{name}, seed {seed}", ncols=100) as bar:
         for keys, fresh_key in zip(rounds, jr.split(test_key, len(rounds)), strict=True):
             model, state, opt_state, loss = train_steps(
-                model, state, opt_state, keys, loss_fn, optimiser.update
+                model, state, opt_state, keys, loss_fn, config
             )
             row = {"loss": loss, **test(model, state, fresh_key)}
             history.append({key: float(value) for key, value in row.items()})

@@ -43,7 +43,7 @@ def assert_can_be_trained(training, config, make_model, loss_fn):
             lambda model: optimiser.init(eqx.filter(model, eqx.is_inexact_array)), model
         )
         trained, *_, loss = eqx.filter_eval_shape(
-            training.train_steps, model, state, opt_state, keys, loss_fn, optimiser.update
+            training.train_steps, model, state, opt_state, keys, loss_fn, config
         )
     assert jax.tree.structure(trained) == jax.tree.structure(model)
     assert loss.shape == ()

@@ -79,6 +79,29 @@ def test_a_few_steps_teach_parity(example, tmp_path, capsys):
     assert (tmp_path / "parity.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_every_step_reads_with_other_noise_on_the_weights(example, monkeypatch):
+    model = {"weights": jnp.ones((70, 70)), "scale": jnp.zeros(()), "sizes": jnp.arange(3)}
+    read = []
+
+    def remember(model, state, x):
+        read.append(jax.tree.map(np.asarray, model))
+        return jnp.zeros((*x.shape, 2)), state
+
+    monkeypatch.setattr(example.training, "read", remember)
+    for deviation, seed in ((0.0, 1), (0.03, 1), (0.03, 2)):
+        config = example.Config(train_length=3, weight_noise=deviation)
+        example.loss_fn("parity", config, model, None, jr.key(seed))
+    exact, *noisy = read
+    assert (exact["weights"] == 1).all() and exact["scale"] == 0
+    for one in noisy:
+        noise = one["weights"] - 1
+        assert abs(noise.mean()) < 5 * 0.03 / noise.size**0.5
+        assert noise.std() == pytest.approx(0.03, rel=5 / (2 * noise.size) ** 0.5)
+        assert one["scale"] != 0
+        np.testing.assert_array_equal(one["sizes"], [0, 1, 2])
+    assert not np.isclose(noisy[0]["weights"], noisy[1]["weights"]).all()
+
+
 def test_every_model_can_be_trained(example):
     config = example.Config(train_length=6, hidden_dim=8, num_blocks=1)
     for name in example.MIXERS:
@@ -108,6 +131,7 @@ def test_the_table_of_given_numbers(example):
         ("--test-length=6", "--test-length must be above --train-length, 6, and at least 8; got 6"),
         ("--every=150", "--steps must be a multiple of 150; got 200"),
         ("--every=0", "--every must be above 0; got 0"),
+        ("--weight-noise=-1", "--weight-noise must be at least 0; got -1.0"),
     ],
 )
 def test_settings_out_of_range_are_refused(example, tmp_path, capsys, option, rule):
