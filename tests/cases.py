@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax import ops, sharding
 from discretax._types import widened
+from discretax.blocks import OffsetRMSNorm
 from discretax.sequence_mixers import (
     AbstractLTIMixer,
     AbstractSequenceMixer,
@@ -54,10 +55,12 @@ from discretax.sequence_mixers import (
     S7SequenceMixer,
     SequenceParallel,
     ShortConvSequenceMixer,
+    SumSequenceMixer,
 )
 from discretax.sequence_mixers.base import zero_cache
 from discretax.sequence_mixers.lti._diagonal_system import DiagonalSystem
 from discretax.sequence_mixers.ltv.mamba3 import RATES
+from discretax.sequence_mixers.rotary_scaling import Yarn
 
 FEATURES = 4
 ONE_DEVICE = sharding.make_mesh(devices=jax.devices()[:1])
@@ -577,6 +580,42 @@ CASES = (
             out_bias=True,
         ),
         variant="window",
+    ),
+    Case(
+        "AttentionSequenceMixer",
+        lambda key: AttentionSequenceMixer(
+            FEATURES,
+            key,
+            num_heads=2,
+            window=3,
+            rotary_scaling=Yarn(4.0, original_length=20),
+            scale=0.3,
+            qk_norm=OffsetRMSNorm,
+            norm_over="all",
+            gate="head",
+        ),
+        not_drawn=("q_norm", "k_norm"),
+        variant="norms",
+    ),
+    Case(
+        "SumSequenceMixer",
+        lambda key: SumSequenceMixer(
+            FEATURES,
+            key,
+            mixers=(
+                ft.partial(LRUSequenceMixer, state_dim=3),
+                ft.partial(
+                    AttentionSequenceMixer,
+                    num_heads=2,
+                    window=3,
+                    qk_norm=eqx.nn.RMSNorm,
+                    gate="element",
+                ),
+            ),
+            in_scales=(1.0, 0.5),
+            out_scales=(0.8, 1.2),
+        ),
+        not_drawn=("q_norm", "k_norm"),
     ),
     Case(
         "S4DSequenceMixer",

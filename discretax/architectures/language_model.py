@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax.numpy as jnp
 import jax.random as jr
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from discretax._broken import each_sample
 from discretax._constructors import keyed
@@ -21,7 +21,7 @@ from discretax.encoder import EmbeddingEncoder
 from discretax.heads import LanguageModelHead
 from discretax.models import AbstractBackbone, BlockStack, DeepBackbone
 from discretax.ops import chunked_cross_entropy
-from discretax.sequence_mixers import AbstractSequenceMixer
+from discretax.sequence_mixers import AbstractSequenceMixer, SumSequenceMixer
 
 # The last maps of mixers, which write into the residual stream.
 RESIDUAL_MAPS = ("out_proj", "output.out_proj", "linear_out", "down_proj")
@@ -66,6 +66,7 @@ class LanguageModel(eqx.nn.StatefulLayer):
     embedding_scale: float = eqx.field(static=True)
     tie_embeddings: bool = eqx.field(static=True)
     dtype: Any = eqx.field(static=True)
+    residual_dtype: Any = eqx.field(static=True)
 
     @keyed
     def __init__(
@@ -75,15 +76,18 @@ class LanguageModel(eqx.nn.StatefulLayer):
         vocab_size: int,
         hidden_dim: int,
         num_blocks: int,
-        pattern: Sequence[Callable[..., AbstractSequenceMixer]],
+        pattern: Sequence[Callable[..., AbstractSequenceMixer]] = (),
+        blocks: Sequence[Callable[..., AbstractBlock]] = (),
         channel_mixer: Callable[..., AbstractChannelMixer] | None = None,
         norm: Norm = "rms",
         drop_rate: float = 0.0,
         tie_embeddings: bool = True,
         embedding_scale: float = 1.0,
+        logit_scale: float = 1.0,
         soft_cap: float | None = None,
         initializer_range: float = 0.02,
         dtype: Any = None,
+        residual_dtype: Any = None,
     ):
         r"""**Arguments:**
 
@@ -93,6 +97,9 @@ class LanguageModel(eqx.nn.StatefulLayer):
         - `num_blocks`: how many blocks to stack.
         - `pattern`: functions `(in_features, *, key)` that make a sequence mixer, for the first,
             second, ... block, and over again.
+        - `blocks`: in place of `pattern`, `channel_mixer` and `drop_rate`: functions
+            `(in_features, *, key)` that make whole blocks, for models whose blocks differ by more
+            than their mixer: `functools.partial(ResidualBlock, sequence_mixer=..., ...)`.
         - `channel_mixer`: a function that makes a channel mixer, to which each block then gives a
             norm and a residual sum of its own ([`discretax.blocks.ResidualBlock`][]). Without one,
             a block is the sequence mixer alone, as in Mamba.
@@ -100,67 +107,84 @@ class LanguageModel(eqx.nn.StatefulLayer):
         - `drop_rate`: as in [`discretax.blocks.StandardBlock`][].
         - `tie_embeddings`: the logits' weight is the embedding.
         - `embedding_scale`: $s$; Gemma takes `hidden_dim**0.5`.
+        - `logit_scale`: what the logits are multiplied by, before the soft cap.
         - `soft_cap`: as in [`discretax.heads.LanguageModelHead`][].
         - `initializer_range`: standard deviation with which the embedding starts. The last map of
             each mixer starts divided by the root of the number of residual sums, as in GPT-2, where
             it has one: attention, Mamba, Griffin's mixer, those with a matrix state and `SwiGLU` do.
         - `dtype`: of the activations: `jnp.bfloat16` computes in it, while parameters, states and
             logits stay float32. That of the embedding if left out.
+        - `residual_dtype`: of the residual stream, if it is another: with `jnp.float32` beside
+            activations of `jnp.bfloat16` the sum over many blocks keeps its digits.
 
         **Raises:**
 
-        `ValueError` for an empty pattern, or sizes below one; `TypeError` for mixers that are made
-        already, which several blocks would share.
+        `ValueError` for neither a pattern nor blocks, or both, sizes below one, or a
+        `residual_dtype` without a `dtype`; `TypeError` for mixers or blocks that are made already,
+        which the model would share.
         """
         vocab_size = check_size("vocab_size", vocab_size)
         hidden_dim = check_size("hidden_dim", hidden_dim)
         num_blocks = check_size("num_blocks", num_blocks)
-        if not isinstance(pattern, Sequence) or isinstance(pattern, str):
-            raise TypeError(
-                "`pattern` must be a sequence of functions that make a sequence mixer, such as "
-                f"`(MambaSequenceMixer,)`; got {described(pattern)}."
-            )
-        for i, mixer in enumerate(pattern):
-            check_maker(f"pattern[{i}]", mixer, AbstractSequenceMixer)
+        for name, makers, kind in (
+            ("pattern", pattern, AbstractSequenceMixer),
+            ("blocks", blocks, AbstractBlock),
+        ):
+            if not isinstance(makers, Sequence) or isinstance(makers, str):
+                raise TypeError(
+                    f"`{name}` must be a sequence of functions that make an `{kind.__name__}`, such "
+                    f"as `(MambaSequenceMixer,)` for `pattern`; got {described(makers)}."
+                )
+            for i, maker in enumerate(makers):
+                check_maker(f"{name}[{i}]", maker, kind)
         if channel_mixer is not None:
             check_maker("channel_mixer", channel_mixer, AbstractChannelMixer)
-        if not pattern:
+        if bool(pattern) == bool(blocks):
             raise ValueError(
                 "`pattern` must have a function that makes a sequence mixer for at least one "
-                "block; got none. Give `pattern=(MambaSequenceMixer,)`."
+                "block, or `blocks` one that makes a block; got "
+                f"{'both' if pattern else 'none'}. Give `pattern=(MambaSequenceMixer,)`."
+            )
+        if blocks and (channel_mixer is not None or drop_rate):
+            raise ValueError(
+                "`channel_mixer` and `drop_rate` are options of the blocks that are made of a "
+                "`pattern`; got them beside `blocks`. Give them to what makes the blocks."
+            )
+        if residual_dtype is not None and dtype is None:
+            raise ValueError(
+                "`residual_dtype` is that of a residual stream beside activations of another type; "
+                f"got {residual_dtype} and no `dtype`. Give `dtype=jnp.bfloat16`."
             )
         embedding_key, head_key, *keys = jr.split(key, 2 + num_blocks)
         encoder = EmbeddingEncoder(embedding_key, num_classes=vocab_size, out_features=hidden_dim)
         self.encoder = eqx.tree_at(
             lambda e: e.embedding.weight, encoder, replace_fn=lambda w: initializer_range * w
         )
-        make = (
+        block = (
             ft.partial(StandardBlock, channel_mixer=IdentityChannelMixer, activation=None)
             if channel_mixer is None
             else ft.partial(ResidualBlock, channel_mixer=channel_mixer)
         )
-        sums = num_blocks * (1 if channel_mixer is None else 2)
-        self.backbone = BlockStack(
-            [
-                _divided(
-                    make(
-                        hidden_dim,
-                        key,
-                        sequence_mixer=pattern[i % len(pattern)],
-                        norm=norm,
-                        drop_rate=drop_rate,
-                    ),
-                    sums**0.5,
-                )
-                for i, key in enumerate(keys)
-            ]
-        )
+        makers = blocks or [
+            ft.partial(block, sequence_mixer=mixer, norm=norm, drop_rate=drop_rate)
+            for mixer in pattern
+        ]
+        types = {} if residual_dtype is None else {"dtype": dtype}
+        made_blocks = [
+            makers[i % len(makers)](hidden_dim, key=block_key, **types)
+            for i, block_key in enumerate(keys)
+        ]
+        sums = sum(1 + isinstance(block, ResidualBlock) for block in made_blocks)
+        self.backbone = BlockStack([_divided(block, sums**0.5) for block in made_blocks])
         self.norm = make_norm(norm, hidden_dim)
-        head = LanguageModelHead(hidden_dim, vocab_size, head_key, soft_cap=soft_cap)
+        head = LanguageModelHead(
+            hidden_dim, vocab_size, head_key, soft_cap=soft_cap, scale=logit_scale
+        )
         self.head = _with_weight(head, None) if tie_embeddings else head
         self.embedding_scale = embedding_scale
         self.tie_embeddings = tie_embeddings
         self.dtype = dtype
+        self.residual_dtype = residual_dtype
 
     def __call__(
         self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
@@ -179,6 +203,7 @@ class LanguageModel(eqx.nn.StatefulLayer):
         state: eqx.nn.State,
         key: PRNGKeyArray | None = None,
         *,
+        mask: Bool[Array, " time"] | None = None,
         chunk_size: int = 128,
     ) -> tuple[NextTokenLoss, eqx.nn.State]:
         """The cross-entropy of each token after the first, given those before it.
@@ -187,16 +212,24 @@ class LanguageModel(eqx.nn.StatefulLayer):
         `resets` marks. The logits of `chunk_size` samples at most exist together: see
         [`discretax.ops.chunked_cross_entropy`][].
 
-        **Arguments:** as those of `__call__`; `chunk_size`.
+        **Arguments:** as those of `__call__`; `mask`, True for the tokens that are to be predicted,
+        such as those of the answers alone; `chunk_size`.
 
         **Returns:** the sum and the number of tokens predicted, and the new state. For a batch,
         `losses.total.sum() / losses.count.sum()`.
+
+        **Raises:** `ValueError` for a mask that is not one boolean per token.
         """
         tokens = values_of(x)
+        if mask is not None and (mask.shape != tokens.shape or mask.dtype != bool):
+            raise ValueError(
+                f"`mask` must be one boolean per token, bool{tokens.shape}; got "
+                f"{mask.dtype}{mask.shape}. It says which tokens are predicted."
+            )
         hidden, state = self._hidden(x, state, key)
         head = widened(self._head(), hidden)  # in which the gradients of all chunks are added up
         losses = chunked_cross_entropy(head.logits, hidden[:-1], tokens[1:], chunk_size=chunk_size)
-        counted = jnp.ones(losses.shape, bool)
+        counted = jnp.ones(losses.shape, bool) if mask is None else mask[1:]
         if isinstance(x, Timeseries):
             if x.length is not None:
                 counted &= valid_samples(tokens.shape[0], x.length)[1:]
@@ -211,9 +244,12 @@ class LanguageModel(eqx.nn.StatefulLayer):
         check_state(state, self)
         x, state = self.encoder(x, state)
         values = values_of(x)
-        values = values if self.dtype is None else values.astype(self.dtype)
-        x, state = self.backbone(with_values(x, values * self.embedding_scale), state, key=key)
-        return normalise(self.norm, values_of(x), state, x)
+        given = (self.residual_dtype, self.dtype, values.dtype)
+        values = values.astype(next(dtype for dtype in given if dtype is not None))
+        values = values * self.embedding_scale
+        x, state = self.backbone(with_values(x, values), state, key=key)
+        hidden, state = normalise(self.norm, values_of(x), state, x)
+        return hidden if self.dtype is None else hidden.astype(self.dtype), state
 
     def _head(self) -> LanguageModelHead:
         embedding = self.encoder.embedding.weight
@@ -226,13 +262,15 @@ def _with_weight(head: LanguageModelHead, weight: Array | None) -> LanguageModel
 
 def _divided(block: AbstractBlock, divisor: float) -> AbstractBlock:
     def where(block):
-        mixers = (block.sequence_mixer, block.channel_mixer)
+        mixer = block.sequence_mixer
+        mixers = mixer.mixers if isinstance(mixer, SumSequenceMixer) else (mixer,)
+        mixers = (*mixers, getattr(block, "channel_mixer", None))
         maps = [_at(mixer, name) for mixer in mixers for name in RESIDUAL_MAPS]
         return [layer.weight for layer in maps if layer is not None]
 
     return eqx.tree_at(where, block, replace_fn=lambda w: w / divisor) if where(block) else block
 
 
-def _at(mixer: eqx.Module, path: str) -> Any:
+def _at(mixer: Any, path: str) -> Any:
     """None where there is no such thing."""
     return ft.reduce(lambda part, name: getattr(part, name, None), path.split("."), mixer)

@@ -92,11 +92,14 @@ def residual(
     u: Values,
     state: eqx.nn.State,
     x: Array | Timeseries,
+    dtype: Any = None,
 ) -> tuple[Values, eqx.nn.State]:
-    """`u` and what `branch` makes of it, summed, with the norm before the branch or after the sum."""
+    """`u` and what `branch` makes of it, summed, with the norm before the branch or after the sum.
+
+    `dtype` is that in which the branch computes, if it is another than that of `u`."""
     skip = u
     if prenorm:
         u, state = normalise(norm, u, state, x)
-    u, state = branch(u, state)
-    u = skip + u
+    u, state = branch(u if dtype is None else u.astype(dtype), state)
+    u = skip + u.astype(skip.dtype)
     return (u, state) if prenorm else normalise(norm, u, state, x)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
@@ -5,7 +7,7 @@ from jaxtyping import PRNGKeyArray
 from discretax._broken import each_sample
 from discretax._constructors import keyed
 from discretax._dropout import make_dropout
-from discretax._features import check_size
+from discretax._features import check_positive, check_size
 from discretax._stateful import samples_of
 from discretax._timeseries import with_values
 from discretax.blocks._parts import (
@@ -17,7 +19,7 @@ from discretax.blocks._parts import (
     make_norm,
     make_sequence_mixer,
 )
-from discretax.blocks.base import AbstractBlock, Samples, residual
+from discretax.blocks.base import AbstractBlock, Samples, normalise, residual
 from discretax.channel_mixers import AbstractChannelMixer
 from discretax.sequence_mixers import AbstractSequenceMixer
 
@@ -28,7 +30,9 @@ class ResidualBlock(AbstractBlock):
     $$x \leftarrow x + \mathrm{drop}(\mathrm{sequence}(\mathrm{norm}(x))), \qquad
     x \leftarrow x + \mathrm{drop}(\mathrm{channel}(\mathrm{norm}(x)))$$
 
-    With `prenorm=False` each norm comes after its sum. Dropout, arrays and
+    With `prenorm=False` each norm comes after its sum. With a `branch_norm` what a mixer puts out is
+    normalised before it is added (beside a norm before it: sandwich norms; alone, with `norm=None`:
+    the order of OLMo 2), and with a `residual_scale` it is multiplied by that constant. Dropout, arrays and
     [`discretax.Timeseries`][] are treated as in [`discretax.blocks.StandardBlock`][].
 
     ??? cite
@@ -41,10 +45,14 @@ class ResidualBlock(AbstractBlock):
     sequence_mixer: AbstractSequenceMixer
     channel_norm: NormLayer
     channel_mixer: AbstractChannelMixer
+    sequence_branch_norm: NormLayer
+    channel_branch_norm: NormLayer
     dropout: eqx.nn.Dropout
     in_features: int = eqx.field(static=True)
     out_features: int = eqx.field(static=True)
     prenorm: bool = eqx.field(static=True)
+    residual_scale: float = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
 
     @keyed
     def __init__(
@@ -57,6 +65,9 @@ class ResidualBlock(AbstractBlock):
         drop_rate: float = 0.0,
         prenorm: bool = True,
         norm: Norm = "rms",
+        branch_norm: Norm = None,
+        residual_scale: float = 1.0,
+        dtype: Any = None,
     ):
         """**Arguments:**
 
@@ -67,10 +78,15 @@ class ResidualBlock(AbstractBlock):
         - `drop_rate`: probability with which dropout zeroes a feature.
         - `prenorm`: norm before each mixer (True) or after each sum (False).
         - `norm`: as in [`discretax.blocks.StandardBlock`][].
+        - `branch_norm`: alike, of what each mixer puts out; None for none.
+        - `residual_scale`: what each mixer's output is multiplied by, as in Granite.
+        - `dtype`: what the mixers compute in, beside a residual stream of another type; that of the
+            samples if left out.
 
         **Raises:**
 
-        `ValueError` for an unknown norm, a rate outside [0, 1), or mixers of another width.
+        `ValueError` for an unknown norm, a rate outside [0, 1), a scale that is not positive, or
+        mixers of another width.
         """
         in_features = check_size("in_features", in_features)
         sequence_key, channel_key = jr.split(key)
@@ -88,9 +104,14 @@ class ResidualBlock(AbstractBlock):
         )
         self.sequence_norm = make_norm(norm, in_features)
         self.channel_norm = make_norm(norm, in_features)
+        self.sequence_branch_norm = make_norm(branch_norm, in_features)
+        self.channel_branch_norm = make_norm(branch_norm, in_features)
+        check_positive("residual_scale", residual_scale)
         self.dropout = make_dropout(drop_rate)
         self.in_features = self.out_features = in_features
         self.prenorm = prenorm
+        self.residual_scale = residual_scale
+        self.dtype = dtype
 
     def __call__(
         self, x: Samples, state: eqx.nn.State, key: PRNGKeyArray | None = None
@@ -100,11 +121,14 @@ class ResidualBlock(AbstractBlock):
 
         def mix(u, state):
             u, state = self.mix(u, x, state, mixer_key)
-            return self.drop(u, drop_keys[0]), state
+            u, state = normalise(self.sequence_branch_norm, u, state, x)
+            return self.residual_scale * self.drop(u, drop_keys[0]), state
 
         def mix_channels(u, state):
-            return self.drop(each_sample(x, self.channel_mixer, u), drop_keys[1]), state
+            u = each_sample(x, self.channel_mixer, u)
+            u, state = normalise(self.channel_branch_norm, u, state, x)
+            return self.residual_scale * self.drop(u, drop_keys[1]), state
 
         for branch, norm in (mix, self.sequence_norm), (mix_channels, self.channel_norm):
-            u, state = residual(branch, norm, self.prenorm, u, state, x)
+            u, state = residual(branch, norm, self.prenorm, u, state, x, self.dtype)
         return with_values(x, u), state

@@ -1,3 +1,5 @@
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.random as jr
@@ -47,6 +49,7 @@ class StandardBlock(AbstractBlock):
     out_features: int = eqx.field(static=True)
     prenorm: bool = eqx.field(static=True)
     activation: Activation = eqx.field(static=True)
+    dtype: Any = eqx.field(static=True)
 
     @keyed
     def __init__(
@@ -60,6 +63,7 @@ class StandardBlock(AbstractBlock):
         prenorm: bool = True,
         norm: Norm = "batch",
         activation: Activation = jax.nn.gelu,
+        dtype: Any = None,
     ):
         """**Arguments:**
 
@@ -78,6 +82,8 @@ class StandardBlock(AbstractBlock):
         - `activation`: what the sequence mixer's output goes through: `jax.nn.gelu`, in its
             approximation by tanh; `functools.partial(jax.nn.gelu, approximate=False)`; None for
             none.
+        - `dtype`: what the mixers compute in, beside a residual stream of another type; that of the
+            samples if left out.
 
         **Raises:**
 
@@ -98,6 +104,7 @@ class StandardBlock(AbstractBlock):
         self.in_features = self.out_features = in_features
         self.prenorm = prenorm
         self.activation = activation
+        self.dtype = dtype
 
     def __call__(
         self, x: Samples, state: eqx.nn.State, key: PRNGKeyArray | None = None
@@ -110,5 +117,5 @@ class StandardBlock(AbstractBlock):
             u = self.drop(u if self.activation is None else self.activation(u), drop_keys[0])
             return self.drop(each_sample(x, self.channel_mixer, u), drop_keys[1]), state
 
-        u, state = residual(branch, self.norm, self.prenorm, u, state, x)
+        u, state = residual(branch, self.norm, self.prenorm, u, state, x, self.dtype)
         return with_values(x, u), state

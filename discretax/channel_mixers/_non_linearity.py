@@ -5,7 +5,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-NonLinearity = Literal["relu", "gelu", "swish", "silu", "tanh"]
+NonLinearity = Literal["relu", "gelu", "swish", "silu", "tanh", "relu2"]
 
 NON_LINEARITIES = {
     "relu": jax.nn.relu,
@@ -13,4 +13,5 @@ NON_LINEARITIES = {
     "swish": jax.nn.swish,
     "silu": jax.nn.silu,
     "tanh": jnp.tanh,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),  # arXiv:2109.08668
 }

@@ -6,15 +6,21 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._constructors import sizes_first
-from discretax._features import check_features, check_name, check_size, linear
+from discretax._features import (
+    check_features,
+    check_name,
+    check_positive,
+    check_size,
+    linear,
+)
 from discretax.channel_mixers._non_linearity import NON_LINEARITIES, NonLinearity
 from discretax.channel_mixers.base import AbstractChannelMixer
 
 
 class SwiGLU(AbstractChannelMixer):
-    r"""$y = W_{down}(\mathrm{swish}(W_{gate} x) \odot W_{up} x)$.
+    r"""$y = b\, W_{down}(\mathrm{swish}(a\, W_{gate} x) \odot W_{up} x)$.
 
-    With `non_linearity="gelu"` it is the paper's GEGLU, as in Griffin.
+    $a$ and $b$ are constants, one unless given. With `non_linearity="gelu"` it is the paper's GEGLU, as in Griffin.
 
     ??? cite
 
@@ -26,6 +32,8 @@ class SwiGLU(AbstractChannelMixer):
     down_proj: eqx.nn.Linear
     in_features: int = eqx.field(static=True)
     non_linearity: NonLinearity = eqx.field(static=True)
+    gate_scale: float = eqx.field(static=True)
+    out_scale: float = eqx.field(static=True)
 
     @overload
     def __init__(
@@ -38,6 +46,8 @@ class SwiGLU(AbstractChannelMixer):
         hidden_ratio: float | None = None,
         use_bias: bool = False,
         non_linearity: NonLinearity = "swish",
+        gate_scale: float = 1.0,
+        out_scale: float = 1.0,
     ): ...
     @overload
     def __init__(
@@ -50,6 +60,8 @@ class SwiGLU(AbstractChannelMixer):
         hidden_ratio: float | None = None,
         use_bias: bool = False,
         non_linearity: NonLinearity = "swish",
+        gate_scale: float = 1.0,
+        out_scale: float = 1.0,
     ): ...
     @sizes_first
     def __init__(
@@ -62,6 +74,8 @@ class SwiGLU(AbstractChannelMixer):
         hidden_ratio: float | None = None,
         use_bias: bool = False,
         non_linearity: NonLinearity = "swish",
+        gate_scale: float = 1.0,
+        out_scale: float = 1.0,
     ):
         """**Arguments:**
 
@@ -73,11 +87,12 @@ class SwiGLU(AbstractChannelMixer):
             rounded up to a multiple of 256. 4 if both are left out.
         - `use_bias`: of all three maps.
         - `non_linearity`: what the gate goes through, by name.
+        - `gate_scale`, `out_scale`: $a$ and $b$, as Falcon-H1 has them.
 
         **Raises:**
 
-        `ValueError` if both `intermediate_dim` and `hidden_ratio` are given, or for an unknown
-        non-linearity.
+        `ValueError` if both `intermediate_dim` and `hidden_ratio` are given, for an unknown
+        non-linearity, or scales that are not positive.
         """
         check_name("non_linearity", non_linearity, NonLinearity)
         if intermediate_dim is not None and hidden_ratio is not None:
@@ -100,8 +115,12 @@ class SwiGLU(AbstractChannelMixer):
         self.down_proj = eqx.nn.Linear(intermediate_dim, out_features, use_bias, key=down_key)
         self.in_features = in_features
         self.non_linearity = non_linearity
+        check_positive("gate_scale", gate_scale)
+        check_positive("out_scale", out_scale)
+        self.gate_scale = gate_scale
+        self.out_scale = out_scale
 
     def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... out"]:
         check_features(self, x, self.in_features)
-        gate = NON_LINEARITIES[self.non_linearity](linear(self.gate_proj, x))
-        return linear(self.down_proj, gate * linear(self.up_proj, x))
+        gate = NON_LINEARITIES[self.non_linearity](self.gate_scale * linear(self.gate_proj, x))
+        return self.out_scale * linear(self.down_proj, gate * linear(self.up_proj, x))

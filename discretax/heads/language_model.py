@@ -13,14 +13,16 @@ from discretax.heads.base import AbstractHead
 
 
 class LanguageModelHead(AbstractHead):
-    r"""Logits of the next token at every sample: $W x_t$.
+    r"""Logits of the next token at every sample: $a W x_t$, with a constant `scale` $a$ that is one
+    unless given.
 
-    With `soft_cap` $c$ they are $c \tanh(W x_t / c)$, as in Gemma: none is larger than $c$. They are
+    With `soft_cap` $c$ they are $c \tanh(a W x_t / c)$, as in Gemma: none is larger than $c$. They are
     float32, or float64 if `x` is, whatever the type of `x`.
     """
 
     weight: Float[Array, "tokens features"]
     soft_cap: float | None = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
 
     @keyed
     def __init__(
@@ -30,6 +32,7 @@ class LanguageModelHead(AbstractHead):
         key: PRNGKeyArray,
         *,
         soft_cap: float | None = None,
+        scale: float = 1.0,
     ):
         """**Arguments:**
 
@@ -37,14 +40,17 @@ class LanguageModelHead(AbstractHead):
         - `out_features`: number of tokens of the vocabulary.
         - `key`: for the initialisation.
         - `soft_cap`: the largest logit; none if left out.
+        - `scale`: what the logits are multiplied by.
         """
         in_features = check_size("in_features", in_features)
         out_features = check_size("out_features", out_features)
         if soft_cap is not None:
             check_positive("soft_cap", soft_cap)
+        check_positive("scale", scale)
         bound = in_features**-0.5
         self.weight = jr.uniform(key, (out_features, in_features), minval=-bound, maxval=bound)
         self.soft_cap = soft_cap
+        self.scale = scale
 
     def __call__(
         self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
@@ -61,4 +67,4 @@ class LanguageModelHead(AbstractHead):
     def logits(self, x: Values) -> Float[Array, "time tokens"]:
         weight = self.weight.astype(x.dtype)
         y = jnp.matmul(x, weight.T, preferred_element_type=accumulation_dtype(x))
-        return soft_capped(y, self.soft_cap)
+        return soft_capped(self.scale * y, self.soft_cap)

@@ -14,8 +14,9 @@ from jax.sharding import Sharding
 from jaxtyping import Array
 
 from discretax.architectures import LanguageModel
+from discretax.pretrained._falcon_h1 import FALCON_H1
 from discretax.pretrained._falcon_mamba import FALCON_MAMBA
-from discretax.pretrained._family import Config, Family, stored_shape
+from discretax.pretrained._family import Config, Family
 from discretax.pretrained._files import (
     CONFIG,
     WEIGHTS,
@@ -29,8 +30,12 @@ from discretax.pretrained._files import (
 from discretax.pretrained._mamba import MAMBA
 from discretax.pretrained._mamba2 import MAMBA2
 from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
+from discretax.pretrained._stored import Source, Stored, leaves, sources
 
-FAMILIES = {family.model_type: family for family in (MAMBA, MAMBA2, FALCON_MAMBA, RECURRENT_GEMMA)}
+FAMILIES = {
+    family.model_type: family
+    for family in (MAMBA, MAMBA2, FALCON_MAMBA, RECURRENT_GEMMA, FALCON_H1)
+}
 HEAD = "lm_head.weight"
 # What a model may have in its own way, with the same files: how it runs, and where it drops.
 OWN = ("cache_index", "dropout", "inference", "streaming")
@@ -46,7 +51,7 @@ def load(
 
     The folder holds `config.json` and `model.safetensors`, or shards of it with
     `model.safetensors.index.json`. Of `config.json`, `model_type` must be `"mamba"`, `"mamba2"`,
-    `"falcon_mamba"` or `"recurrent_gemma"`, and every other entry must be known: one that might
+    `"falcon_mamba"`, `"recurrent_gemma"` or `"falcon_h1"`, and every other entry must be known: one that might
     change what the model computes is never passed over. Sizes are compared to the tensors before
     anything is built from them. Tensors are read one by one, each straight to its place, after all
     names and shapes have been found right: memory holds about one copy. Pickled weights are not
@@ -88,19 +93,30 @@ def load(
         family, make = _family(parsed(text, folder / CONFIG), str(folder / CONFIG), tensors.shapes)
         model, state = eqx.filter_eval_shape(eqx.nn.make_with_state(make), jr.key(0))
         _check_pair(text, model, tensors, folder)
-        leaves = family.leaves(model)
-        _check_names(leaves, tensors, family, model.tie_embeddings)
-        stored = {name: tensors.dtype(name) for name in leaves}
-        structs = {
-            name: jax.ShapeDtypeStruct(
-                leaf.shape, dtype or _floating(stored[name], f"tensor {name!r}")
+        stored = family.stored(model)
+        names = _names(stored, tensors, family, model.tie_embeddings)
+        where, found = sources(stored), leaves(stored.values())
+        structs = [
+            jax.ShapeDtypeStruct(
+                leaf.shape,
+                dtype
+                or jnp.result_type(
+                    *(
+                        _floating(tensors.dtype(names[each.tensor]), f"tensor {each.tensor!r}")
+                        for each in of_leaf
+                    )
+                ),
             )
-            for name, leaf in leaves.items()
-        }
+            for leaf, of_leaf in zip(found, where, strict=True)
+        ]
         place = sharding if callable(sharding) else lambda *_: sharding
-        placed = {name: place(name, struct) for name, struct in structs.items()}
-        arrays = [_put(tensors, name, structs[name], placed[name]) for name in leaves]
-    return eqx.tree_at(lambda m: list(family.leaves(m).values()), model, arrays), state
+        shardings = [
+            place(of_leaf[0].tensor, struct) for of_leaf, struct in zip(where, structs, strict=True)
+        ]
+        read = lambda name: stored[name].split(tensors.read(names[name]))
+        arrays = [_put(read, *each) for each in zip(where, structs, shardings, strict=True)]
+    placed = dict(zip(map(id, found), arrays, strict=True))
+    return jax.tree.map(lambda leaf: placed.get(id(leaf), leaf), model), state
 
 
 def save(
@@ -168,10 +184,7 @@ def save(
             f"`save` takes this model for one of the family {family.model_type}, but then the "
             "files would not hold all that it is:\n" + "\n".join(found)
         )
-    tensors = {
-        name: np.ascontiguousarray(leaf).reshape(stored_shape(name, leaf.shape))
-        for name, leaf in family.leaves(model).items()
-    }
+    tensors = {name: stored.tensor() for name, stored in family.stored(model).items()}
     write(pathlib.Path(folder).expanduser(), text, tensors)
 
 
@@ -207,29 +220,36 @@ def _check_pair(text: str, model: LanguageModel, tensors: Tensors, folder: pathl
         )
 
 
-def _check_names(leaves: dict[str, Array], tensors: Tensors, family: Family, is_tied: bool) -> None:
-    """All that does not fit, together."""
-    stored = set(tensors.shapes)
-    twice = is_tied and HEAD in stored
-    if twice:
-        stored.remove(HEAD)
-    found = [f"missing: {name}" for name in sorted(set(leaves) - stored)]
-    found += [f"left over: {name}" for name in sorted(stored - set(leaves))]
-    for name in sorted(set(leaves) & stored):
-        expected = stored_shape(name, leaves[name].shape)
-        if tensors.shapes[name] != expected:
-            found.append(f"{name}: got shape {tensors.shapes[name]}, expected {expected}")
+def _names(
+    stored: dict[str, Stored], tensors: Tensors, family: Family, is_tied: bool
+) -> dict[str, str]:
+    """What the file calls each tensor; refuses all that does not fit, together."""
+    there = [name for name in tensors.shapes if not name.startswith(family.skipped)]
+    names = {family.renamed(name): name for name in there}
+    twice = names.pop(HEAD, None) if is_tied else None
+    found = [f"missing: {name}" for name in sorted(set(stored) - set(names))]
+    found += [f"left over: {names[name]}" for name in sorted(set(names) - set(stored))]
+    found += [
+        f"{name}: given more than once"
+        for name in sorted(names)
+        if sum(family.renamed(other) == name for other in there) > 1
+    ]
+    for name in sorted(set(stored) & set(names)):
+        expected, shape = stored[name].stored_shape, tensors.shapes[names[name]]
+        if shape != expected:
+            found.append(f"{names[name]}: got shape {shape}, expected {expected}")
     if found:
         raise ValueError(
             f"the tensors are not those of a {family.architecture} with this configuration:\n"
             + "\n".join(found)
         )
-    embedding = next(iter(leaves))
-    if twice and not np.array_equal(tensors.read(HEAD), tensors.read(embedding)):
+    embedding = names[next(iter(stored))]
+    if twice and not np.array_equal(tensors.read(twice), tensors.read(embedding)):
         raise ValueError(
-            f"the configuration ties the logits' weight to the embedding, but {HEAD!r} differs from "
+            f"the configuration ties the logits' weight to the embedding, but {twice!r} differs from "
             f"{embedding!r}. Set tie_word_embeddings to false if both are meant."
         )
+    return names
 
 
 def _floating(dtype: np.dtype, what: str) -> np.dtype:
@@ -244,10 +264,14 @@ def _floating(dtype: np.dtype, what: str) -> np.dtype:
 
 
 def _put(
-    tensors: Tensors, name: str, struct: jax.ShapeDtypeStruct, sharding: Sharding | None
+    read: Callable[[str], list[np.ndarray]],
+    sources: list[Source],
+    struct: jax.ShapeDtypeStruct,
+    sharding: Sharding | None,
 ) -> Array:
-    array = tensors.read(name).astype(struct.dtype, copy=False).reshape(struct.shape)
-    return jax.device_put(array, sharding)
+    pieces = [read(source.tensor)[source.part] for source in sources]
+    array = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+    return jax.device_put(array.astype(struct.dtype, copy=False), sharding)
 
 
 def _parts(model: LanguageModel, like: LanguageModel) -> Iterator[tuple[Any, Any, str]]:

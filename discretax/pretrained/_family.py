@@ -1,5 +1,6 @@
 """What a family of checkpoints is, and how its configuration is read: entry by entry, or not at all."""
 
+import math
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
 from discretax.architectures import LanguageModel
+from discretax.pretrained._stored import Stored, stored
 
 # Of every family: about training, tokens, caches and the files' history.
 NO_EFFECT = (
@@ -97,6 +99,13 @@ class Config:
             raise self.refused(name, value, "a positive number within the range of float32")
         return float(value)
 
+    def numbers(self, name: str, count: int, default: Any = REQUIRED) -> tuple[float, ...]:
+        values = self.entry(name, default)
+        fit = isinstance(values, list) and len(values) == count and all(map(is_number, values))
+        if not fit or not all(LEAST <= value <= LARGEST for value in values):
+            raise self.refused(name, values, f"a list of {count} positive numbers")
+        return tuple(float(value) for value in values)
+
     def flag(self, name: str, default: Any = REQUIRED, *, of: str | None = None) -> bool:
         """True or false; if it says whether there is a tensor, as the tensors are."""
         value = self.entry(name, default)
@@ -134,6 +143,17 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def factor_of(product: float, other: float) -> float:
+    """What was multiplied by `other`: the shortest number that gives the product again, bit by bit."""
+    quotient = product / other
+    near = (
+        round(quotient, 12),
+        quotient,
+        *(math.nextafter(quotient, to) for to in (0.0, math.inf)),
+    )
+    return next((factor for factor in near if factor * other == product), quotient)
+
+
 class Family(NamedTuple):
     """One `model_type`: between configuration and model, and between tensors' names and leaves."""
 
@@ -143,15 +163,13 @@ class Family(NamedTuple):
     """How to make the model that a configuration describes."""
     describe: Callable[[LanguageModel], dict[str, Any] | None]
     """The configuration that describes a model; None if it is of another kind."""
-    tensors: Callable[[LanguageModel], dict[str, Array | None]]
+    tensors: Callable[[LanguageModel], Mapping[str, Array | Stored | None]]
     """The model's leaves, or its gradient's, by their names in the files, the embedding first; None
     for no such tensor."""
+    skipped: tuple[str, ...] = ()
+    """What the names of tensors begin with that serve something else than text: they are not read."""
+    renamed: Callable[[str], str] = lambda name: name
+    """The name that `tensors` has for a tensor, where files call it differently."""
 
-    def leaves(self, model: LanguageModel) -> dict[str, Array]:
-        return {name: leaf for name, leaf in self.tensors(model).items() if leaf is not None}
-
-
-def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Of a leaf's tensor: short convolutions have an axis of one there, for their input channels."""
-    is_convolution = name.endswith(("conv1d.weight", "conv_1d.weight"))
-    return (shape[0], 1, shape[1]) if is_convolution else shape
+    def stored(self, model: LanguageModel) -> dict[str, Stored]:
+        return stored(self.tensors(model))

@@ -69,7 +69,7 @@ def describe(model: LanguageModel) -> dict[str, Any] | None:
     mixer = first_mixer(model)
     if not isinstance(mixer, Mamba2SequenceMixer):
         return None
-    num_heads, inner = mixer.A_log.shape[0], mixer.norm_weight.shape[0]
+    num_heads, inner = mixer.A_log.shape[0], mixer.out_proj.weight.shape[1]
     return describe_backbone(model) | {
         "state_size": mixer.state_dim,
         "conv_kernel": mixer.conv_weight.shape[1],

@@ -12,6 +12,13 @@ from discretax.architectures import LanguageModel
 from discretax.blocks import OffsetRMSNorm, ResidualBlock
 from discretax.channel_mixers import SwiGLU
 from discretax.pretrained._family import Config, Family
+from discretax.pretrained._transformer import (
+    Tensors,
+    attention,
+    attention_tensors,
+    describe_attention,
+    describe_rotary,
+)
 from discretax.sequence_mixers import AttentionSequenceMixer, GriffinSequenceMixer
 
 NO_EFFECT = ("final_w_init_variance_scale", "w_init_variance_scale")
@@ -93,47 +100,15 @@ def recurrent_mixer(
 def attention_mixer(
     config: Config, hidden: int, num_heads: int, occurs: bool
 ) -> Callable[..., AttentionSequenceMixer]:
-    num_kv_heads = config.size("num_key_value_heads", num_heads)
-    head_dim = config.size("head_dim", max(1, hidden // num_heads))
-    if occurs:
-        names = {"num_attention_heads": num_heads, "head_dim": head_dim}
-        config.fits("q_proj.weight", 0, num_heads * head_dim, **names)
-        names = {"num_key_value_heads": num_kv_heads, "head_dim": head_dim}
-        config.fits("k_proj.weight", 0, num_kv_heads * head_dim, **names)
-        if num_heads % num_kv_heads:
-            rule = f"a divisor of num_attention_heads={num_heads}"
-            raise config.refused("num_key_value_heads", num_kv_heads, rule)
-    return ft.partial(
-        AttentionSequenceMixer,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
+    return attention(
+        config,
+        hidden,
+        occurs=occurs,
+        rotary_fraction=0.5,
         window=config.size("attention_window_size", 2048),
         use_bias=config.flag("attention_bias", False, of="q_proj.bias" if occurs else None),
         out_bias=True,
-        **rotary(config, head_dim),
     )
-
-
-def rotary(config: Config, head_dim: int) -> dict[str, float]:
-    """One entry with all, or, in files of transformers 4, an entry for each."""
-    rope = config.entry("rope_parameters", None)
-    if rope is None:
-        rope = config
-    elif isinstance(rope, dict):
-        rope = Config(rope, f"{config.where}, rope_parameters")
-        rope.fixed(rope_type="default")
-    else:
-        raise config.refused("rope_parameters", rope, "an object")
-    fraction = rope.number("partial_rotary_factor", 0.5)
-    pairs = fraction * head_dim / 2
-    if fraction > 1 or abs(pairs - round(pairs)) > 1e-6:
-        rule = f"at most 1, for an even number of head_dim={head_dim} features"
-        raise rope.refused("partial_rotary_factor", fraction, rule)
-    options = {"rotary_fraction": fraction, "rotary_base": rope.number("rope_theta", 10_000.0)}
-    if rope is not config:
-        rope.done()
-    return options
 
 
 def describe(model: Any) -> dict[str, Any] | None:
@@ -175,23 +150,15 @@ def describe_mixer(mixer: Any) -> dict[str, Any]:
             "lru_width": lru_width,
             "conv1d_width": conv_width,
         }
-    head_dim = mixer.q_proj.weight.shape[0] // mixer.num_heads
     return {
-        "num_attention_heads": mixer.num_heads,
-        "num_key_value_heads": mixer.num_kv_heads,
-        "head_dim": head_dim,
+        **describe_attention(mixer),
+        **describe_rotary(mixer, rotary_fraction=None),
         "attention_window_size": mixer.window,
-        "attention_bias": mixer.q_proj.bias is not None,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": mixer.rotary_base,
-            "partial_rotary_factor": mixer.rotary_dim / head_dim,
-        },
     }
 
 
-def tensors(model: Any) -> dict[str, Array | None]:
-    tensors: dict[str, Array | None] = {
+def tensors(model: Any) -> Tensors:
+    tensors: Tensors = {
         "model.embed_tokens.weight": model.encoder.embedding.weight,
         "model.final_norm.weight": model.norm.offset,
         "lm_head.weight": model.head.weight,
@@ -227,19 +194,6 @@ def recurrent_tensors(mixer: GriffinSequenceMixer) -> dict[str, Array | None]:
         "rg_lru.recurrent_gate_bias": mixer.rg_lru.a_bias,
         "rg_lru.input_gate_weight": mixer.rg_lru.input_weight,
         "rg_lru.input_gate_bias": mixer.rg_lru.input_bias,
-    }
-
-
-def attention_tensors(mixer: AttentionSequenceMixer) -> dict[str, Array | None]:
-    return {
-        "q_proj.weight": mixer.q_proj.weight,
-        "q_proj.bias": mixer.q_proj.bias,
-        "k_proj.weight": mixer.k_proj.weight,
-        "k_proj.bias": mixer.k_proj.bias,
-        "v_proj.weight": mixer.v_proj.weight,
-        "v_proj.bias": mixer.v_proj.bias,
-        "o_proj.weight": mixer.out_proj.weight,
-        "o_proj.bias": mixer.out_proj.bias,
     }
 
 

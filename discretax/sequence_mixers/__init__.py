@@ -1,5 +1,6 @@
 """Sequence mixers: pure functions of a sequence and a cache."""
 
+from discretax.sequence_mixers import rotary_scaling as rotary_scaling
 from discretax.sequence_mixers.attention import AttentionSequenceMixer as AttentionSequenceMixer
 from discretax.sequence_mixers.base import (
     AbstractContinuousMixer as AbstractContinuousMixer,
@@ -79,3 +80,4 @@ from discretax.sequence_mixers.wrappers.parallel import (
     SequenceParallel as SequenceParallel,
     sequence_parallel as sequence_parallel,
 )
+from discretax.sequence_mixers.wrappers.sum import SumSequenceMixer as SumSequenceMixer

@@ -1,22 +1,32 @@
 import functools as ft
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-from jax import lax
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, PRNGKeyArray
 
 from discretax._broken import is_broken, mended, spoilt
 from discretax._constructors import keyed
-from discretax._counts import count_after, counts_before
-from discretax._features import check_positive, check_size, divided, linear, size_of_head
+from discretax._counts import counts_before
+from discretax._features import (
+    check_name,
+    check_positive,
+    check_size,
+    described,
+    divided,
+    linear,
+    size_of_head,
+)
 from discretax._timeseries import known
 from discretax._types import Length, Resets, Sample, Timesteps, Values, widened
 from discretax.ops._attention import masked_attention
-from discretax.ops._rotary import rotated
+from discretax.ops._rotary import frequencies, rotated
 from discretax.ops._running.chunks import scan_chunks
+from discretax.sequence_mixers._attention_cache import AttentionCache, moved, moved_by_one, past
 from discretax.sequence_mixers.base import (
     AbstractSequenceMixer,
     check_call,
@@ -25,21 +35,10 @@ from discretax.sequence_mixers.base import (
     refuse_timesteps,
     zero_cache,
 )
+from discretax.sequence_mixers.rotary_scaling import RotaryScaling, Yarn
 
-
-class AttentionCache(NamedTuple):
-    """Rotated keys and values of the current sequence, each where its position modulo the number
-    of slots puts it, which of them are of broken samples, and how many samples of the sequence have
-    been seen, in two ways without end.
-
-    `position` is counted anew from a multiple of the slots once all are full; `clock` runs on, and
-    where its integers end, over to the negative ones."""
-
-    keys: Float[Array, "slots heads head"]
-    values: Float[Array, "slots heads head"]
-    broken: Bool[Array, " slots"]
-    position: Int[Array, ""]
-    clock: Int[Array, ""]
+Gate = Literal["element", "head"]
+NormOver = Literal["head", "all"]
 
 
 class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
@@ -64,6 +63,10 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
     With a `window` a sequence is walked through in chunks of that length, so that memory grows
     linearly with time. `window=w + 1` is what the authors of Griffin call a window of `w`.
 
+    With a `qk_norm`, queries and keys are normalised before they are turned. With a `gate`, what the
+    heads read is multiplied by $\sigma(W_\gamma x)$ before $W_o$, element by element or each head by
+    one number.
+
     !!! example
 
         ```python
@@ -83,12 +86,18 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
     k_proj: eqx.nn.Linear
     v_proj: eqx.nn.Linear
     out_proj: eqx.nn.Linear
+    q_norm: Callable[[Array], Array] | None
+    k_norm: Callable[[Array], Array] | None
+    gate_proj: eqx.nn.Linear | None
     in_features: int = eqx.field(static=True)
     num_heads: int = eqx.field(static=True)
     num_kv_heads: int = eqx.field(static=True)
     window: int | None = eqx.field(static=True)
     rotary_dim: int = eqx.field(static=True)
     rotary_base: float = eqx.field(static=True)
+    rotary_scaling: RotaryScaling | None = eqx.field(static=True)
+    scale: float = eqx.field(static=True)
+    norm_over: NormOver = eqx.field(static=True)
 
     recurrent_parameters: ClassVar[tuple[str, ...]] = ()
 
@@ -104,6 +113,11 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         window: int | None = None,
         rotary_fraction: float = 1.0,
         rotary_base: float = 10_000.0,
+        rotary_scaling: RotaryScaling | None = None,
+        scale: float | None = None,
+        qk_norm: Callable[[int], Callable[[Array], Array]] | None = None,
+        norm_over: NormOver = "head",
+        gate: Gate | None = None,
         use_bias: bool = False,
         out_bias: bool = False,
     ):
@@ -117,6 +131,13 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         - `window`: how many samples a query sees, its own included; None for all before it.
         - `rotary_fraction`: the part of each head that is turned: 1 for all of it, 0 for none.
         - `rotary_base`: $\theta$ above; the longest wavelength is $2\pi\theta$ samples.
+        - `rotary_scaling`: how the frequencies change for texts longer than those of training:
+            one of [`discretax.sequence_mixers.rotary_scaling`][].
+        - `scale`: what scores are multiplied by; $1/\sqrt{d}$ if left out.
+        - `qk_norm`: a function of a width that makes the norm of queries and that of keys, such as
+            `equinox.nn.RMSNorm`.
+        - `norm_over`: each `"head"` by itself, as in Qwen3, or `"all"` heads at once, as in OLMo 2.
+        - `gate`: `"element"`, as in Qwen3.5, or `"head"`.
         - `use_bias`: of queries, keys and values.
         - `out_bias`: of $W_o$.
 
@@ -140,18 +161,39 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
                 f"got {rotary_fraction} of head_dim={head_dim}."
             )
         check_positive("rotary_base", rotary_base)
+        if rotary_scaling is not None and not isinstance(rotary_scaling, RotaryScaling):
+            raise TypeError(
+                "`rotary_scaling` must be None or one of `discretax.sequence_mixers.rotary_scaling`, "
+                f"such as `Linear(factor=4.0)`; got {described(rotary_scaling)}."
+            )
+        if scale is not None:
+            check_positive("scale", scale)
+        check_name("norm_over", norm_over, NormOver)
+        check_name("gate", gate, Gate | None)
         q_key, k_key, v_key, out_key = jr.split(key, 4)
         inner, kv_inner = num_heads * head_dim, num_kv_heads * head_dim
         self.q_proj = eqx.nn.Linear(in_features, inner, use_bias, key=q_key)
         self.k_proj = eqx.nn.Linear(in_features, kv_inner, use_bias, key=k_key)
         self.v_proj = eqx.nn.Linear(in_features, kv_inner, use_bias, key=v_key)
         self.out_proj = eqx.nn.Linear(inner, in_features, out_bias, key=out_key)
+        widths = (head_dim, head_dim) if norm_over == "head" else (inner, kv_inner)
+        self.q_norm, self.k_norm = (
+            (None, None) if qk_norm is None else (qk_norm(width) for width in widths)
+        )
+        self.gate_proj = None
+        if gate is not None:
+            gates = inner if gate == "element" else num_heads
+            gate_key = jr.fold_in(key, 4)
+            self.gate_proj = eqx.nn.Linear(in_features, gates, use_bias=False, key=gate_key)
         self.in_features = in_features
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads
         self.window = window
         self.rotary_dim = rotary_dim
         self.rotary_base = rotary_base
+        self.rotary_scaling = rotary_scaling
+        self.scale = head_dim**-0.5 if scale is None else scale
+        self.norm_over = norm_over
 
     def allocate_inference_cache(
         self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
@@ -212,29 +254,27 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         sequence = jnp.zeros(time, int) if resets is None else jnp.cumsum(resets)
         positions = counts_before(cache.position, time, resets)
         clocks = counts_before(cache.clock, time, resets)
-        heads = lambda layer, count: linear(layer, x).reshape(time, count, -1)
-        turned = lambda heads: rotated(heads, clocks, self.rotary_dim, self.rotary_base)
-        q = turned(heads(self.q_proj, self.num_heads))
-        k = turned(heads(self.k_proj, self.num_kv_heads))
-        v = heads(self.v_proj, self.num_kv_heads)
+        q = self._turned(linear(self.q_proj, x), self.q_norm, self.num_heads, clocks)
+        k = self._turned(linear(self.k_proj, x), self.k_norm, self.num_kv_heads, clocks)
+        v = linear(self.v_proj, x).reshape(time, self.num_kv_heads, -1)
         if resets is not None:  # what overflows is kept behind a reset, too
             broken |= is_broken((k, v), 1)
             k, v = mended((k, v))
         if time == 1 and resets is None:
-            moved = _moved_by_one(cache, (k, v, broken), left)
+            after = moved_by_one(cache, (k, v, broken), left)
         else:
             emptied = resets is not None
-            moved = _moved(cache, (k, v, broken), positions, clocks, left, emptied=emptied)
+            after = moved(cache, (k, v, broken), positions, clocks, left, emptied=emptied)
 
         if resets is None and (self.window is None or time == 1):
             # All that a query may see is still there once the chunk has been cached.
-            samples = _past(moved)
+            samples = past(after)
         elif fresh:
             samples = k, v, broken, positions, sequence
         else:
             samples = (
                 jnp.concatenate([old.astype(new.dtype), new])
-                for old, new in zip(_past(cache), (k, v, broken, positions, sequence), strict=True)
+                for old, new in zip(past(cache), (k, v, broken, positions, sequence), strict=True)
             )
         keys, values, of_broken, key_positions, key_sequence = samples
         distance = positions[:, None] - key_positions[None]
@@ -243,15 +283,30 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         )
         if self.window is not None:
             seen &= distance < self.window
-        y = masked_attention(q, keys.astype(q.dtype), values.astype(q.dtype), seen)
+        y = masked_attention(q, keys.astype(q.dtype), values.astype(q.dtype), seen, self.scale)
         unknown = (seen & of_broken[None]).any(1)
         if self.window is None:
             unknown |= positions >= slots
         # Counted on, the position would reach the end of its integers.
-        position = jnp.minimum(moved.position, slots + moved.position % slots)
-        moved = moved._replace(position=position)
+        position = jnp.minimum(after.position, slots + after.position % slots)
+        after = after._replace(position=position)
+        if self.gate_proj is not None:
+            gates = jax.nn.sigmoid(linear(self.gate_proj, x))
+            y = y * gates.reshape(time, self.num_heads, -1)
         y = spoilt(linear(self.out_proj, y.reshape(time, -1)), unknown)
-        return in_types_of(given, (y, moved))
+        return in_types_of(given, (y, after))
+
+    def _turned(self, x, norm, num_heads, clocks):
+        """The heads of queries or keys, normalised and turned."""
+        if norm is not None and self.norm_over == "all":
+            x = jax.vmap(norm)(x)
+        x = x.reshape(len(x), num_heads, -1)
+        if norm is not None and self.norm_over == "head":
+            x = jax.vmap(jax.vmap(norm))(x)
+        turns, scaling = frequencies(self.rotary_dim, self.rotary_base), self.rotary_scaling
+        if scaling is not None:
+            turns = tuple(scaling(np.asarray(turns), self.rotary_base).tolist())
+        return rotated(x, clocks, turns, scaling.magnitude if isinstance(scaling, Yarn) else 1.0)
 
     def _like(self, cache: Any) -> AttentionCache:
         """A cache that fits this mixer, with as many slots as `cache`."""
@@ -282,55 +337,3 @@ def _over_time(chunk_size, fresh, mixer, state, x, resets, length):
         return state, y
 
     return scan_chunks(run, state, (x, resets), length, chunk_size)
-
-
-def _latest(position: Int[Array, ""], slots: int) -> Int[Array, " slots"]:
-    """The position of the last of `position` samples that went to each slot; negative for none."""
-    slot = jnp.arange(slots)
-    return position - 1 - (position - 1 - slot) % slots
-
-
-def _past(cache: AttentionCache) -> tuple[Array, ...]:
-    """What is cached, its positions and its sequence."""
-    slots = cache.broken.shape[0]
-    return *cache[:3], _latest(cache.position, slots), jnp.zeros(slots, int)
-
-
-def _moved(
-    cache: AttentionCache,
-    samples: tuple[Array, Array, Array],
-    positions: Int[Array, " time"],
-    clocks: Int[Array, " time"],
-    left: Int[Array, ""] | int,
-    emptied: bool,
-) -> AttentionCache:
-    """The cache after the first `left` of the samples, some of which may have `emptied` it."""
-    time, slots = positions.shape[0], cache.keys.shape[0]
-    last = jnp.minimum(left, time) - 1
-    position = count_after(cache.position, positions, left)
-    clock = count_after(cache.clock, clocks, left)
-    wanted = _latest(position, slots)
-    source = last - (position - 1 - wanted)  # the sample's index, negative if it came before
-
-    def move(old, new):
-        new = new[jnp.clip(source, 0, time - 1)].astype(old.dtype)
-        each = lambda slot: slot.reshape(slots, *(1,) * (old.ndim - 1))
-        now = jnp.where(each(source >= 0), new, old)
-        return jnp.where(each(wanted >= 0), now, jnp.zeros_like(old)) if emptied else now
-
-    keys, values, broken = map(move, cache[:3], samples)
-    return AttentionCache(keys, values, broken, position, clock)
-
-
-def _moved_by_one(cache, samples, left):
-    """`_moved` where one slot changes at most."""
-    slot = cache.position % cache.keys.shape[0]
-    is_valid = jnp.asarray(left) > 0
-
-    def move(old, new):
-        new = jnp.where(is_valid, new.astype(old.dtype), lax.dynamic_slice_in_dim(old, slot, 1))
-        return lax.dynamic_update_slice_in_dim(old, new, slot, axis=0)
-
-    seen = is_valid.astype(int)
-    keys, values, broken = map(move, cache[:3], samples)
-    return AttentionCache(keys, values, broken, cache.position + seen, cache.clock + seen)

@@ -79,6 +79,7 @@ class MambaSequenceMixer(AbstractRecurrentMixer[MambaCache]):
     x_proj: eqx.nn.Linear
     dt_proj: eqx.nn.Linear
     dt_A_bias: Float[Array, " inner"] | None
+    dt_b_c_weights: tuple[Array, Array, Array] | None
     A_log: Float[Array, "inner state"]
     D: Float[Array, " inner"]
     out_proj: eqx.nn.Linear
@@ -109,6 +110,7 @@ class MambaSequenceMixer(AbstractRecurrentMixer[MambaCache]):
         discretization: SelectiveDiscretization = "mamba",
         event: bool = False,
         b_c_dt_rms_eps: float | None = None,
+        b_c_dt_weights: bool = False,
     ):
         r"""**Arguments:**
 
@@ -131,11 +133,13 @@ class MambaSequenceMixer(AbstractRecurrentMixer[MambaCache]):
         - `event`: the state decays over the timesteps.
         - `b_c_dt_rms_eps`: normalise $d$, $B$ and $C$, with this added to the mean of the squares;
             not if left out.
+        - `b_c_dt_weights`: the normalised $d$, $B$ and $C$ are multiplied by learned weights, as in
+            Jamba.
 
         **Raises:**
 
-        `ValueError` for sizes below one, an unknown name, `dt_min > dt_max`, or a `b_c_dt_rms_eps`
-        that is not positive.
+        `ValueError` for sizes below one, an unknown name, `dt_min > dt_max`, a `b_c_dt_rms_eps`
+        that is not positive, or weights without it.
         """
         in_features = check_size("in_features", in_features)
         state_dim = check_size("state_dim", state_dim)
@@ -175,6 +179,14 @@ class MambaSequenceMixer(AbstractRecurrentMixer[MambaCache]):
         self.out_proj = eqx.nn.Linear(inner, in_features, use_bias=use_bias, key=out_key)
         self.in_features = in_features
         self.dt_rank = dt_rank
+        if b_c_dt_weights and b_c_dt_rms_eps is None:
+            raise ValueError(
+                "`b_c_dt_weights=True` multiplies what is normalised; got b_c_dt_rms_eps=None. Give "
+                "`b_c_dt_rms_eps=1e-6`."
+            )
+        sizes = (dt_rank, state_dim, state_dim)
+        dt, b, c = (jnp.ones(size) for size in sizes)
+        self.dt_b_c_weights = (dt, b, c) if b_c_dt_weights else None
         self.b_c_dt_rms_eps = b_c_dt_rms_eps
         self.discretization = discretization
 
@@ -205,8 +217,10 @@ class MambaSequenceMixer(AbstractRecurrentMixer[MambaCache]):
             linear(self.x_proj, u), (self.dt_rank, self.dt_rank + self.A_log.shape[1]), axis=-1
         )
         if self.b_c_dt_rms_eps is not None:
+            weights = self.dt_b_c_weights or (None, None, None)
             low_rank, B, C = (
-                rms_normalised(v, self.b_c_dt_rms_eps).astype(v.dtype) for v in (low_rank, B, C)
+                _weighted(rms_normalised(v, self.b_c_dt_rms_eps), weight).astype(v.dtype)
+                for v, weight in zip((low_rank, B, C), weights, strict=True)
             )
         dtype = accumulation_dtype(x, self.D)
         low_rank = low_rank.astype(dtype)
@@ -232,3 +246,7 @@ class MambaSequenceMixer(AbstractRecurrentMixer[MambaCache]):
         timesteps = jnp.ones(time) if timesteps is None else timesteps
         per_interval = jax.nn.softplus(self.dt_A_bias.astype(accumulation_dtype(self.dt_A_bias)))
         return timesteps.astype(per_interval.dtype)[:, None] * per_interval[None]
+
+
+def _weighted(x: Values, weight: Array | None) -> Values:
+    return x if weight is None else x * weight.astype(x.dtype)[None]

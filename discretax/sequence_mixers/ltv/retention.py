@@ -12,7 +12,7 @@ from discretax._features import check_positive
 from discretax._timeseries import zero_padding
 from discretax._types import Length, Resets, Timesteps, Values
 from discretax.ops import gated_linear_attention
-from discretax.ops._rotary import rotated
+from discretax.ops._rotary import frequencies, rotated
 from discretax.ops._running.split_time import incoming_state
 from discretax.sequence_mixers.base import AbstractRecurrentMixer, refuse_timesteps, zero_cache
 from discretax.sequence_mixers.ltv._matrix_memory import Output, Projections
@@ -131,7 +131,8 @@ class RetentionSequenceMixer(AbstractRecurrentMixer[RetentionCache]):
         refuse_timesteps(self, integration_timesteps, "its positions are counted in samples")
         q, k, v, _ = self.projections(x, None, length, resets)
         counts, clock = _counted(cache.clock, len(x), length, resets)
-        turned = lambda heads: rotated(heads, counts, heads.shape[-1], self.rotary_base)
+        turns = frequencies(q.shape[-1], self.rotary_base)
+        turned = lambda heads: rotated(heads, counts, turns)
         y, state = gated_linear_attention(
             turned(q),
             turned(k),

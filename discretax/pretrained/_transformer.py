@@ -1,0 +1,163 @@
+"""What families share whose blocks are those of transformers: attention, a gated MLP, a norm each."""
+
+import functools as ft
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import Array
+
+from discretax.architectures import LanguageModel
+from discretax.channel_mixers import SwiGLU
+from discretax.pretrained._family import Config
+from discretax.pretrained._stored import Stored
+from discretax.sequence_mixers import AttentionSequenceMixer
+from discretax.sequence_mixers.rotary_scaling import Linear, Llama3, RotaryScaling, Yarn
+
+Tensors = dict[str, Array | Stored | None]
+
+
+def rms_norm(eps: float) -> Callable[[int], eqx.nn.RMSNorm]:
+    return ft.partial(eqx.nn.RMSNorm, eps=eps, use_bias=False)
+
+
+def attention(
+    config: Config, hidden: int, *, occurs: bool, rotary_fraction: float = 1.0, **options: Any
+) -> Callable[..., AttentionSequenceMixer]:
+    """Its heads, compared to the tensors where attention `occurs`; the part of each that is turned
+    unless the configuration says so; other `options` of the mixer."""
+    num_heads = config.size("num_attention_heads")
+    num_kv_heads = config.size("num_key_value_heads", num_heads)
+    head_dim = config.size("head_dim", max(1, hidden // num_heads))
+    if occurs:
+        sizes = {"num_attention_heads": num_heads, "head_dim": head_dim}
+        config.fits("o_proj.weight", 1, num_heads * head_dim, **sizes)
+        sizes = {"num_key_value_heads": num_kv_heads, "head_dim": head_dim}
+        config.fits("k_proj.weight", 0, num_kv_heads * head_dim, **sizes)
+        if num_heads % num_kv_heads:
+            rule = f"a divisor of num_attention_heads={num_heads}"
+            raise config.refused("num_key_value_heads", num_kv_heads, rule)
+    return ft.partial(
+        AttentionSequenceMixer,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        **rotary(config, head_dim, rotary_fraction),
+        **options,
+    )
+
+
+def rotary(config: Config, head_dim: int, fraction: float) -> dict[str, Any]:
+    """One entry with all, or, in files of transformers 4, an entry for each."""
+    rope = config.entry("rope_parameters", None)
+    if rope is None:
+        rope, scaling = config, config.entry("rope_scaling", None)
+    elif isinstance(rope, dict):
+        rope = Config(rope, f"{config.where}, rope_parameters")
+        scaling = rope.entries
+    else:
+        raise config.refused("rope_parameters", rope, "an object")
+    fraction = rope.number("partial_rotary_factor", fraction)
+    pairs = fraction * head_dim / 2
+    if fraction > 1 or abs(pairs - round(pairs)) > 1e-6:
+        rule = f"at most 1, for an even number of head_dim={head_dim} features"
+        raise rope.refused("partial_rotary_factor", fraction, rule)
+    options: dict[str, Any] = {
+        "rotary_fraction": fraction,
+        "rotary_base": rope.number("rope_theta", 10_000.0),
+    }
+    if scaling is not None:
+        stretched = (
+            rope if scaling is rope.entries else Config(scaling, f"{rope.where}, rope_scaling")
+        )
+        options["rotary_scaling"] = _scaling(stretched)
+    if rope is not config:
+        rope.done()
+    return options
+
+
+def _scaling(rope: Config) -> RotaryScaling | None:
+    kind = rope.entry("rope_type", rope.entry("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3", "yarn"):
+        raise rope.refused("rope_type", kind, "one of default, linear, llama3, yarn")
+    factor = rope.number("factor")
+    if kind == "linear":
+        return Linear(factor)
+    original = rope.size("original_max_position_embeddings")
+    if kind == "llama3":
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        return Llama3(factor, low, high, original)
+    attention_factor = None
+    if rope.entry("attention_factor", None) is not None:
+        attention_factor = rope.number("attention_factor")
+    fast, slow = rope.number("beta_fast", 32.0), rope.number("beta_slow", 1.0)
+    return Yarn(factor, original, fast, slow, attention_factor)
+
+
+def describe_attention(mixer: AttentionSequenceMixer) -> dict[str, Any]:
+    head_dim = mixer.q_proj.weight.shape[0] // mixer.num_heads
+    return {
+        "num_attention_heads": mixer.num_heads,
+        "num_key_value_heads": mixer.num_kv_heads,
+        "head_dim": head_dim,
+        "attention_bias": mixer.q_proj.bias is not None,
+    }
+
+
+def describe_rotary(
+    mixer: AttentionSequenceMixer, rotary_fraction: float | None = 1.0
+) -> dict[str, Any]:
+    """`rotary_fraction`: the one that is left out, as it is what the configuration means without."""
+    head_dim = mixer.q_proj.weight.shape[0] // mixer.num_heads
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": mixer.rotary_base}
+    fraction = mixer.rotary_dim / head_dim
+    if fraction != rotary_fraction:
+        rope["partial_rotary_factor"] = fraction
+    scaling = mixer.rotary_scaling
+    if isinstance(scaling, Linear):
+        rope |= {"rope_type": "linear", "factor": scaling.factor}
+    elif isinstance(scaling, Llama3 | Yarn):
+        entries = {name: value for name, value in scaling._asdict().items() if value is not None}
+        entries["original_max_position_embeddings"] = entries.pop("original_length")
+        rope |= {"rope_type": "llama3" if isinstance(scaling, Llama3) else "yarn", **entries}
+    return {"rope_parameters": rope}
+
+
+def attention_tensors(mixer: AttentionSequenceMixer, out: str = "o_proj") -> Tensors:
+    layers = {"q_proj": mixer.q_proj, "k_proj": mixer.k_proj, "v_proj": mixer.v_proj}
+    return linear_tensors(layers | {out: mixer.out_proj})
+
+
+def linear_tensors(layers: Mapping[str, eqx.nn.Linear]) -> Tensors:
+    """Weight and bias of each."""
+    found: Tensors = {}
+    for name, layer in layers.items():
+        found |= {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
+    return found
+
+
+def mlp(config: Config, tensor: str, **options: Any) -> Callable[..., SwiGLU]:
+    width = config.size("intermediate_size", of=(tensor, 0))
+    config.fixed(hidden_act="silu")
+    return ft.partial(SwiGLU, intermediate_dim=width, **options)
+
+
+def mlp_tensors(mixer: SwiGLU) -> Tensors:
+    names = ("gate_proj", "up_proj", "down_proj")
+    return linear_tensors({name: getattr(mixer, name) for name in names})
+
+
+def describe_sizes(model: LanguageModel) -> dict[str, Any]:
+    vocab_size, hidden = model.encoder.embedding.weight.shape
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden,
+        "num_hidden_layers": len(model.backbone.blocks),
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+
+
+def prefixed(prefix: str, tensors: Mapping[str, Array | Stored | None]) -> Tensors:
+    return {f"{prefix}{name}": leaf for name, leaf in tensors.items()}
