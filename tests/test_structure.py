@@ -96,7 +96,9 @@ MIXER_MAY_SEE = {
     "ltv": ("base", "wrappers"),
     "wrappers": ("base",),
     "base": (),
-    **dict.fromkeys(("attention", "identity", "packed", "short_convolution"), ("base",)),
+    "attention": ("base", "_attention_cache", "rotary_scaling"),
+    **dict.fromkeys(("_attention_cache", "rotary_scaling"), ()),
+    **dict.fromkeys(("identity", "packed", "short_convolution"), ("base",)),
 }
 FILES = sorted(PACKAGE.rglob("*.py"))
 
