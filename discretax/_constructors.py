@@ -1,9 +1,10 @@
-"""Where the key stands among the arguments of a constructor, and what is refused in its place."""
+"""What constructors are given: the place of the key, and what is refused for it and for numbers."""
 
 import functools as ft
 import inspect
+import math
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, get_args, get_origin
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,18 @@ import jax.random as jr
 import numpy as np
 
 Arguments = ParamSpec("Arguments")
+Real = float | int | np.floating | np.integer
 
 
 def keyed(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """A constructor that refuses to be without its `key`, or to be given something else for it."""
+    """A constructor that refuses to be without its `key`, or to be given something else for it.
+
+    Options of the type `float`, `float | None` or `tuple[float, float]` must be such, and finite.
+    """
     parameters = list(inspect.signature(init).parameters.values())
     place = [parameter.name for parameter in parameters].index("key")
     is_needed = parameters[place].default is inspect.Parameter.empty
+    of_numbers = {p.name: p for p in parameters if _how_many_numbers(p.annotation)}
 
     @ft.wraps(init)
     def checked(*args: Arguments.args, **named: Arguments.kwargs):
@@ -31,7 +37,12 @@ def keyed(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
         key = in_place[0] if in_place else named.get("key")
         if is_needed or key is not None:
             check_key(key, f"`key` of `{name}`")
-        init(*args, **named)
+        given = {option: value for option, value in named.items() if option in of_numbers}
+        for option, value in given.items():
+            _check_kind(f"`{option}` of `{name}`", value, of_numbers[option])
+        init(*args, **named)  # which knows better what a number must be
+        for option, value in given.items():
+            _check_finite(f"`{option}` of `{name}`", value, of_numbers[option].default)
 
     return checked
 
@@ -76,3 +87,34 @@ def _is_key(value: Any) -> bool:
     return hasattr(value, "dtype") and (
         jnp.issubdtype(value.dtype, jax.dtypes.prng_key) or jnp.ndim(value) > 0
     )
+
+
+def _how_many_numbers(annotation: Any) -> int:
+    """Of an option of such a type; none if it is of another one."""
+    if get_origin(annotation) is tuple:
+        parts = get_args(annotation)
+        return len(parts) if all(part is float for part in parts) else 0
+    return int(annotation in (float, float | None))
+
+
+def _check_kind(what: str, value: Any, parameter: inspect.Parameter) -> None:
+    if value is None and type(None) in get_args(parameter.annotation):
+        return
+    count = _how_many_numbers(parameter.annotation)
+    many = value if get_origin(parameter.annotation) is tuple else (value,)
+    if not isinstance(many, tuple | list) or len(many) != count or not all(map(_is_number, many)):
+        rule = "a number" if many is not value else f"{count} numbers, such as {parameter.default}"
+        raise TypeError(f"{what} must be {rule}; got {value!r}.")
+
+
+def _check_finite(what: str, value: Any, default: Any) -> None:
+    for number in value if isinstance(value, tuple | list) else (value,):
+        is_broken = isinstance(number, Real) and not math.isfinite(number)
+        if is_broken and not (isinstance(default, tuple) and number in default):
+            raise ValueError(f"{what} must be finite; got {value!r}.")
+
+
+def _is_number(value: Any) -> bool:
+    is_scalar = hasattr(value, "dtype") and jnp.ndim(value) == 0
+    is_number = is_scalar and jnp.issubdtype(value.dtype, jnp.number)
+    return is_number or (isinstance(value, Real) and not isinstance(value, bool))

@@ -131,12 +131,15 @@ def described(value: Any) -> str:
     return f"an instance of `{type(value).__name__}`" if is_layer(value) else repr(value)
 
 
-def check_function(argument: str, value: Any) -> None:
-    """Refuses what is neither None nor a function of an array, without parameters of its own."""
+def check_function(argument: str, value: Any, optional: bool = True) -> None:
+    """Refuses what is neither None, if that is allowed, nor a function of an array, without
+    parameters of its own."""
     has_parameters = any(map(eqx.is_array, jax.tree.leaves(value)))
-    if value is not None and (not callable(value) or isinstance(value, type) or has_parameters):
+    if optional and value is None:
+        return
+    if not callable(value) or isinstance(value, type) or has_parameters:
         raise TypeError(
-            f"`{argument}` must be None or a function of an array, such as `jax.nn.gelu`, without "
+            f"`{argument}` must be {'None or ' if optional else ''}a function of an array, such as `jax.nn.gelu`, without "
             f"parameters; got {described(value)}."
         )
 

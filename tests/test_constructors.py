@@ -153,3 +153,43 @@ def test_blocks_of_widths_that_do_not_fit():
         ValueError, match=r"blocks\[1\] puts out 8 features; got blocks\[2\] of in_f"
     ):
         BlockStack([*chain[:2], make_block(4, KEY)])
+
+
+# Numbers
+
+
+RETENTION = ft.partial(sequence_mixers.RetentionSequenceMixer, 4, KEY, num_heads=1)
+MLSTM = ft.partial(sequence_mixers.MLSTMSequenceMixer, 4, KEY, num_heads=1)
+DELTA = ft.partial(sequence_mixers.DeltaNetSequenceMixer, 4, KEY, num_heads=1)
+INF, NAN = float("inf"), float("nan")
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "error", "message"),
+    [
+        (RETENTION, {"rotary_base": INF}, ValueError, "`rotary_base` of `Reten.* finite; got inf"),
+        (RETENTION, {"norm_eps": "1e-5"}, TypeError, "must be a number; got '1e-5'"),
+        (RETENTION, {"norm_eps": None}, TypeError, "must be a number; got None"),
+        (RETENTION, {"norm_eps": True}, TypeError, "must be a number; got True"),
+        (RETENTION, {"norm_eps": NAN}, ValueError, "`norm_eps` must be positive; got nan"),
+        (MLSTM, {"input_bias": NAN}, ValueError, "`input_bias` of .* must be finite; got nan"),
+        (MLSTM, {"forget_bias": 3.0}, TypeError, r"2 numbers, such as \(3.0, 6.0\); got 3.0"),
+        (MLSTM, {"forget_bias": (1.0,)}, TypeError, r"must be 2 numbers.*; got \(1.0,\)"),
+        (MLSTM, {"forget_bias": "36"}, TypeError, "must be 2 numbers.*; got '36'"),
+        (MLSTM, {"forget_bias": (0.0, INF)}, ValueError, "must be finite; got "),
+        (DELTA, {"scale": NAN}, ValueError, "`scale` of .* must be finite; got nan"),
+        (DELTA, {"scale": "x"}, TypeError, "`scale` of .* must be a number; got 'x'"),
+        (DELTA, {"key_norm": None}, TypeError, "`key_norm` must be a function .*; got None"),
+        (ft.partial(SwiGLU, 4, 4, KEY), {"hidden_ratio": INF}, ValueError, "positive and finite"),
+    ],
+)
+def test_numbers_that_are_none(make, options, error, message):
+    with pytest.raises(error, match=message):
+        eqx.filter_eval_shape(lambda: make(**options))
+
+
+@pytest.mark.parametrize("number", [8, np.float32(8), np.int64(8), jnp.asarray(8.0), np.array(8.0)])
+def test_numbers_of_any_kind(number):
+    mixer = eqx.filter_eval_shape(lambda: MLSTM(gate_soft_cap=8.0, input_bias=number))
+    assert mixer.gate_soft_cap == 8.0
+    assert eqx.filter_eval_shape(lambda: MLSTM(gate_soft_cap=None)).gate_soft_cap is None

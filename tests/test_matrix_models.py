@@ -363,7 +363,7 @@ def test_unfit_widths_are_refused(make):
     with pytest.raises(ValueError, match=r"`intermediate_dim` must be a whole number .* got 0"):
         small(make, intermediate_dim=0)
     if make is not XLSTM:
-        with pytest.raises(ValueError, match="`hidden_ratio` must be positive; got -1"):
+        with pytest.raises(ValueError, match="`hidden_ratio` must be positive and finite; got -1"):
             small(make, hidden_ratio=-1, intermediate_dim=None)
 
 

@@ -100,8 +100,8 @@ class SwiGLU(AbstractChannelMixer):
                 "`intermediate_dim` and `hidden_ratio` both set the inner width; got "
                 f"{intermediate_dim} and {hidden_ratio}. Give one of them."
             )
-        if hidden_ratio is not None and not hidden_ratio > 0:
-            raise ValueError(f"`hidden_ratio` must be positive; got {hidden_ratio}.")
+        if hidden_ratio is not None and not 0 < hidden_ratio < math.inf:
+            raise ValueError(f"`hidden_ratio` must be positive and finite; got {hidden_ratio}.")
         out_features = in_features if out_features is None else out_features
         in_features = check_size("in_features", in_features)
         out_features = check_size("out_features", out_features)

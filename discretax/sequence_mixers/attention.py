@@ -154,8 +154,9 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         head_dim = size_of_head("head_dim", head_dim, in_features, num_heads)
         if window is not None:
             window = check_size("window", window)
-        rotary_dim = round(rotary_fraction * head_dim)
-        if not 0 <= rotary_fraction <= 1 or rotary_dim % 2:
+        is_part = 0 <= rotary_fraction <= 1
+        rotary_dim = round(rotary_fraction * head_dim) if is_part else 0
+        if not is_part or rotary_dim % 2:
             raise ValueError(
                 "`rotary_fraction` must lie in [0, 1] and leave an even number of features to turn; "
                 f"got {rotary_fraction} of head_dim={head_dim}."

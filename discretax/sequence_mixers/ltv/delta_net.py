@@ -7,7 +7,7 @@ import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
 from discretax._constructors import keyed
-from discretax._features import linear
+from discretax._features import check_function, linear
 from discretax.ops import delta_rule
 from discretax.ops._rms import rms_normalised
 from discretax.sequence_mixers.ltv._matrix_memory import (
@@ -94,8 +94,10 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
 
         **Raises:**
 
-        `ValueError` for sizes below one or that do not divide.
+        `ValueError` for sizes below one or that do not divide; `TypeError` for a `key_norm` that is no
+        function.
         """
+        check_function("key_norm", key_norm, optional=False)
         projections_key, beta_key, gate_key, out_key = jr.split(key, 4)
         self.projections = sizes = Projections(
             in_features,
