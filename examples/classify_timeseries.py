@@ -114,7 +114,7 @@ def make_model(name: str, config: Config, channels: int, classes: int, key: jax.
         drop_rate=config.drop_rate,
     )
     head = ClassificationHead(in_features=width, out_features=classes, key=keys[2])
-    return eqx.nn.Sequential([encoder, model, head])
+    return discretax.Sequential(encoder=encoder, model=model, head=head)
 
 
 def make_optimiser(config: Config, train_size: int) -> optax.GradientTransformation:
@@ -125,8 +125,7 @@ def make_optimiser(config: Config, train_size: int) -> optax.GradientTransformat
 @eqx.filter_jit
 def predict(model, state, x: discretax.Timeseries) -> jax.Array:
     """Log-probabilities (batch, classes)."""
-    model = eqx.nn.inference_mode(model)
-    return jax.vmap(model, in_axes=(0, None), out_axes=(0, None))(x, state)[0]
+    return discretax.batched(eqx.nn.inference_mode(model))(x, state)[0]
 
 
 @eqx.filter_jit
@@ -134,8 +133,7 @@ def train_step(model, state, opt_state, data, batch, key, config: Config):
     x, labels = jax.tree.map(lambda array: array[batch], data)
 
     def loss_fn(model, state):
-        batched = jax.vmap(model, axis_name="batch", in_axes=(0, None), out_axes=(0, None))
-        log_p, state = batched(x, state, key=jr.split(key, len(labels)))
+        log_p, state = discretax.batched(model)(x, state, key=key)
         return -jnp.take_along_axis(log_p, labels[:, None], axis=1).mean(), state
 
     (loss, state), grads = eqx.filter_value_and_grad(loss_fn, has_aux=True)(model, state)

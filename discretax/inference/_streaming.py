@@ -8,7 +8,6 @@ from jaxtyping import PyTree
 from discretax._ensembles import check_one_member
 from discretax._stateful import AbstractStreamingLayer, found, found_within
 from discretax.blocks import BatchNorm
-from discretax.encoder import EmbeddingEncoder
 from discretax.sequence_mixers import AbstractLTIMixer, AbstractSequenceMixer, Discretized
 
 Model = TypeVar("Model", bound=PyTree)
@@ -27,8 +26,9 @@ def streaming_mode(model: Model, value: bool = True) -> Model:
 
     **Arguments:** `model`: any PyTree of layers; `value`: False to go back.
     """
-    kinds = AbstractStreamingLayer | BatchNorm | EmbeddingEncoder
-    flags = lambda tree: [layer.streaming for layer in found_within(tree, kinds).values()]
+    flags = lambda tree: [
+        layer.streaming for layer in found_within(tree, AbstractStreamingLayer | BatchNorm).values()
+    ]
     return eqx.tree_at(flags, model, replace_fn=lambda _: value) if flags(model) else model
 
 
