@@ -47,9 +47,17 @@ def spoilt(tree: Tree, broken: Flags) -> Tree:
 
     def spoil(leaf):
         flags = jnp.expand_dims(broken, tuple(range(broken.ndim, leaf.ndim)))
-        return jnp.where(flags, jnp.full_like(leaf, jnp.nan), leaf)
+        return jnp.where(flags, nan_where(flags, leaf.dtype), leaf)
 
     return jax.tree.map(lambda leaf: spoil(leaf) if eqx.is_inexact_array(leaf) else leaf, tree)
+
+
+def nan_where(broken: Flags, dtype: Any) -> Float[Array, "..."]:
+    """NaN where `broken`, and a number elsewhere.
+
+    `jax.debug_nans` reports a constant NaN outside of `jax.jit`, though nothing may be broken.
+    """
+    return jnp.sqrt(jnp.where(broken, -1.0, 1.0)).astype(dtype)
 
 
 def sample_by_sample(

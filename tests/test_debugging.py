@@ -83,6 +83,16 @@ def test_no_key_is_drawn_from_twice(case):
     check_key_reuse(lambda key: eqx.filter(case.make(key), eqx.is_array), jr.key(0))
 
 
+@pytest.mark.parametrize("name", ["LRUSequenceMixer", "GLASequenceMixer", "MLSTMSequenceMixer"])
+def test_no_nan_is_made_where_nothing_is_broken(name):
+    case = next(case for case in CASES if case.name == name)
+    mixer, x = case.make(jr.key(0)), draw(2, FEATURES)
+    with jax.disable_jit(), jax.debug_nans(True):
+        y, cache = mixer(x)
+        mixer.step(x[0], cache)
+    assert jnp.isfinite(y).all()
+
+
 def recurrence(x):
     return linear_recurrence(jnp.ones(3), x)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from discretax._broken import is_broken
+from discretax._broken import is_broken, nan_where
 from discretax._features import check_size
 from discretax._timeseries import check_length, check_resets, zero_padding
 from discretax._types import accumulation_dtype
@@ -195,10 +195,11 @@ def _chunk(rule: Rule, state: State, samples: Samples) -> tuple[State, Array]:
     y = read(q) + decay.scores(q, k) @ w
     past = decay.carry(state)
     if resets is not None:
-        spoilt = _by_group(spoilt, groups)
-        y = jnp.where(spoilt[..., None], jnp.nan, y)
+        spoilt = _by_group(spoilt, groups)[..., None]
+        y = jnp.where(spoilt, nan_where(spoilt, y.dtype), y)
         past = jnp.where(sequence[-1] == 0, past, 0)
-        past = jnp.where(spoilt[..., -1, None, None], jnp.nan, past)
+        last = spoilt[..., -1:, :]
+        past = jnp.where(last, nan_where(last, past.dtype), past)
         k = jnp.where(seen[-1][:, None], k, 0)
     state = past + decay.write(k, w)
     y = jnp.moveaxis(y.reshape(heads, -1, value), 0, 1)
