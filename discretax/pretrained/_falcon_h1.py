@@ -99,23 +99,32 @@ def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
 
 
 def describe(model: Any) -> dict[str, Any] | None:
-    block: Any = model.backbone.blocks[0]
-    mixer: Any = block.sequence_mixer
-    is_one = (
-        isinstance(mixer, SumSequenceMixer)
-        and isinstance(block, ResidualBlock)
-        and isinstance(block.channel_mixer, SwiGLU)
-        and isinstance(model.norm, eqx.nn.RMSNorm)
-        and [type(each) for each in mixer.mixers] == [Mamba2SequenceMixer, AttentionSequenceMixer]
-    )
-    if not is_one:
+    block = model.backbone.blocks[0]
+    if not isinstance(block, ResidualBlock) or not isinstance(model.norm, eqx.nn.RMSNorm):
         return None
+    mixer = block.sequence_mixer
+    if not isinstance(mixer, SumSequenceMixer) or not isinstance(block.channel_mixer, SwiGLU):
+        return None
+    if [type(each) for each in mixer.mixers] != [Mamba2SequenceMixer, AttentionSequenceMixer]:
+        return None
+    return (
+        describe_sizes(model)
+        | describe_block(block)
+        | {
+            "rms_norm_eps": model.norm.eps,
+            "embedding_multiplier": model.embedding_scale,
+            "lm_head_multiplier": model.head.scale,
+        }
+    )
+
+
+def describe_block(block: Any) -> dict[str, Any]:
+    mixer, channels = block.sequence_mixer, block.channel_mixer
     mamba, heads = mixer.mixers
     sizes = describe_attention(heads)
     ssm_in, attention_in = mixer.in_scales
     ssm_out, attention_out = mixer.out_scales
     return {
-        **describe_sizes(model),
         **describe_mamba2(mamba),
         "mamba_d_ssm": mamba.out_proj.weight.shape[1],
         "mamba_rms_norm": mamba.gate_norm is not None,
@@ -123,19 +132,16 @@ def describe(model: Any) -> dict[str, Any] | None:
         "projectors_bias": mamba.out_proj.bias is not None,
         **sizes,
         **describe_rotary(heads),
-        "intermediate_size": block.channel_mixer.gate_proj.weight.shape[0],
+        "intermediate_size": channels.gate_proj.weight.shape[0],
         "hidden_act": "silu",
-        "mlp_bias": block.channel_mixer.gate_proj.bias is not None,
-        "rms_norm_eps": model.norm.eps,
+        "mlp_bias": channels.gate_proj.bias is not None,
         "key_multiplier": factor_of(heads.scale, sizes["head_dim"] ** -0.5),
-        "mlp_multipliers": [block.channel_mixer.gate_scale, block.channel_mixer.out_scale],
+        "mlp_multipliers": [channels.gate_scale, channels.out_scale],
         "ssm_multipliers": list(mamba.scales),
         "ssm_in_multiplier": ssm_in,
         "ssm_out_multiplier": ssm_out,
         "attention_in_multiplier": attention_in,
         "attention_out_multiplier": attention_out,
-        "embedding_multiplier": model.embedding_scale,
-        "lm_head_multiplier": model.head.scale,
     }
 
 
