@@ -1,5 +1,6 @@
 """A batch through a model that takes one sequence."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,7 @@ def batched(
         ```
 
     **Arguments:** `model`: `(x, state, *, key) -> (y, state)`, a model of one sequence or a method
-    of one.
+    of one, also in a `functools.partial`. Of a function it is not seen whether it streams.
 
     **Returns:** a function `(x, state, key=None) -> (y, state)`:
 
@@ -50,14 +51,17 @@ def batched(
     - `state`: the model's.
     - `key`: one, which is split, or one for each sequence. None where nothing random happens.
 
-    It raises `ValueError` for one sequence where a batch is meant, and for keys or states of
+    It raises `ValueError` for one sequence where a batch is meant, a batch of none, and for keys or states of
     streams that are not as many as the batch.
     """
 
     def call(
         x: Array | np.ndarray | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None
     ) -> tuple[Any, eqx.nn.State]:
-        owner = getattr(model, "__self__", model)  # of a method
+        owner = model
+        while isinstance(owner, ft.partial):
+            owner = owner.func
+        owner = getattr(owner, "__self__", owner)  # of a method
         check_state(state, owner)
         size = _batch_size(x)
         layers = found(owner, AbstractStreamingLayer).values()
@@ -66,7 +70,16 @@ def batched(
             _check_streams(state, size)
         axis = 0 if streams else None
         run = jax.vmap(model, axis_name="batch", in_axes=(0, axis), out_axes=(0, axis))
-        return run(x, state, key=None if key is None else _keys(key, size))
+        keys = None if key is None else _keys(key, size)
+        try:
+            return run(x, state, key=keys)
+        except ValueError as error:
+            if not isinstance(owner, eqx.Module):
+                error.add_note(
+                    "If a model in streaming mode is called within this function: `batched` sees "
+                    "that it streams only of a model, its method, or a `functools.partial` of these."
+                )
+            raise
 
     return call
 
@@ -87,6 +100,11 @@ def _batch_size(x: Any) -> int:
             "`batched` takes a batch: (batch, time, features), or whole numbers (batch, time); got "
             f"{values.dtype}{values.shape}, one sequence. Call the model itself, "
             "`y, state = model(x, state)`, or give a batch of one, `x[None]`."
+        )
+    if values.shape[0] == 0:
+        raise ValueError(
+            f"`batched` takes at least one sequence; got a batch of none, {values.dtype}"
+            f"{values.shape}. Leave it out."
         )
     return values.shape[0]
 

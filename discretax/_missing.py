@@ -135,9 +135,11 @@ def _left(
     before = np.concatenate([[-1], places[:-1]])
     last_reset = np.maximum.accumulate(np.where(resets, np.arange(len(kept)), -1))[places]
     is_reset = last_reset > before
-    elapsed = np.concatenate([[0], np.cumsum(timesteps)])
     begins = np.where(is_reset, last_reset, before + 1)
-    return values[places], elapsed[places + 1] - elapsed[begins], is_reset
+    # Each gap by itself: of one running sum, a large gap would take the digits of the small ones.
+    bounds = np.stack([begins, places + 1], axis=1).ravel()
+    gaps = np.add.reduceat(np.append(timesteps, 0), bounds)[::2]
+    return values[places], gaps, is_reset
 
 
 def _values(x: Any) -> np.ndarray:

@@ -51,7 +51,7 @@ def pad(
     - `timesteps`, `resets`: for each array, one per sample, as in a `Timeseries`. Timesteps are
         padded with ones.
     - `to_length`: the length of the batch. Left out, that of the longest sequence.
-    - `multiple_of`: the length is the next multiple of this.
+    - `multiple_of`: the length is the next multiple of this, one of it at least.
 
     **Returns:** a `Timeseries` of a batch, with the `length` of every sequence.
 
@@ -110,8 +110,11 @@ def bucket_by_length(
     if to_lengths is None:
         ends = _least_padding(lengths, check_size("num_buckets", num_buckets))
     else:
-        ends = np.unique([check_size("to_lengths", end) for end in to_lengths]).astype(int)
-        _target(lengths, int(ends.max(initial=0)), None)
+        given = _listed("to_lengths", to_lengths, "whole numbers")
+        if not given:
+            raise ValueError("`to_lengths` must hold at least one length; got none.")
+        ends = np.unique([check_size("to_lengths", end) for end in given])
+        _target(lengths, int(ends.max()), None)
     bucket_of = np.searchsorted(ends, lengths)
     batches = []
     rng = None
@@ -166,13 +169,21 @@ def _items(sequences: Any, timesteps: Any, resets: Any) -> list[Item]:
 def _extra(name: str, given: Any, size: int) -> list[Any]:
     if given is None:
         return [None] * size
-    given = list(given)
+    given = _listed(name, given, "one array per sequence")
     if len(given) != size:
         raise ValueError(
             f"`{name}` must be a list of one array per sequence; got {len(given)} for {size} "
             "sequences."
         )
     return given
+
+
+def _listed(name: str, given: Any, of: str) -> list[Any]:
+    try:
+        items = iter(given)
+    except TypeError:
+        raise TypeError(f"`{name}` must be a list of {of}; got {described(given)}.") from None
+    return list(items)
 
 
 def _item(i: int, sequence: Any, extras: dict[str, Any]) -> Item:
@@ -229,7 +240,7 @@ def _target(lengths: np.ndarray, to_length: int | None, multiple_of: int | None)
         )
     if multiple_of is not None:
         multiple = check_size("multiple_of", multiple_of)
-        return -(-longest // multiple) * multiple
+        return -(-max(longest, 1) // multiple) * multiple
     if to_length is None:
         return longest
     to_length = check_size("to_length", to_length)

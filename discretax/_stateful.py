@@ -82,7 +82,8 @@ class AbstractStreamingLayer(eqx.nn.StatefulLayer):
     def write_cache(self, state: eqx.nn.State, cache: PyTree) -> eqx.nn.State:
         """The state with the cache in it, in the types that it had; unless streaming, as it was.
 
-        **Raises:** `ValueError` for a cache of other shapes than the one that was read.
+        **Raises:** `ValueError` for a cache of other shapes than the one that was read; `TypeError`
+        for one of a kind that does not fit into what was read, such as complex numbers into real ones.
         """
         if not self.streaming:
             return state
@@ -93,8 +94,17 @@ class AbstractStreamingLayer(eqx.nn.StatefulLayer):
                 f"`{type(self).__name__}` must write a cache of the shapes that it has read, "
                 f"{expected}; got {shapes}."
             )
-        typed = lambda new, old: jnp.asarray(new, jnp.result_type(old))
-        return state.set(self.cache_index, jax.tree.map(typed, cache, before))
+        return state.set(self.cache_index, jax.tree.map(self._typed, cache, before))
+
+    def _typed(self, new: Any, old: Array) -> Array:
+        received, expected = jnp.result_type(new), jnp.result_type(old)
+        if received != expected and not jnp.can_cast(received, expected, "same_kind"):
+            raise TypeError(
+                f"`{type(self).__name__}` must write a cache of the kind that it has read, {expected}; "
+                f"got {received}. Allocate one of that kind in `allocate_inference_cache`, or convert "
+                "what is written."
+            )
+        return jnp.asarray(new, expected)
 
 
 def found(tree: PyTree, kind: Any) -> dict[str, Any]:

@@ -58,7 +58,8 @@ class Timeseries(eqx.Module):
 
         **Raises:**
 
-        `ValueError` for shapes that do not match and, where the numbers are known (outside
+        `ValueError` for shapes that do not match, whole numbers of NumPy that do not fit the type
+        that JAX has for them, and, where the numbers are known (outside
         `jax.jit`), for a length outside [0, time] and for timesteps that are negative or not
         finite, unless they are padding. Under `jit` such a timestep makes its sample a NaN.
         """
@@ -133,8 +134,8 @@ class Timeseries(eqx.Module):
 
         **Raises:**
 
-        `ValueError` for timestamps that are out of order, not finite or NaT, or of another shape
-        than the samples, and for an interval that is not positive; `TypeError` for timestamps that
+        `ValueError` for timestamps that are out of order, not finite or NaT, too far apart for 64
+        bits, or of another shape than the samples, and for an interval that is not positive; `TypeError` for timestamps that
         are neither numbers nor datetimes, an interval of another kind than they, and inside
         `jax.jit`, where there are no numbers yet.
         """
@@ -154,6 +155,10 @@ class Timeseries(eqx.Module):
     def __len__(self) -> int:
         """How many sequences a batch has."""
         return self._batch_size("`len`")
+
+    def __bool__(self) -> bool:
+        """True: without it, Python would ask for the `len`, which one sequence has none of."""
+        return True
 
     def __getitem__(self, index: Any) -> "Timeseries":
         """Sequences of a batch: `batch[0]` is one, `batch[2:5]`, `batch[order]` and `batch[mask]`
@@ -194,8 +199,25 @@ class Timeseries(eqx.Module):
 
 
 def _as_array(values: Any) -> Array:
+    if isinstance(values, np.ndarray | np.generic) and values.dtype.kind in "iu":
+        _check_fits(values)
     # `jnp.asarray` compiles for every shape of an array of NumPy, which takes longer than all else.
     return jax.device_put(values) if type(values) is np.ndarray else jnp.asarray(values)
+
+
+def _check_fits(numbers: np.ndarray | np.generic) -> None:
+    """Without 64 bits, JAX cuts off the upper ones of a whole number."""
+    dtype = jax.dtypes.canonicalize_dtype(numbers.dtype)
+    if dtype == numbers.dtype or numbers.size == 0:
+        return
+    info = np.iinfo(dtype)
+    for extreme in int(numbers.min()), int(numbers.max()):
+        if not info.min <= extreme <= info.max:
+            raise ValueError(
+                f"whole numbers must fit {dtype}, from {info.min} to {info.max}; got {extreme}. Number "
+                'them anew, `np.unique(x, return_inverse=True)`, or `jax.config.update("'
+                'jax_enable_x64", True)`.'
+            )
 
 
 def map_values(f: Callable[[Array], Any], x: Array | Timeseries) -> Any:
@@ -251,6 +273,8 @@ def batch_index(index: Any, size: int) -> Any:
     if isinstance(index, slice):
         return index
     array = index if isinstance(index, jax.Array) else np.asarray(index)
+    if isinstance(index, list) and array.size == 0:
+        array = array.astype(int)
     is_mask = array.dtype == bool and array.shape == (size,)
     is_tuple = isinstance(index, tuple)
     if is_tuple or not (is_mask or jnp.issubdtype(array.dtype, jnp.integer)):

@@ -51,8 +51,18 @@ def gaps_between(
         )
     followed = valid & ~begins
     with np.errstate(invalid="ignore"):  # in the padding
-        gaps = (times - before) / _unit(interval, times)
-    if (backwards := followed & (gaps < 0)).any():
+        differences = times - before
+        gaps = differences / _unit(interval, times)
+    is_before = times < before
+    is_negative = differences < np.zeros((), differences.dtype)
+    if (too_far := followed & (is_before != is_negative)).any():
+        at = _first(too_far)
+        raise ValueError(
+            "differences of `timestamps` must fit 64 bits; got "
+            f"{before[at]}, then {times[at]} at {at}. Give them in a coarser unit, or, if they are "
+            "numbers, as floats."
+        )
+    if (backwards := followed & is_before).any():
         at = _first(backwards)
         raise ValueError(
             f"`timestamps` must be in order within a sequence; got {before[at]}, then {times[at]} "
@@ -85,9 +95,11 @@ def _is_finite(times: np.ndarray) -> np.ndarray:
 def _numbers(name: str, given: Any) -> np.ndarray:
     times = np.asarray(given)
     if times.dtype.kind not in "iufmM":
+        is_text = times.dtype.kind in "OSU"
+        remedy = f'np.asarray({name}, "datetime64[us]")' if is_text else f"{name}.astype(float)"
         raise TypeError(
             f"`{name}` must be numbers or NumPy's datetimes; got an array of {times.dtype}. "
-            f'Convert it: `np.asarray({name}, "datetime64[us]")`.'
+            f"Convert it: `{remedy}`."
         )
     wide = {"i": np.int64, "u": np.int64, "f": np.float64}  # in which differences fit
     return times.astype(wide.get(times.dtype.kind, times.dtype))
@@ -96,7 +108,8 @@ def _numbers(name: str, given: Any) -> np.ndarray:
 def _unit(interval: Any, times: np.ndarray) -> Any:
     is_span = isinstance(interval, datetime.timedelta | np.timedelta64)
     is_date = times.dtype.kind in "mM"
-    if is_span != is_date or not (is_span or np.ndim(interval) == 0):
+    is_number = np.ndim(interval) == 0 and np.asarray(interval).dtype.kind in "iuf"
+    if is_span != is_date or not (is_span or is_number):
         needed = (
             'a `numpy.timedelta64`, such as `np.timedelta64(1, "s")`,' if is_date else "a number"
         )
@@ -106,7 +119,21 @@ def _unit(interval: Any, times: np.ndarray) -> Any:
     unit = np.timedelta64(interval) if is_span else float(interval)
     if not (unit > 0 and (is_span or np.isfinite(unit))):
         raise ValueError(f"`interval` must be positive and finite; got {interval!r}.")
+    if is_span:
+        _check_units(unit, times)
     return unit
+
+
+def _check_units(interval: np.timedelta64, times: np.ndarray) -> None:
+    difference = (times[..., :0] - times[..., :0]).dtype
+    try:
+        np.promote_types(interval.dtype, difference)
+    except TypeError:
+        raise TypeError(
+            "`interval` must be in a unit that the timestamps can be told in: months and years have no "
+            f"fixed length in days; got {interval!r} for timestamps of {times.dtype}. Take days or "
+            'less, `np.timedelta64(30, "D")`, for both.'
+        ) from None
 
 
 def _first(mask: np.ndarray) -> tuple[int, ...]:

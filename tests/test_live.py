@@ -135,5 +135,11 @@ def test_what_does_not_fit_is_refused():
     ):
         with pytest.raises(error, match=says):
             step(chunk, wrong)
-    with pytest.raises(ValueError, match="at least 1; got 0"):
-        discretax.live(*built(), batch_size=0)
+    for sizes, says in (
+        ({"batch_size": 0}, "`batch_size` .* at least 1; got 0"),
+        ({"batch_size": 2.0}, r"`batch_size` .* whole number .*; got 2\.0"),
+        ({"batch_size": True}, "`batch_size` .*; got True"),
+        ({"max_seqlen": 2.5}, r"`max_seqlen` .* whole number .*; got 2\.5"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            discretax.live(*built(), **sizes)

@@ -54,6 +54,14 @@ def test_gaps_add_up():
     assert_equal(drop_missing(told).timesteps[:2], np.array([3, 28]))
 
 
+def test_small_gaps_beside_a_large_one():
+    gaps = np.array([1e20, 1, 0.1, 3, 4], np.float32)
+    told = Timeseries(np.zeros((5, 1), np.float32), gaps)
+    assert_equal(drop_missing(told).timesteps, gaps)
+    missing = np.array([False, False, False, True, False])
+    assert_equal(drop_missing(told, missing).timesteps[:4], np.append(gaps[:3], np.float32(7)))
+
+
 def test_a_reset_moves_on_to_the_next_sample():
     values = np.array([[1], [N], [N], [2], [N], [3]], np.float32)
     gaps = np.array([1, 2, 4, 8, 16, 32], np.float32)

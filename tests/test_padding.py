@@ -56,6 +56,10 @@ def test_tokens_and_mixed_kinds():
     assert pad([jnp.ones((1, 2), jnp.bfloat16)]).values.dtype == jnp.bfloat16
 
 
+def test_a_multiple_of_nothing_is_one():
+    assert pad([np.zeros((0, 2))], multiple_of=4).values.shape == (1, 4, 2)
+
+
 def test_nothing_is_compiled_for_a_shape():
     with jax.no_tracing():
         pad(SEQUENCES, timesteps=GAPS, resets=RESETS)
@@ -132,6 +136,8 @@ def test_a_key_shuffles(make_key):
         (SEQUENCES, {"to_length": 5, "multiple_of": 5}, ValueError, "got both, 5 and 5"),
         (SEQUENCES, {"multiple_of": 0}, ValueError, "`multiple_of` must be a whole number"),
         (SEQUENCES, {"timesteps": GAPS[:3]}, ValueError, "got 3 for 4 sequences"),
+        (SEQUENCES, {"timesteps": 5}, TypeError, "`timesteps` must be a list of .*; got 5"),
+        ([np.array([2**40, 1])], {}, ValueError, r"must fit int32.*got 1099511627776\. Number"),
         (
             SEQUENCES,
             {"timesteps": [GAPS[1], *GAPS[1:]]},
@@ -164,7 +170,7 @@ def test_padding_inside_jit():
         ({"batch_size": 0}, "`batch_size` must be"),
         ({"num_buckets": 0}, "`num_buckets` must be"),
         ({"to_lengths": (2, 4)}, "the 4 samples to pad to; got 5 at 0"),
-        ({"to_lengths": ()}, "got 0"),
+        ({"to_lengths": ()}, "`to_lengths` must hold at least one"),
         ({"drop_last": True}, "does not fill a `batch_size`"),
         ({"key": jr.split(jr.key(0))}, "single key"),
     ],
@@ -172,6 +178,11 @@ def test_padding_inside_jit():
 def test_what_is_no_bucket(options, message):
     with pytest.raises(ValueError, match=message):
         bucket_by_length(SEQUENCES, **options)
+
+
+def test_lengths_are_a_list():
+    with pytest.raises(TypeError, match="`to_lengths` must be a list of whole numbers; got 5"):
+        bucket_by_length(SEQUENCES, to_lengths=5)
 
 
 BATCH = pad(SEQUENCES, timesteps=GAPS, resets=RESETS)
@@ -185,6 +196,8 @@ def test_sequences_of_a_batch():
         assert_equal(BATCH[index], rows(index))
     for index in (order, np.array(order), jnp.array(order), np.array([[0, 1], [2, 3]])):
         assert_equal(BATCH[index], rows(np.asarray(index)))
+    assert_equal(BATCH[[]], rows(np.zeros(0, int)))
+    assert BATCH and BATCH[0] and Timeseries(np.ones((0, 1)))
     mask = np.array([True, False, True, False])
     assert_equal(BATCH[mask], rows(mask))
     assert_equal(list(BATCH), [rows(i) for i in range(4)])

@@ -1,5 +1,7 @@
 """Layers one after the other, and a batch through them."""
 
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -92,9 +94,11 @@ def test_streams_have_a_state_each(named):
         answer, streams = run(live, streams, chunk)
     assert_close(answer, whole)
     one = discretax.inference_state(live, state)
-    for streaming in live, live.__call__:
+    for streaming in live, live.__call__, ft.partial(ft.partial(live.__call__)):
         with pytest.raises(ValueError, match=r"each of the 3 streams.*batch_size=3\)"):
             batched(streaming)(x, one)
+    with pytest.raises(ValueError, match="streaming mode is called within this function"):
+        batched(lambda x, state, key: live(x, state))(x, streams)
 
 
 def test_parts_by_name_and_place(named):
@@ -157,6 +161,7 @@ def test_what_is_no_layer(layers, names, error, message):
         (X[0], None, ValueError, r"takes a batch.*got float32\(11, 4\), one sequence.*`x\[None\]`"),
         (Timeseries(X[0], length=5), None, ValueError, "one sequence"),
         (Timeseries(X[0]), None, ValueError, "one sequence"),
+        (X[:0], None, ValueError, r"at least one sequence; got .*float32\(0, 11, 4\)"),
         (jnp.zeros(TIME, int), None, ValueError, r"got int32\(11,\), one sequence"),
         ([X[0]], None, TypeError, "an array or a `Timeseries`; got list.*`discretax.pad`"),
         (

@@ -69,6 +69,7 @@ def test_as_many_as_there_are():
     pieces = x[:4], x[4:]
     y = np.concatenate([lru(mixer, piece) for piece in pieces])
     assert_close(whole, (y, np.stack([lru_state(mixer, piece) for piece in pieces])))
+    assert_equal(states_at_resets(mixer, x, list(map(bool, resets))), whole)
     # Under `jax.jit` room is asked for, and too little of it does not pass unseen.
     jitted = eqx.filter_jit(states_at_resets)
     y, caches = jitted(mixer, x, resets, num_sequences=1)

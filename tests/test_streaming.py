@@ -407,7 +407,7 @@ def test_streaming_without_a_cache(make, name):
 @pytest.mark.parametrize("batch_size", [0, -1])
 def test_batch_size_below_one(batch_size):
     model, state = trained("batch")
-    with pytest.raises(ValueError, match=f"`batch_size` must be None .* 1; got {batch_size}"):
+    with pytest.raises(ValueError, match=f"`batch_size` must be .* 1; got {batch_size}"):
         inference_state(model, state, batch_size=batch_size)
 
 

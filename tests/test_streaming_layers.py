@@ -73,6 +73,18 @@ class Halves(AbstractStreamingLayer):
         return x, self.write_cache(state, self.read_cache(state)[: FEATURES // 2])
 
 
+class Converting(AbstractStreamingLayer):
+    """Writes a cache of another kind than it reads."""
+
+    kind: type = eqx.field(static=True)
+
+    def allocate_inference_cache(self, batch_size=None, max_seqlen=1, dtype=None):
+        return zero_cache(batch_size, (), int if self.kind is float else float)
+
+    def __call__(self, x, state, key=None):
+        return x, self.write_cache(state, self.read_cache(state).astype(self.kind))
+
+
 def sequential(*makers):
     return eqx.nn.make_with_state(lambda: eqx.nn.Sequential([make() for make in makers]))()
 
@@ -126,3 +138,13 @@ def test_a_cache_of_another_shape_is_refused():
         live(x, discretax.inference_state(model, state))
     with pytest.raises(ValueError, match="no inference cache for `Halves`"):
         live(x, state)
+
+
+@pytest.mark.parametrize(
+    "kind, says", [(float, "int32; got float32"), (complex, "float32; got com")]
+)
+def test_a_cache_of_another_kind_is_refused(kind, says):
+    model, state = sequential(lambda: Converting(kind))
+    live = discretax.streaming_mode(model)
+    with pytest.raises(TypeError, match=f"`Converting` must write .*{says}"):
+        live(draw(TIME, FEATURES), discretax.inference_state(model, state))

@@ -98,6 +98,17 @@ def test_what_came_before():
         (MINUTES, {"interval": np.timedelta64("NaT")}, ValueError, "positive and finite; got"),
         (TIMES, {"interval": np.ones(5)}, TypeError, "must be a number for timestamps of float64"),
         (TIMES, {"interval": np.timedelta64(1, "s")}, TypeError, "must be a number"),
+        (TIMES, {"interval": None}, TypeError, "must be a number .*; got None"),
+        (TIMES, {"interval": "2"}, TypeError, "must be a number .*; got '2'"),
+        (TIMES, {"interval": True}, TypeError, "must be a number .*; got True"),
+        (MINUTES, {"interval": np.timedelta64(1, "M")}, TypeError, "no fixed length .*1,'M'"),
+        (
+            np.array(["1700", "2200"], "M8[ns]"),
+            {"interval": np.timedelta64(1, "D")},
+            ValueError,
+            r"must fit 64 bits; got 1700.*, then 2200.* at \(1,\)",
+        ),
+        (np.array([2**63 - 1, -(2**63)]), {}, ValueError, "must fit 64 bits"),
         (MINUTES, {"interval": 1}, TypeError, r"`numpy.timedelta64`.*datetime64\[m\]; got 1"),
         (TIMES, {"previous": 11.0}, ValueError, r"got 11\.0, then 10\.0 at \(0,\)"),
         (TIMES, {"previous": np.nan}, ValueError, "`previous` must be.*and finite; got nan"),
@@ -105,6 +116,8 @@ def test_what_came_before():
         (TIMES, {"previous": [1.0]}, ValueError, r"of shape \(\); got \(1,\)"),
         (["2026-01-01"], {}, TypeError, r"numbers or NumPy's datetimes.*`np.asarray\("),
         ([datetime.datetime(2026, 1, 1)], {}, TypeError, "got an array of object"),
+        (np.zeros(2, bool), {}, TypeError, r"array of bool.*`timestamps\.astype\(float\)`"),
+        (np.zeros(2, jnp.bfloat16), {}, TypeError, r"of bfloat16.*`timestamps\.astype\(float\)`"),
     ],
 )
 def test_what_is_no_time(times, options, error, message):

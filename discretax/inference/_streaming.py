@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from discretax._ensembles import check_one_member
+from discretax._features import check_size
 from discretax._stateful import AbstractStreamingLayer, found, found_within
 from discretax.blocks import BatchNorm
 from discretax.sequence_mixers import AbstractLTIMixer, AbstractSequenceMixer, Discretized
@@ -54,7 +55,7 @@ def inference_state(
 
     **Raises:**
 
-    `ValueError` if a layer cannot stream, `batch_size` is below 1, two layers keep their caches in
+    `ValueError` if a layer cannot stream, `batch_size` or `max_seqlen` is below 1, two layers keep their caches in
     one place, or the state is that of another model; `TypeError` for anything but a state.
     """
     if not isinstance(state, eqx.nn.State):
@@ -63,8 +64,9 @@ def inference_state(
             f"{type(model).__name__}, then {type(state).__name__}. A model's first state comes with "
             "it from `eqx.nn.make_with_state(Model)(...)`."
         )
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"`batch_size` must be None (one stream) or at least 1; got {batch_size}.")
+    if batch_size is not None:
+        batch_size = check_size("batch_size", batch_size)
+    max_seqlen = check_size("max_seqlen", max_seqlen)
     for mixer in found(model, AbstractSequenceMixer).values():
         check_one_member(mixer, "eqx.filter_vmap(discretax.inference_state)(models, states)")
     layers = streaming_layers(model)

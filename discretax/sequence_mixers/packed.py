@@ -63,7 +63,7 @@ def states_at_resets(
     `ValueError` for what the mixer's call refuses, for more sequences than `num_sequences`, and for a
     number of them that is neither given nor known. Under `jit`, caches are NaN if there are more.
     """
-    time = x.shape[0]
+    time, resets = x.shape[0], jnp.asarray(resets)
     if cache is None:
         cache = mixer.allocate_inference_cache(max_seqlen=max(1, time))
     arguments = integration_timesteps, length, resets
