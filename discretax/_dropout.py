@@ -1,5 +1,7 @@
 """Dropout whose mask is one of features, for all samples of a sequence."""
 
+from typing import Any
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -15,11 +17,18 @@ def dropped(
     u: Float[Array, "time features"],
     dropout: eqx.nn.Dropout,
     key: PRNGKeyArray | None,
-    layer: eqx.Module,
+    layer: Any,
 ) -> Float[Array, "time features"]:
     """`u` without the features that `layer` drops, by its `dropout`."""
     if dropout.inference or dropout.p == 0:
         return u
+    if layer.streaming:
+        raise ValueError(
+            f"`{type(layer).__name__}` with dropout (drop_rate={dropout.p}) streams in inference mode "
+            "only: in training it drops the same features of a whole sequence, and of each chunk "
+            "others. Use `discretax.streaming_mode(eqx.nn.inference_mode(model))`, or, to train on "
+            'chunks, build the model with drop_rate=0 and norm="layer".'
+        )
     if key is None:
         raise ValueError(
             f"`{type(layer).__name__}` drops features at random (drop_rate={dropout.p}) and got no "

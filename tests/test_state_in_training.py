@@ -13,7 +13,7 @@ from helpers import FEATURES, STATE, TIME, assert_close, draw
 from discretax import Timeseries, inference_state, streaming_mode
 from discretax.architectures import LanguageModel
 from discretax.blocks import BatchNorm
-from discretax.encoder import LinearEncoder
+from discretax.encoder import EmbeddingEncoder, LinearEncoder
 from discretax.heads import ClassificationHead
 from discretax.models import LRU
 from discretax.sequence_mixers import MinGRUSequenceMixer
@@ -39,6 +39,10 @@ def language_model(**options):
     return eqx.nn.make_with_state(LanguageModel)(
         jr.key(0), vocab_size=5, hidden_dim=FEATURES, num_blocks=1, pattern=(mixer,), **options
     )
+
+
+def embedding():
+    return eqx.nn.make_with_state(EmbeddingEncoder)(5, FEATURES, key=jr.key(0), drop_rate=0.5)
 
 
 def part(x, start, end):
@@ -124,12 +128,13 @@ REMEDY = r"inference mode only.*eqx\.nn\.inference_mode\(model\).*{}.*{}"
         (ft.partial(classifier, drop_rate=0.0), ("batch", 'norm="layer"', "drop_rate=0")),
         (ft.partial(classifier, norm=None), ("drop_rate=0.1", "drop_rate=0", 'norm="layer"')),
         (lambda: eqx.nn.make_with_state(BatchNorm)(FEATURES), ("batch", "layer", "drop_rate=0")),
+        (embedding, ("`EmbeddingEncoder`.*drop_rate=0.5", "drop_rate=0", "layer")),
     ],
-    ids=["batch norm", "dropout", "a batch norm by itself"],
+    ids=["batch norm", "dropout", "a batch norm by itself", "dropout of an encoder"],
 )
 def test_what_is_not_exact_is_refused(make, says):
     model, state = make()
-    x = draw(2, TIME, FEATURES)
+    x = jnp.stack([TOKENS] * 2) if make is embedding else draw(2, TIME, FEATURES)
     live = jax.vmap(streaming_mode(model), axis_name="batch")
     what, *remedy = says
     stream = inference_state(model, state, batch_size=2)

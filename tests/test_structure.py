@@ -67,7 +67,7 @@ MAY_SEE = {
         "heads",
         "models",
     ),
-    "inference": (*_COMMON, "ops", "sequence_mixers", "blocks", "heads", "models"),
+    "inference": (*_COMMON, "ops", "sequence_mixers", "blocks", "encoder", "heads", "models"),
     "pretrained": ("architectures", "blocks", "channel_mixers", "sequence_mixers"),
     "inspection": (*_COMMON, "sequence_mixers"),
     "optim": (*_COMMON, "sequence_mixers"),

@@ -55,15 +55,6 @@ class AbstractBlock(AbstractStreamingLayer):
 
     def drop(self, u: Values, key: PRNGKeyArray | None) -> Values:
         """One mask of features for the whole sequence."""
-        active = not self.dropout.inference and self.dropout.p != 0
-        if self.streaming and active:
-            raise ValueError(
-                f"`{type(self).__name__}` with dropout (drop_rate={self.dropout.p}) streams in "
-                "inference mode only: in training it drops the same features of a whole sequence, and "
-                "of each chunk others. Use "
-                "`discretax.streaming_mode(eqx.nn.inference_mode(model))`, or, to train on chunks, "
-                'build the model with drop_rate=0 and norm="layer".'
-            )
         return dropped(u, self.dropout, key, self)
 
 

@@ -26,6 +26,7 @@ class EmbeddingEncoder(AbstractEncoder):
     embedding: eqx.nn.Embedding
     positions: LearnedPositions | None
     dropout: eqx.nn.Dropout | None
+    streaming: bool
 
     @overload
     def __init__(
@@ -79,6 +80,7 @@ class EmbeddingEncoder(AbstractEncoder):
             self.positions = LearnedPositions(size, out_features, key=position_key)
         self.embedding = eqx.nn.Embedding(num_classes, out_features, key=key)
         self.dropout = None if drop_rate == 0 else make_dropout(drop_rate)
+        self.streaming = False
 
     def __call__(
         self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None

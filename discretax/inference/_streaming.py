@@ -9,6 +9,7 @@ from discretax._ensembles import check_one_member
 from discretax._features import check_size
 from discretax._stateful import AbstractStreamingLayer, found, found_within
 from discretax.blocks import BatchNorm
+from discretax.encoder import EmbeddingEncoder
 from discretax.sequence_mixers import AbstractLTIMixer, AbstractSequenceMixer, Discretized
 
 Model = TypeVar("Model", bound=PyTree)
@@ -27,9 +28,8 @@ def streaming_mode(model: Model, value: bool = True) -> Model:
 
     **Arguments:** `model`: any PyTree of layers; `value`: False to go back.
     """
-    flags = lambda tree: [
-        layer.streaming for layer in found_within(tree, AbstractStreamingLayer | BatchNorm).values()
-    ]
+    kinds = AbstractStreamingLayer | BatchNorm | EmbeddingEncoder
+    flags = lambda tree: [layer.streaming for layer in found_within(tree, kinds).values()]
     return eqx.tree_at(flags, model, replace_fn=lambda _: value) if flags(model) else model
 
 
