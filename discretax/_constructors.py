@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+from jax.core import Tracer
 
 Arguments = ParamSpec("Arguments")
 Real = float | int | np.floating | np.integer
@@ -18,7 +19,9 @@ Real = float | int | np.floating | np.integer
 def keyed(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """A constructor that refuses to be without its `key`, or to be given something else for it.
 
-    Options of the type `float`, `float | None` or `tuple[float, float]` must be such, and finite.
+    Options of the type `float`, `float | None` or `tuple[float, float]` must be such, and finite; from
+    NumPy or JAX they become Python's, for they are part of a mixer's structure and have no type that
+    activations could take on.
     """
     parameters = list(inspect.signature(init).parameters.values())
     place = [parameter.name for parameter in parameters].index("key")
@@ -40,6 +43,7 @@ def keyed(init: Callable[Arguments, None]) -> Callable[Arguments, None]:
         given = {option: value for option, value in named.items() if option in of_numbers}
         for option, value in given.items():
             _check_kind(f"`{option}` of `{name}`", value, of_numbers[option])
+            named[option] = _plain(value)
         init(*args, **named)  # which knows better what a number must be
         for option, value in given.items():
             _check_finite(f"`{option}` of `{name}`", value, of_numbers[option].default)
@@ -105,6 +109,13 @@ def _check_kind(what: str, value: Any, parameter: inspect.Parameter) -> None:
     if not isinstance(many, tuple | list) or len(many) != count or not all(map(_is_number, many)):
         rule = "a number" if many is not value else f"{count} numbers, such as {parameter.default}"
         raise TypeError(f"{what} must be {rule}; got {value!r}.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple | list):
+        return tuple(map(_plain, value))
+    is_array = hasattr(value, "dtype") and not isinstance(value, Tracer)
+    return value.item() if is_array else value
 
 
 def _check_finite(what: str, value: Any, default: Any) -> None:

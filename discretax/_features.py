@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 from discretax._types import conversion
 
 Kind = TypeVar("Kind")
+BATCH = "A batch goes through `discretax.batched`, or `jax.vmap`."
 
 
 def linear(layer: eqx.nn.Linear, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
@@ -44,9 +45,11 @@ def check_features(layer: eqx.Module, x: Array, features: int) -> None:
 
 def check_samples(layer: eqx.Module, x: Array, features: int) -> None:
     if x.ndim != 2:
+        is_sample = x.ndim == 1
+        remedy = "One sample is a sequence of one: `x[None]`." if is_sample else BATCH
         raise ValueError(
             f"`{type(layer).__name__}` takes one sequence, (time, features) = (time, {features}); "
-            f"got {x.shape}. Use `jax.vmap` to batch."
+            f"got {x.shape}. {remedy}"
         )
     check_features(layer, x, features)
 

@@ -1,6 +1,6 @@
 """Layers one after the other, by position or by name."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, overload
 
 import equinox as eqx
@@ -38,8 +38,8 @@ class Sequential(eqx.nn.StatefulLayer):
     layers: tuple[Any, ...]
     names: tuple[str, ...] | None = eqx.field(static=True)
 
-    def __init__(self, layers: Sequence[Any] | None = None, /, **named_layers: Any):
-        """**Arguments:** either `layers`, a sequence of them, or each by a name of its own.
+    def __init__(self, *layers: Any, **named_layers: Any):
+        """**Arguments:** either `layers`, one by one or in a list, or each by a name of its own.
 
         A layer that is an `eqx.nn.StatefulLayer` is called as `x, state = layer(x, state=state,
         key=key)`, any other as `x = layer(x, key=key)`.
@@ -47,19 +47,21 @@ class Sequential(eqx.nn.StatefulLayer):
         **Raises:** `TypeError` for anything that is no layer, and for layers with and without
         names; `ValueError` for none.
         """
-        if layers is not None and named_layers:
+        if layers and named_layers:
             raise TypeError(
                 "`Sequential` takes a list of layers or layers by name; got both. Give all of them "
                 "names."
             )
-        if layers is not None and (isinstance(layers, eqx.Module) or not _is_iterable(layers)):
-            raise TypeError(
-                f"`Sequential` takes a list of layers, `[encoder, model, head]`; got "
-                f"{described(layers)}."
-            )
-        parts = named_layers.values() if layers is None else layers
-        self.names = tuple(named_layers) if layers is None else None
-        self.layers = tuple(parts)
+        if len(layers) == 1:
+            (listed,) = layers
+            if isinstance(listed, eqx.Module) or not _is_iterable(listed):
+                raise TypeError(
+                    f"`Sequential` takes a list of layers, `[encoder, model, head]`; got "
+                    f"{described(listed)}."
+                )
+            layers = tuple(listed)
+        self.names = tuple(named_layers) if named_layers else None
+        self.layers = (*layers, *named_layers.values())
         if not self.layers:
             raise ValueError("`Sequential` must have at least one layer; got none.")
         for name, layer in zip(self.names or range(len(self.layers)), self.layers, strict=True):

@@ -28,6 +28,18 @@ def accumulation_dtype(*arrays: Array) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if any(a.dtype == jnp.float64 for a in arrays) else jnp.float32)
 
 
+def check_floating(argument: str, dtype: Any) -> None:
+    """Refuses what is neither None nor a floating type."""
+    try:
+        is_floating = dtype is None or jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        is_floating = False
+    if not is_floating:
+        raise TypeError(
+            f"`{argument}` must be a floating type, such as `jax.numpy.bfloat16`; got {dtype!r}."
+        )
+
+
 def conversion(array: Any, kind: type[bool] | type[int] | type[float]) -> str:
     """How real numbers of another kind become of this one: the remedy at the end of an error."""
     meant = {bool: jnp.bool_, int: jnp.integer, float: jnp.floating}[kind]

@@ -16,6 +16,7 @@ from discretax.blocks import OffsetRMSNorm, ResidualBlock, StandardBlock
 from discretax.channel_mixers import IdentityChannelMixer, MLPChannelMixer, SwiGLU
 from discretax.sequence_mixers import (
     AttentionSequenceMixer,
+    Bidirectional,
     IdentitySequenceMixer,
     LRUSequenceMixer,
     Mamba2SequenceMixer,
@@ -26,6 +27,7 @@ from discretax.sequence_mixers import (
 
 WIDTH, TIME = 8, 6
 run = eqx.filter_jit(lambda mixer, x: mixer(x)[0])
+lru = ft.partial(LRUSequenceMixer, WIDTH, state_dim=4)
 
 
 def test_gated_attention_of_qwen3_5():
@@ -174,6 +176,19 @@ def test_a_sum_of_mixers():
     assert_close(run(mixer, x), expected, 1e-6)
 
 
+def test_numbers_of_numpy_are_no_types():
+    """A constant multiplies activations of eight bits, and leaves them what they are."""
+    x = draw(TIME, WIDTH).astype(jnp.bfloat16)
+    mixer = SumSequenceMixer(
+        WIDTH, jr.key(0), mixers=(ft.partial(LRUSequenceMixer, state_dim=4),), in_scales=np.ones(1)
+    )
+    assert mixer(x)[0].dtype == jnp.bfloat16
+    swiglu = SwiGLU(WIDTH, jr.key(0), intermediate_dim=5, out_scale=np.float64(0.5))
+    assert swiglu(x).dtype == jnp.bfloat16
+    attention = AttentionSequenceMixer(WIDTH, jr.key(0), num_heads=2, scale=jnp.asarray(0.5))
+    assert type(attention.scale) is float
+
+
 def test_scales_of_mamba2_are_those_of_its_map():
     scales = (1.3, 0.7, 1.5, 0.6, 1.2)
     make = ft.partial(Mamba2SequenceMixer, WIDTH, jr.key(0), state_dim=3, head_dim=4, inner_dim=12)
@@ -304,6 +319,66 @@ def test_loss_of_some_tokens():
             "`rotary_scaling` must be None or one of .*; got 4.0",
         ),
         (
+            lambda: AttentionSequenceMixer(8, jr.key(0), qk_norm="rms"),
+            TypeError,
+            "`qk_norm` must be None or a function of a width that makes a norm",
+        ),
+        (
+            lambda: AttentionSequenceMixer(
+                8, jr.key(0), rotary_scaling=rotary_scaling.Linear(float("nan"))
+            ),
+            ValueError,
+            "`factor` of `Linear` must be a positive number; got nan",
+        ),
+        (
+            lambda: AttentionSequenceMixer(
+                8, jr.key(0), rotary_scaling=rotary_scaling.Llama3(8.0, 2.0, 2.0, 64)
+            ),
+            ValueError,
+            "`high_freq_factor` of `Llama3` must be above its `low_freq_factor`",
+        ),
+        (
+            lambda: AttentionSequenceMixer(
+                8, jr.key(0), rotary_scaling=rotary_scaling.Proportional(2.0)
+            ),
+            ValueError,
+            "`fraction` of `Proportional` must be at most 1; got 2.0",
+        ),
+        (
+            lambda: AttentionSequenceMixer(
+                8, jr.key(0), rotary_base=1.0, rotary_scaling=rotary_scaling.Yarn(2.0, 64)
+            ),
+            ValueError,
+            "`rotary_base` must be above 1 with `Yarn`; got 1.0",
+        ),
+        (
+            lambda: SumSequenceMixer(8, jr.key(0), mixers=[lru(jr.key(0))] * 2),
+            ValueError,
+            r"`mixers\[1\]` is one of the mixers before it",
+        ),
+        (
+            lambda: SumSequenceMixer(8, jr.key(0), mixers=(LRUSequenceMixer,), in_scales="a"),
+            ValueError,
+            "`in_scales` must be one number for each of 1 mixers; got 'a'",
+        ),
+        (
+            lambda: Bidirectional(
+                8, forward=lambda n, *, key: LRUSequenceMixer(4, key), key=jr.key(0)
+            ),
+            ValueError,
+            "`forward` must make a mixer of width in_features = 8; got LRUSequenceMixer of width 4",
+        ),
+        (
+            lambda: make_model(dtype=jnp.int32),
+            TypeError,
+            "`dtype` must be a floating type, such as `jax.numpy.bfloat16`; got",
+        ),
+        (
+            lambda: mlp(8, jr.key(0), dtype="nonsense"),
+            TypeError,
+            "`dtype` must be a floating type, such as `jax.numpy.bfloat16`; got 'nonsense'",
+        ),
+        (
             lambda: SumSequenceMixer(8, jr.key(0), mixers=()),
             ValueError,
             "`mixers` must be a sequence of at least one mixer",
@@ -320,8 +395,8 @@ def test_loss_of_some_tokens():
         ),
         (
             lambda: Mamba2SequenceMixer(8, jr.key(0), head_dim=4, scales=(1.0, 1.0)),
-            ValueError,
-            "`scales` must be five positive numbers",
+            TypeError,
+            "`scales` of `Mamba2SequenceMixer` must be 5 numbers, such as",
         ),
         (
             lambda: Mamba2SequenceMixer(8, jr.key(0), head_dim=4, inner_dim=10),

@@ -12,7 +12,7 @@ from discretax._constructors import keyed
 from discretax._features import check_maker, check_size, described
 from discretax._stateful import check_state
 from discretax._timeseries import Timeseries, valid_samples, values_of, with_values
-from discretax._types import Values, widened
+from discretax._types import Values, check_floating, widened
 from discretax.blocks import AbstractBlock, ResidualBlock, StandardBlock
 from discretax.blocks._parts import Norm, NormLayer, make_norm
 from discretax.blocks.base import normalise
@@ -99,7 +99,8 @@ class LanguageModel(eqx.nn.StatefulLayer):
             second, ... block, and over again.
         - `blocks`: in place of `pattern`, `channel_mixer` and `drop_rate`: functions
             `(in_features, *, key)` that make whole blocks, for models whose blocks differ by more
-            than their mixer: `functools.partial(ResidualBlock, sequence_mixer=..., ...)`.
+            than their mixer: `functools.partial(ResidualBlock, sequence_mixer=..., ...)`. With a
+            `residual_dtype` they are also given the keyword `dtype`.
         - `channel_mixer`: a function that makes a channel mixer, to which each block then gives a
             norm and a residual sum of its own ([`discretax.blocks.ResidualBlock`][]). Without one,
             a block is the sequence mixer alone, as in Mamba.
@@ -150,6 +151,8 @@ class LanguageModel(eqx.nn.StatefulLayer):
                 "`channel_mixer` and `drop_rate` are options of the blocks that are made of a "
                 "`pattern`; got them beside `blocks`. Give them to what makes the blocks."
             )
+        check_floating("dtype", dtype)
+        check_floating("residual_dtype", residual_dtype)
         if residual_dtype is not None and dtype is None:
             raise ValueError(
                 "`residual_dtype` is that of a residual stream beside activations of another type; "
@@ -221,11 +224,13 @@ class LanguageModel(eqx.nn.StatefulLayer):
         **Raises:** `ValueError` for a mask that is not one boolean per token.
         """
         tokens = values_of(x)
-        if mask is not None and (mask.shape != tokens.shape or mask.dtype != bool):
-            raise ValueError(
-                f"`mask` must be one boolean per token, bool{tokens.shape}; got "
-                f"{mask.dtype}{mask.shape}. It says which tokens are predicted."
-            )
+        if mask is not None:
+            mask = jnp.asarray(mask)
+            if mask.shape != tokens.shape or mask.dtype != bool:
+                raise ValueError(
+                    f"`mask` must be one boolean per token, bool{tokens.shape}; got "
+                    f"{mask.dtype}{mask.shape}. It says which tokens are predicted."
+                )
         hidden, state = self._hidden(x, state, key)
         head = widened(self._head(), hidden)  # in which the gradients of all chunks are added up
         losses = chunked_cross_entropy(head.logits, hidden[:-1], tokens[1:], chunk_size=chunk_size)

@@ -10,6 +10,7 @@ from discretax._dropout import make_dropout
 from discretax._features import check_positive, check_size
 from discretax._stateful import samples_of
 from discretax._timeseries import with_values
+from discretax._types import check_floating
 from discretax.blocks._parts import (
     ChannelMixerMaker,
     Norm,
@@ -111,6 +112,7 @@ class ResidualBlock(AbstractBlock):
         self.in_features = self.out_features = in_features
         self.prenorm = prenorm
         self.residual_scale = residual_scale
+        check_floating("dtype", dtype)
         self.dtype = dtype
 
     def __call__(

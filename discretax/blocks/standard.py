@@ -11,6 +11,7 @@ from discretax._dropout import make_dropout
 from discretax._features import check_function, check_size
 from discretax._stateful import samples_of
 from discretax._timeseries import with_values
+from discretax._types import check_floating
 from discretax.blocks._parts import (
     Activation,
     ChannelMixerMaker,
@@ -104,6 +105,7 @@ class StandardBlock(AbstractBlock):
         self.in_features = self.out_features = in_features
         self.prenorm = prenorm
         self.activation = activation
+        check_floating("dtype", dtype)
         self.dtype = dtype
 
     def __call__(

@@ -27,6 +27,8 @@ from discretax.pretrained._files import (
     read_config,
     write,
 )
+from discretax.pretrained._granite import BAMBA, GRANITE
+from discretax.pretrained._lfm2 import LFM2, LFM3
 from discretax.pretrained._mamba import MAMBA
 from discretax.pretrained._mamba2 import MAMBA2
 from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
@@ -34,11 +36,21 @@ from discretax.pretrained._stored import Source, Stored, leaves, sources
 
 FAMILIES = {
     family.model_type: family
-    for family in (MAMBA, MAMBA2, FALCON_MAMBA, RECURRENT_GEMMA, FALCON_H1)
+    for family in (
+        MAMBA,
+        MAMBA2,
+        FALCON_MAMBA,
+        RECURRENT_GEMMA,
+        FALCON_H1,
+        GRANITE,
+        BAMBA,
+        LFM2,
+        LFM3,
+    )
 }
 HEAD = "lm_head.weight"
 # What a model may have in its own way, with the same files: how it runs, and where it drops.
-OWN = ("cache_index", "dropout", "inference", "streaming")
+OWN = ("cache_index", "dropout", "dtype", "inference", "streaming")
 
 
 def load(
@@ -51,7 +63,8 @@ def load(
 
     The folder holds `config.json` and `model.safetensors`, or shards of it with
     `model.safetensors.index.json`. Of `config.json`, `model_type` must be `"mamba"`, `"mamba2"`,
-    `"falcon_mamba"`, `"recurrent_gemma"` or `"falcon_h1"`, and every other entry must be known: one that might
+    `"falcon_mamba"`, `"recurrent_gemma"`, `"falcon_h1"`, `"granitemoehybrid"` (without experts),
+    `"bamba"`, `"lfm2"` or `"lfm3"`, and every other entry must be known: one that might
     change what the model computes is never passed over. Sizes are compared to the tensors before
     anything is built from them. Tensors are read one by one, each straight to its place, after all
     names and shapes have been found right: memory holds about one copy. Pickled weights are not

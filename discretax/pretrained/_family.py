@@ -3,7 +3,7 @@
 import math
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ class Config:
 
     def __init__(
         self,
-        entries: Mapping[str, Any],
+        entries: dict[str, Any],
         where: str = "config.json",
         shapes: Mapping[str, tuple[int, ...]] | None = None,
     ):
@@ -52,6 +52,14 @@ class Config:
         self.where = where
         self.shapes = shapes
         self.unasked = dict.fromkeys(entries)
+
+    def with_entries(self, **entries: Any) -> "Config":
+        """The same file with some entries in place of its own, which count as asked for there."""
+        for name in entries:
+            self.unasked.pop(name, None)
+        other = Config(self.entries | entries, self.where, self.shapes)
+        other.unasked = self.unasked
+        return other
 
     def entry(self, name: str, default: Any = REQUIRED) -> Any:
         self.unasked.pop(name, None)
@@ -70,7 +78,7 @@ class Config:
             raise self.refused(name, value, f"a whole number from 1 to {LARGEST_SIZE}")
         return value
 
-    def fits(self, tensor: str, axis: int, size: int, **entries: int) -> None:
+    def fits(self, tensor: str, axis: int, size: int, **entries: float) -> None:
         """Refuses entries by which the first tensor that is called so would be of another size."""
         if self.shapes is None:
             return
@@ -92,6 +100,15 @@ class Config:
             if value != count or isinstance(value, bool):
                 raise self.refused(name, value, f"{count}, the number of layers of the tensors")
         return self.size(name)
+
+    def kinds_fit(self, name: str, kinds: Sequence[str], tensors: Mapping[str, str]) -> None:
+        """Refuses the entry by which a layer is of a kind whose tensors, by what they begin with, the
+        file has not."""
+        for i, kind in enumerate(kinds):
+            start = f"model.layers.{i}.{tensors[kind]}"
+            if self.shapes is not None and not any(n.startswith(start) for n in self.shapes):
+                rule = f"as the tensors are, of which none begins with {start!r}"
+                raise self.refused(name, self.entries.get(name), rule)
 
     def number(self, name: str, default: Any = REQUIRED) -> float:
         value = self.entry(name, default)

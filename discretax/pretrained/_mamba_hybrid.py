@@ -16,7 +16,8 @@ def mamba2(
     """`inner`: the entry with the inner width, if it is not `mamba_expand` times the features."""
     expand = config.size("mamba_expand", 2)
     width = expand * hidden if inner is None else config.size(inner, expand * hidden)
-    config.fits("mamba.out_proj.weight", 1, width, **{inner or "mamba_expand": width})
+    told = {"mamba_expand": expand} if inner is None else {inner: width}
+    config.fits("mamba.out_proj.weight", 1, width, **told)
     num_heads = config.size("mamba_n_heads", of=("mamba.A_log", 0))
     if width % num_heads:
         raise config.refused("mamba_n_heads", num_heads, f"a divisor of the inner width {width}")

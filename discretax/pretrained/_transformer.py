@@ -9,10 +9,16 @@ from jaxtyping import Array
 
 from discretax.architectures import LanguageModel
 from discretax.channel_mixers import SwiGLU
-from discretax.pretrained._family import Config
+from discretax.pretrained._family import REQUIRED, Config
 from discretax.pretrained._stored import Stored
 from discretax.sequence_mixers import AttentionSequenceMixer
-from discretax.sequence_mixers.rotary_scaling import Linear, Llama3, RotaryScaling, Yarn
+from discretax.sequence_mixers.rotary_scaling import (
+    Linear,
+    Llama3,
+    Proportional,
+    RotaryScaling,
+    Yarn,
+)
 
 Tensors = dict[str, Array | Stored | None]
 
@@ -22,72 +28,104 @@ def rms_norm(eps: float) -> Callable[[int], eqx.nn.RMSNorm]:
 
 
 def attention(
-    config: Config, hidden: int, *, occurs: bool, rotary_fraction: float = 1.0, **options: Any
+    config: Config,
+    hidden: int,
+    *,
+    occurs: bool,
+    out: str = "self_attn.o_proj",
+    rotary_fraction: float = 1.0,
+    rotary_base: Any = REQUIRED,
+    has_positions: bool = True,
+    **options: Any,
 ) -> Callable[..., AttentionSequenceMixer]:
-    """Its heads, compared to the tensors where attention `occurs`; the part of each that is turned
-    unless the configuration says so; other `options` of the mixer."""
+    """Its heads, compared to the tensors where attention `occurs`, whose last map is called `out`; the
+    part of each that is turned, and the base, unless the configuration says so; other `options` of
+    the mixer."""
     num_heads = config.size("num_attention_heads")
     num_kv_heads = config.size("num_key_value_heads", num_heads)
     head_dim = config.size("head_dim", max(1, hidden // num_heads))
     if occurs:
         sizes = {"num_attention_heads": num_heads, "head_dim": head_dim}
-        config.fits("o_proj.weight", 1, num_heads * head_dim, **sizes)
+        config.fits(
+            f"{out}.weight",
+            1,
+            num_heads * head_dim,
+            **sizes,
+        )
         sizes = {"num_key_value_heads": num_kv_heads, "head_dim": head_dim}
         config.fits("k_proj.weight", 0, num_kv_heads * head_dim, **sizes)
         if num_heads % num_kv_heads:
             rule = f"a divisor of num_attention_heads={num_heads}"
             raise config.refused("num_key_value_heads", num_kv_heads, rule)
+    positions = {"rotary_fraction": 0.0}
+    if has_positions:
+        positions = rotary(config, head_dim, rotary_fraction, rotary_base)
+    else:
+        for name in ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"):
+            config.entry(name, None)
     return ft.partial(
         AttentionSequenceMixer,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        **rotary(config, head_dim, rotary_fraction),
+        **positions,
         **options,
     )
 
 
-def rotary(config: Config, head_dim: int, fraction: float) -> dict[str, Any]:
+def rotary(config: Config, head_dim: int, fraction: float, base: Any) -> dict[str, Any]:
     """One entry with all, or, in files of transformers 4, an entry for each."""
     rope = config.entry("rope_parameters", None)
     if rope is None:
-        rope, scaling = config, config.entry("rope_scaling", None)
-    elif isinstance(rope, dict):
-        rope = Config(rope, f"{config.where}, rope_parameters")
-        scaling = rope.entries
+        if base is REQUIRED and "rope_theta" not in config.entries:
+            raise config.refused("rope_parameters", None, "an object with rope_theta")
+        rope, stretched = config, config.entry("rope_scaling", None)
+        if stretched is not None:
+            stretched = _part(config, "rope_scaling", stretched)
     else:
-        raise config.refused("rope_parameters", rope, "an object")
+        rope = stretched = _part(config, "rope_parameters", rope)
     fraction = rope.number("partial_rotary_factor", fraction)
     pairs = fraction * head_dim / 2
     if fraction > 1 or abs(pairs - round(pairs)) > 1e-6:
         rule = f"at most 1, for an even number of head_dim={head_dim} features"
         raise rope.refused("partial_rotary_factor", fraction, rule)
-    options: dict[str, Any] = {
-        "rotary_fraction": fraction,
-        "rotary_base": rope.number("rope_theta", 10_000.0),
+    scaling = None if stretched is None else _scaling(stretched, fraction)
+    theta = rope.number("rope_theta", base)
+    if isinstance(scaling, Yarn) and theta <= 1:
+        raise rope.refused("rope_theta", theta, "above 1")
+    for part in (rope, stretched):
+        if part not in (None, config):
+            part.done()
+    return {
+        "rotary_fraction": 1.0 if isinstance(scaling, Proportional) else fraction,
+        "rotary_base": theta,
+        "rotary_scaling": scaling,
     }
-    if scaling is not None:
-        stretched = (
-            rope if scaling is rope.entries else Config(scaling, f"{rope.where}, rope_scaling")
-        )
-        options["rotary_scaling"] = _scaling(stretched)
-    if rope is not config:
-        rope.done()
-    return options
 
 
-def _scaling(rope: Config) -> RotaryScaling | None:
+def _part(config: Config, name: str, entries: Any) -> Config:
+    if not isinstance(entries, dict):
+        raise config.refused(name, entries, "an object")
+    return Config(entries, f"{config.where}, {name}")
+
+
+def _scaling(rope: Config, fraction: float) -> RotaryScaling | None:
     kind = rope.entry("rope_type", rope.entry("type", "default"))
     if kind == "default":
         return None
+    if kind == "proportional":
+        return Proportional(fraction)
     if kind not in ("linear", "llama3", "yarn"):
-        raise rope.refused("rope_type", kind, "one of default, linear, llama3, yarn")
+        rule = "one of default, linear, llama3, proportional, yarn"
+        raise rope.refused("rope_type", kind, rule)
     factor = rope.number("factor")
     if kind == "linear":
         return Linear(factor)
     original = rope.size("original_max_position_embeddings")
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        if not low < high:
+            raise rope.refused("high_freq_factor", high, f"above low_freq_factor={low}")
         return Llama3(factor, low, high, original)
     attention_factor = None
     if rope.entry("attention_factor", None) is not None:
@@ -118,6 +156,8 @@ def describe_rotary(
     scaling = mixer.rotary_scaling
     if isinstance(scaling, Linear):
         rope |= {"rope_type": "linear", "factor": scaling.factor}
+    elif isinstance(scaling, Proportional):
+        rope |= {"rope_type": "proportional", "partial_rotary_factor": scaling.fraction}
     elif isinstance(scaling, Llama3 | Yarn):
         entries = {name: value for name, value in scaling._asdict().items() if value is not None}
         entries["original_max_position_embeddings"] = entries.pop("original_length")

@@ -18,6 +18,7 @@ from discretax._features import (
     check_size,
     described,
     divided,
+    is_layer,
     linear,
     size_of_head,
 )
@@ -35,7 +36,7 @@ from discretax.sequence_mixers.base import (
     refuse_timesteps,
     zero_cache,
 )
-from discretax.sequence_mixers.rotary_scaling import RotaryScaling, Yarn
+from discretax.sequence_mixers.rotary_scaling import RotaryScaling, Yarn, check_scaling
 
 Gate = Literal["element", "head"]
 NormOver = Literal["head", "all"]
@@ -166,6 +167,13 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
             raise TypeError(
                 "`rotary_scaling` must be None or one of `discretax.sequence_mixers.rotary_scaling`, "
                 f"such as `Linear(factor=4.0)`; got {described(rotary_scaling)}."
+            )
+        if rotary_scaling is not None:
+            check_scaling(rotary_scaling, rotary_base)
+        if qk_norm is not None and (not callable(qk_norm) or is_layer(qk_norm)):
+            raise TypeError(
+                "`qk_norm` must be None or a function of a width that makes a norm, such as "
+                f"`equinox.nn.RMSNorm`; got {described(qk_norm)}."
             )
         if scale is not None:
             check_positive("scale", scale)

@@ -286,7 +286,7 @@ def refuse_timesteps(mixer: AbstractSequenceMixer, timesteps: Any | None, reason
     if timesteps is not None:
         raise ValueError(
             f"`{type(mixer).__name__}` takes no integration timesteps: {reason}. Mixers with a "
-            "continuous time, such as S5, do."
+            "continuous time, such as S5, do. Leave the timesteps out, or give them as a feature."
         )
 
 

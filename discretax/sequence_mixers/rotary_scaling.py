@@ -89,3 +89,23 @@ class Proportional(NamedTuple):
 
 
 RotaryScaling = Linear | Llama3 | Yarn | Proportional
+
+
+def check_scaling(scaling: RotaryScaling, base: float) -> None:
+    """Refuses numbers that stretch nothing: what is read would be no error, and nonsense."""
+    for name, value in scaling._asdict().items():
+        is_number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
+        left_out = name == "attention_factor" and value is None
+        if not left_out and not (is_number and 0 < value < math.inf):
+            raise ValueError(
+                f"`{name}` of `{type(scaling).__name__}` must be a positive number; got {value!r}."
+            )
+    if isinstance(scaling, Llama3) and not scaling.low_freq_factor < scaling.high_freq_factor:
+        raise ValueError(
+            "`high_freq_factor` of `Llama3` must be above its `low_freq_factor`; got "
+            f"{scaling.high_freq_factor} and {scaling.low_freq_factor}."
+        )
+    if isinstance(scaling, Proportional) and scaling.fraction > 1:
+        raise ValueError(f"`fraction` of `Proportional` must be at most 1; got {scaling.fraction}.")
+    if isinstance(scaling, Yarn) and not base > 1:
+        raise ValueError(f"`rotary_base` must be above 1 with `Yarn`; got {base}.")

@@ -83,6 +83,11 @@ class Bidirectional(AbstractSequenceMixer[None]):
                 made(argument, maker, AbstractSequenceMixer, in_features, key=mixer_key)
                 for (argument, maker), mixer_key in zip(makers.items(), jr.split(key), strict=True)
             )
+            if forward.in_features != in_features:
+                raise ValueError(
+                    f"`forward` must make a mixer of width in_features = {in_features}; got "
+                    f"{type(forward).__name__} of width {forward.in_features}."
+                )
         check_instance("forward", forward, AbstractSequenceMixer)
         check_instance("backward", backward, AbstractSequenceMixer)
         if forward is backward:

@@ -5,10 +5,18 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.random as jr
+import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from discretax._constructors import keyed
-from discretax._features import check_positive, check_samples, check_size, described, made
+from discretax._features import (
+    check_positive,
+    check_samples,
+    check_size,
+    described,
+    made,
+    out_features,
+)
 from discretax._stateful import check_cache
 from discretax._types import Length, Resets, Sample, Timesteps, Values
 from discretax.sequence_mixers.base import AbstractSequenceMixer, check_sample
@@ -86,6 +94,16 @@ class SumSequenceMixer(AbstractSequenceMixer[tuple[Any, ...]]):
                     f"`mixers[{i}]` must be of width in_features = {in_features}; got "
                     f"{type(mixer).__name__} of width {mixer.in_features}."
                 )
+            if any(mixer is other for other in self.mixers[:i]):
+                raise ValueError(
+                    f"`mixers[{i}]` is one of the mixers before it, whose parameters training would "
+                    "part. Make each with a key of its own."
+                )
+        widths = [
+            out_features(lambda x, mixer=mixer: mixer(x)[0], in_features) for mixer in self.mixers
+        ]
+        if len(set(widths)) > 1:
+            raise ValueError(f"`mixers` must put out one width, to be summed; got {widths}.")
         self.in_features = in_features
         self.in_scales = _scales("in_scales", in_scales, len(mixers))
         self.out_scales = _scales("out_scales", out_scales, len(mixers))
@@ -150,8 +168,9 @@ class SumSequenceMixer(AbstractSequenceMixer[tuple[Any, ...]]):
 def _scales(name: str, scales: Sequence[float] | None, count: int) -> tuple[float, ...]:
     if scales is None:
         return (1.0,) * count
-    if not isinstance(scales, Sequence) or len(scales) != count:
-        raise ValueError(f"`{name}` must be one number for each of {count} mixers; got {scales}.")
-    for i, scale in enumerate(scales):
+    numbers = np.asarray(scales)
+    if numbers.shape != (count,) or not np.issubdtype(numbers.dtype, np.number):
+        raise ValueError(f"`{name}` must be one number for each of {count} mixers; got {scales!r}.")
+    for i, scale in enumerate(numbers.tolist()):
         check_positive(f"{name}[{i}]", scale)
-    return tuple(scales)
+    return tuple(map(float, numbers))
