@@ -67,6 +67,11 @@ def test_numbers_are_those_of_equinox(named):
     assert_equal(jax.tree.leaves((model, state)), jax.tree.leaves((listed, listed_state)))
 
 
+def test_one_by_one_or_in_a_list():
+    layers = (eqx.nn.Lambda(jnp.sin), eqx.nn.Lambda(jnp.cos))
+    assert Sequential(*layers).layers == Sequential(list(layers)).layers == layers
+
+
 @pytest.mark.parametrize("key", [jr.key(3), jr.PRNGKey(3)], ids=["key", "PRNGKey"])
 def test_each_sequence_has_a_key(named, key):
     tell = batched(lambda x, state, key: (jr.key_data(key), state))
@@ -152,7 +157,7 @@ def test_an_ensemble(named):
 )
 def test_what_is_no_layer(layers, names, error, message):
     with pytest.raises(error, match=message):
-        Sequential(layers, **names)
+        Sequential(*([] if layers is None else [layers]), **names)
 
 
 @pytest.mark.parametrize(
