@@ -55,8 +55,8 @@ def inference_state(
 
     **Raises:**
 
-    `ValueError` if a layer cannot stream, `batch_size` or `max_seqlen` is below 1, two layers keep their caches in
-    one place, or the state is that of another model; `TypeError` for anything but a state.
+    `ValueError` if a layer cannot stream, `batch_size` or `max_seqlen` is below 1, two layers
+    keep their caches in one place, or the state is that of another model; `TypeError` for anything but a state.
     """
     if not isinstance(state, eqx.nn.State):
         raise TypeError(
