@@ -42,11 +42,18 @@ def entries_of(name):
     return json.loads((FOLDER / "hf" / name / CONFIG).read_text())
 
 
+# Their entries are read by the same lines: each is tried in the first of them that has it.
+READ_ALIKE = ("falcon_h1", "granitemoehybrid", "bamba", "lfm2", "lfm3")
+
+
 def all_that_is_asked_for():
+    tried = set()
     for name in FAMILIES:
         entries = Asked(entries_of(name))
         _family(entries, CONFIG)
-        yield from ((name, field) for field in dict.fromkeys(entries.names))
+        fields = [field for field in dict.fromkeys(entries.names) if field not in tried]
+        tried.update(fields if name in READ_ALIKE else ())
+        yield from ((name, field) for field in fields)
 
 
 @ft.cache
