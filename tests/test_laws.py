@@ -38,7 +38,7 @@ def test_law(law):
 
 # What the laws leave to a mixer's author: how the library words its refusals.
 WORDS = {
-    "one sample": r"one sequence, .*got \(4,\).*`jax.vmap`",
+    "one sample": r"one sequence, .*got \(4,\).*`x\[None\]`",
     "a batch": r"one sequence, .*got \(2, 13, 4\).*`jax.vmap`",
     "too wide": r"last axis has size 4; got float32\(13, 5\)",
     "whole numbers": r"floating arrays.*got int32\(13, 4\)\. Convert it: `\.astype\(float\)`",
