@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from discretax._types import conversion
 
 Kind = TypeVar("Kind")
-BATCH = "A batch goes through `discretax.batched`, or `jax.vmap`."
+BATCH = "Use `jax.vmap` to batch, or `discretax.batched`."
 
 
 def linear(layer: eqx.nn.Linear, x: Float[Array, "... in"]) -> Float[Array, "... out"]:

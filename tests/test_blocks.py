@@ -567,7 +567,7 @@ def test_width_is_a_whole_number_from_one(in_features):
 @pytest.mark.parametrize(
     "x, message",
     [
-        (jnp.zeros(FEATURES), r"one sequence.*got \(4,\). Use `jax.vmap`"),
+        (jnp.zeros(FEATURES), r"one sequence.*got \(4,\)\. .*`x\[None\]`"),
         (jnp.zeros((BATCH, TIME, FEATURES)), r"one sequence.*got \(3, 11, 4\). Use `jax.vmap`"),
         (jnp.zeros((TIME, 3)), r"size 4; got float32\(11, 3\)"),
         (jnp.zeros((TIME, FEATURES), jnp.int32), "floating.*got int32"),
