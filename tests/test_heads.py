@@ -304,7 +304,7 @@ def test_options_that_are_refused(kind, options, error, message):
 @pytest.mark.parametrize(
     "x, received",
     [
-        (jnp.zeros(FEATURES), r"got \(4,\). Use `jax.vmap`"),
+        (jnp.zeros(FEATURES), r"got \(4,\)\. .*`x\[None\]`"),
         (jnp.zeros((2, TIME, FEATURES)), r"got \(2, 11, 4\). Use `jax.vmap`"),
         (jnp.zeros((TIME, 3)), r"size 4; got float32\(11, 3\)"),
         (

@@ -127,14 +127,14 @@ class LanguageModel(eqx.nn.StatefulLayer):
         vocab_size = check_size("vocab_size", vocab_size)
         hidden_dim = check_size("hidden_dim", hidden_dim)
         num_blocks = check_size("num_blocks", num_blocks)
-        for name, makers, kind in (
-            ("pattern", pattern, AbstractSequenceMixer),
-            ("blocks", blocks, AbstractBlock),
+        for name, makers, kind, example in (
+            ("pattern", pattern, AbstractSequenceMixer, "(MambaSequenceMixer,)"),
+            ("blocks", blocks, AbstractBlock, "(RWKV7Block,)"),
         ):
             if not isinstance(makers, Sequence) or isinstance(makers, str):
                 raise TypeError(
                     f"`{name}` must be a sequence of functions that make an `{kind.__name__}`, such "
-                    f"as `(MambaSequenceMixer,)` for `pattern`; got {described(makers)}."
+                    f"as `{example}`; got {described(makers)}."
                 )
             for i, maker in enumerate(makers):
                 check_maker(f"{name}[{i}]", maker, kind)
