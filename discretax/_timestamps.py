@@ -116,7 +116,7 @@ def _unit(interval: Any, times: np.ndarray) -> Any:
         raise TypeError(
             f"`interval` must be {needed} for timestamps of {times.dtype}; got {interval!r}."
         )
-    unit = np.timedelta64(interval) if is_span else float(interval)
+    unit: Any = np.timedelta64(interval) if is_span else float(interval)
     if not (unit > 0 and (is_span or np.isfinite(unit))):
         raise ValueError(f"`interval` must be positive and finite; got {interval!r}.")
     if is_span:

@@ -94,9 +94,10 @@ RotaryScaling = Linear | Llama3 | Yarn | Proportional
 def check_scaling(scaling: RotaryScaling, base: float) -> None:
     """Refuses numbers that stretch nothing: what is read would be no error, and nonsense."""
     for name, value in scaling._asdict().items():
-        is_number = isinstance(value, int | float | np.floating) and not isinstance(value, bool)
-        left_out = name == "attention_factor" and value is None
-        if not left_out and not (is_number and 0 < value < math.inf):
+        if name == "attention_factor" and value is None:
+            continue
+        is_number = isinstance(value, int | float | np.floating) and value is not True
+        if not is_number or not 0 < float(value) < math.inf:
             raise ValueError(
                 f"`{name}` of `{type(scaling).__name__}` must be a positive number; got {value!r}."
             )

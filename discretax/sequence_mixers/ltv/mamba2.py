@@ -148,9 +148,9 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
         inner = expand * in_features if inner_dim is None else check_size("inner_dim", inner_dim)
         num_heads = divided(width, inner, "head_dim", head_dim)
         norm_groups = num_groups if norm_groups is None else check_size("norm_groups", norm_groups)
-        divided(width, inner, "norm_groups", norm_groups)
         heads = f"the number of heads, {width} / head_dim"
         divided(heads, num_heads, "num_groups", num_groups)
+        divided(width, inner, "norm_groups", norm_groups)
         if not 0 <= dt_limit[0] < dt_limit[1]:
             raise ValueError(
                 f"`dt_limit` must be (low, high) with 0 <= low < high; got {dt_limit}."
