@@ -51,8 +51,8 @@ def batched(
     - `state`: the model's.
     - `key`: one, which is split, or one for each sequence. None where nothing random happens.
 
-    It raises `ValueError` for one sequence where a batch is meant, a batch of none, and for keys or states of
-    streams that are not as many as the batch.
+    It raises `ValueError` for one sequence where a batch is meant, a batch of none, and for keys or
+    states of streams that are not as many as the batch.
     """
 
     def call(

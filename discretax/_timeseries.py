@@ -202,7 +202,8 @@ def _as_array(values: Any) -> Array:
     if isinstance(values, np.ndarray | np.generic) and values.dtype.kind in "iu":
         _check_fits(values)
     # `jnp.asarray` compiles for every shape of an array of NumPy, which takes longer than all else.
-    return jax.device_put(values) if type(values) is np.ndarray else jnp.asarray(values)
+    # A copy, since `device_put` may go on using NumPy's memory, which the next batch may be put into.
+    return jax.device_put(values.copy()) if type(values) is np.ndarray else jnp.asarray(values)
 
 
 def _check_fits(numbers: np.ndarray | np.generic) -> None:

@@ -67,6 +67,19 @@ def assert_equal(actual, expected):
         np.testing.assert_array_equal(a, e)
 
 
+def logits_and_gradients(model, state, tokens, w):
+    """Of a batch: the logits, and what the gradient of `sum(logits * w)` is."""
+
+    @eqx.filter_jit
+    @eqx.filter_value_and_grad(has_aux=True)
+    def loss(model, w):
+        y = jax.vmap(lambda ids: model(ids, state)[0])(tokens)
+        return jnp.sum(y * w), y
+
+    (_, y), d_model = loss(model, w)
+    return y, d_model
+
+
 def draw(*shape, seed=1):
     """Normal numbers, from numpy: they compile nothing."""
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), float)

@@ -1,6 +1,7 @@
 """Hybrid models in Hugging Face's layout: transformers' numbers, and the way back."""
 
 import json
+import shutil
 
 import equinox as eqx
 import jax
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_file import FOLDER, Golden
-from helpers import assert_close, assert_equal
+from helpers import assert_close, assert_equal, logits_and_gradients
 from safetensors.numpy import load_file
 
 from discretax import generate, inference_state, streaming_mode
 from discretax.pretrained import load, save
 from discretax.pretrained._checkpoint import FAMILIES
+from discretax.sequence_mixers.rotary_scaling import Linear, Llama3, Proportional, Yarn
 
 pytestmark = pytest.mark.slow
 
@@ -33,14 +35,7 @@ def test_double_precision(name):
         golden = Golden(f"hf/{name}/golden", "float64")
         model, state = load(folder_of(name), dtype="float64")
         tokens = golden["input_ids_L37"].astype(int)
-
-        @eqx.filter_jit
-        @eqx.filter_value_and_grad(has_aux=True)
-        def loss(model, w):
-            y = jax.vmap(lambda ids: model(ids, state)[0])(tokens)
-            return jnp.sum(y * w), y
-
-        (_, y), d_model = loss(model, golden["w_L37"])
+        y, d_model = logits_and_gradients(model, state, tokens, golden["w_L37"])
         assert_close(y, golden["logits_L37"], 1e-9)
         stored = family_of(model).stored(d_model)
         for key, expected in golden.fields("g_L37").items():
@@ -85,3 +80,130 @@ def test_single_precision_and_the_way_back(name, tmp_path):
 
 def family_of(model):
     return next(family for family in FAMILIES.values() if family.describe(model))
+
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+STRETCHED = [
+    ({"rope_type": "linear", "factor": 2.0}, Linear(2.0)),
+    (LLAMA3, Llama3(8.0, 1.0, 4.0, 64)),
+    (YARN, Yarn(4.0, 64)),
+    (YARN | {"attention_factor": 1.5, "beta_fast": 16.0}, Yarn(4.0, 64, 16.0, 1.0, 1.5)),
+    ({"rope_type": "proportional", "partial_rotary_factor": 0.5}, Proportional(0.5)),
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """`change(name, **entries)`: a copy of a checkpoint with other entries, or without them (None)."""
+
+    def change(name, **entries):
+        copy = shutil.copytree(folder_of(name), tmp_path / name, dirs_exist_ok=True)
+        config = json.loads((folder_of(name) / CONFIG).read_text()) | entries
+        config = {key: value for key, value in config.items() if value is not None}
+        (copy / CONFIG).write_text(json.dumps(config))
+        return copy
+
+    return change
+
+
+@pytest.mark.parametrize(("rope", "scaling"), STRETCHED)
+def test_stretched_positions(rope, scaling, folder, tmp_path):
+    """As transformers 5 writes them, as 4 did, and the way back."""
+    together = folder("falcon_h1", rope_parameters=rope | {"rope_theta": 1e4})
+    read = lambda model: model.backbone.blocks[0].sequence_mixer.mixers[1].rotary_scaling
+    model, _ = load(together)
+    assert read(model) == scaling
+    save(model, tmp_path / "saved")
+    assert read(load(tmp_path / "saved")[0]) == scaling
+    if "partial_rotary_factor" not in rope:
+        apart = folder("falcon_h1", rope_parameters=None, rope_scaling=rope, rope_theta=1e4)
+        assert read(load(apart)[0]) == scaling
+
+
+def rope(entries):
+    return {"rope_parameters": entries | {"rope_theta": 1e4}}
+
+
+@pytest.mark.parametrize(
+    ("name", "entries", "message"),
+    [
+        ("falcon_h1", rope({"rope_type": "dynamic"}), "'rope_type' must be one of default, linear"),
+        (
+            "falcon_h1",
+            rope(LLAMA3 | {"high_freq_factor": 1.0}),
+            "'high_freq_factor' must be above low_freq_factor=1.0; got 1.0",
+        ),
+        (
+            "falcon_h1",
+            {"rope_parameters": YARN | {"rope_theta": 1.0}},
+            "'rope_theta' must be above 1; got 1.0",
+        ),
+        ("falcon_h1", rope(YARN | {"mscale": 2.0}), "not known here: mscale=2.0"),
+        (
+            "falcon_h1",
+            {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": YARN | {"mscale": 2.0}},
+            "rope_scaling has entries that are not known here: mscale=2.0",
+        ),
+        (
+            "falcon_h1",
+            {"rope_parameters": None, "rope_theta": 1e4, "rope_scaling": "linear"},
+            "'rope_scaling' must be an object; got 'linear'",
+        ),
+        (
+            "falcon_h1",
+            {"rope_parameters": None},
+            "'rope_parameters' must be an object with rope_theta; got None",
+        ),
+        (
+            "falcon_h1",
+            {"ssm_multipliers": [1.0, 2.0]},
+            "'ssm_multipliers' must be a list of 5 positive numbers",
+        ),
+        (
+            "granitemoehybrid",
+            {"num_local_experts": 8},
+            "'num_local_experts' must be 0; got 8. Mixtures of experts are not supported",
+        ),
+        (
+            "granitemoehybrid",
+            {"layer_types": ["linear_attention"] * 4},
+            "'layer_types' must be as the tensors are, of which none begins with "
+            "'model.layers.2.mamba.'",
+        ),
+        (
+            "granitemoehybrid",
+            {"position_embedding_type": "alibi"},
+            "'position_embedding_type' must be 'rope', 'nope' or null; got 'alibi'",
+        ),
+        (
+            "bamba",
+            {"attn_layer_indices": [7]},
+            r"'attn_layer_indices' must be a list of layers, 0 to 2; got \[7\]",
+        ),
+        (
+            "lfm2",
+            {"block_ff_dim": 40},
+            "'block_ff_dim' must be 36; got 40. Nothing else is supported",
+        ),
+        (
+            "lfm2",
+            {"full_attn_idxs": "all", "layer_types": None},
+            "'full_attn_idxs' must be a list of layers; got 'all'",
+        ),
+        (
+            "lfm3",
+            {"rope_parameters": {"rope_theta": 1e4}},
+            "'rope_parameters' must be an object for each of full_attention, sliding_attention",
+        ),
+    ],
+)
+def test_what_is_refused(name, entries, message, folder):
+    with pytest.raises(ValueError, match=message):
+        load(folder(name, **entries))

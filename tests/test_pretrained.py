@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from golden_file import FOLDER, Golden
-from helpers import assert_close, assert_equal
+from helpers import assert_close, assert_equal, logits_and_gradients
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
 
@@ -58,14 +58,7 @@ def test_logits_and_gradients(name):
         golden = Golden(f"hf_{name}", "float64")
         model, state = load(folder_of(name), dtype="float64")
         tokens = golden["input_ids_L37"].astype(int)
-
-        @eqx.filter_jit
-        @eqx.filter_value_and_grad(has_aux=True)
-        def loss(model, w):
-            y = jax.vmap(lambda ids: model(ids, state)[0])(tokens)
-            return jnp.sum(y * w), y
-
-        (_, y), d_model = loss(model, golden["w_L37"])
+        y, d_model = logits_and_gradients(model, state, tokens, golden["w_L37"])
         assert_close(y, golden["logits_L37"], TOLERANCE[name])
         gradients, expected = tensors(d_model), golden.fields("g_L37")
         assert gradients.keys() == expected.keys()
@@ -238,7 +231,7 @@ def test_sharding(folder):
 
     model, _ = load(folder, sharding=sharding)
     assert asked.keys() == load_file(folder / WEIGHTS).keys()
-    for name, (leaf,) in ((n, s.parts) for n, s in FAMILIES["mamba"].stored(model).items()):
+    for name, (leaf,) in ((n, s.leaves) for n, s in FAMILIES["mamba"].stored(model).items()):
         assert leaf.sharding == (in_parts if "in_proj" in name else whole)
         assert (asked[name].shape, asked[name].dtype) == (leaf.shape, leaf.dtype)
     assert_equal(model, load(folder)[0])
@@ -372,7 +365,7 @@ def test_published_models_have_their_size(config, size):
     """Their configurations are understood, down to the number of parameters."""
     model = eqx.filter_eval_shape(_family(config, CONFIG)[1], jr.key(0))
     stored = FAMILIES[config["model_type"]].stored(model).values()
-    assert sum(math.prod(tensor.stored_shape) for tensor in stored) == size
+    assert sum(math.prod(tensor.shape) for tensor in stored) == size
 
 
 def test_embeddings_are_scaled_by_a_root_in_bfloat16():

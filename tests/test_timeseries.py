@@ -217,6 +217,15 @@ def test_length_of_any_whole_type(dtype, x64):
         assert_close(run(model, state, Timeseries(x, length=jnp.asarray(5, dtype))), expected)
 
 
+def test_memory_of_numpy_is_not_shared():
+    """A buffer is filled with the next batch while the last one is still used."""
+    for size in range(1, 41):  # whether JAX takes it as it is depends on where it lies
+        buffer = np.zeros((16 * size, 4), np.float32)
+        kept = Timeseries(buffer, length=np.array(3))
+        buffer[:] = 1
+        assert not kept.values.any()
+
+
 def test_unsigned_length_of_a_sequence_that_is_run_in_chunks():
     """Samples left after a chunk: 200 - 256 is 144 in uint8 and four billion in uint32."""
     mixer = LRUSequenceMixer(FEATURES, jr.key(0), state_dim=64)

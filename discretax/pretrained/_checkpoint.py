@@ -32,7 +32,7 @@ from discretax.pretrained._lfm2 import LFM2, LFM3
 from discretax.pretrained._mamba import MAMBA
 from discretax.pretrained._mamba2 import MAMBA2
 from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
-from discretax.pretrained._stored import Source, Stored, leaves, sources
+from discretax.pretrained._stored import Stored, leaves
 
 FAMILIES = {
     family.model_type: family
@@ -107,29 +107,24 @@ def load(
         model, state = eqx.filter_eval_shape(eqx.nn.make_with_state(make), jr.key(0))
         _check_pair(text, model, tensors, folder)
         stored = family.stored(model)
-        names = _names(stored, tensors, family, model.tie_embeddings)
-        where, found = sources(stored), leaves(stored.values())
-        structs = [
-            jax.ShapeDtypeStruct(
-                leaf.shape,
-                dtype
-                or jnp.result_type(
-                    *(
-                        _floating(tensors.dtype(names[each.tensor]), f"tensor {each.tensor!r}")
-                        for each in of_leaf
-                    )
-                ),
-            )
-            for leaf, of_leaf in zip(found, where, strict=True)
-        ]
+        _check_names(stored, tensors, family, model.tie_embeddings)
         place = sharding if callable(sharding) else lambda *_: sharding
-        shardings = [
-            place(of_leaf[0].tensor, struct) for of_leaf, struct in zip(where, structs, strict=True)
+
+        def planned(name: str, leaf: Array) -> tuple[np.dtype, Sharding | None]:
+            kind = dtype or _floating(tensors.dtype(name), f"tensor {name!r}")
+            return kind, place(name, jax.ShapeDtypeStruct(leaf.shape, kind))
+
+        plans = {
+            name: [planned(name, leaf) for leaf in tensor.leaves] for name, tensor in stored.items()
+        }
+        arrays = [
+            jax.device_put(part.astype(kind, copy=False), where)
+            for name, tensor in stored.items()
+            for part, (kind, where) in zip(
+                tensor.split(tensors.read(name)), plans[name], strict=True
+            )
         ]
-        read = lambda name: stored[name].split(tensors.read(names[name]))
-        arrays = [_put(read, *each) for each in zip(where, structs, shardings, strict=True)]
-    placed = dict(zip(map(id, found), arrays, strict=True))
-    return jax.tree.map(lambda leaf: placed.get(id(leaf), leaf), model), state
+    return eqx.tree_at(lambda m: leaves(family.stored(m)), model, arrays), state
 
 
 def save(
@@ -233,36 +228,31 @@ def _check_pair(text: str, model: LanguageModel, tensors: Tensors, folder: pathl
         )
 
 
-def _names(
-    stored: dict[str, Stored], tensors: Tensors, family: Family, is_tied: bool
-) -> dict[str, str]:
-    """What the file calls each tensor; refuses all that does not fit, together."""
-    there = [name for name in tensors.shapes if not name.startswith(family.skipped)]
-    names = {family.renamed(name): name for name in there}
-    twice = names.pop(HEAD, None) if is_tied else None
-    found = [f"missing: {name}" for name in sorted(set(stored) - set(names))]
-    found += [f"left over: {names[name]}" for name in sorted(set(names) - set(stored))]
-    found += [
-        f"{name}: given more than once"
-        for name in sorted(names)
-        if sum(family.renamed(other) == name for other in there) > 1
-    ]
-    for name in sorted(set(stored) & set(names)):
-        expected, shape = stored[name].stored_shape, tensors.shapes[names[name]]
-        if shape != expected:
-            found.append(f"{names[name]}: got shape {shape}, expected {expected}")
+def _check_names(
+    expected: dict[str, Stored], tensors: Tensors, family: Family, is_tied: bool
+) -> None:
+    """All that does not fit, together."""
+    stored = set(tensors.shapes)
+    twice = is_tied and HEAD in stored
+    if twice:
+        stored.remove(HEAD)
+    found = [f"missing: {name}" for name in sorted(set(expected) - stored)]
+    found += [f"left over: {name}" for name in sorted(stored - set(expected))]
+    for name in sorted(set(expected) & stored):
+        shape = expected[name].shape
+        if tensors.shapes[name] != shape:
+            found.append(f"{name}: got shape {tensors.shapes[name]}, expected {shape}")
     if found:
         raise ValueError(
             f"the tensors are not those of a {family.architecture} with this configuration:\n"
             + "\n".join(found)
         )
-    embedding = names[next(iter(stored))]
-    if twice and not np.array_equal(tensors.read(twice), tensors.read(embedding)):
+    embedding = next(iter(expected))
+    if twice and not np.array_equal(tensors.read(HEAD), tensors.read(embedding)):
         raise ValueError(
-            f"the configuration ties the logits' weight to the embedding, but {twice!r} differs from "
+            f"the configuration ties the logits' weight to the embedding, but {HEAD!r} differs from "
             f"{embedding!r}. Set tie_word_embeddings to false if both are meant."
         )
-    return names
 
 
 def _floating(dtype: np.dtype, what: str) -> np.dtype:
@@ -274,17 +264,6 @@ def _floating(dtype: np.dtype, what: str) -> np.dtype:
             "True)`. Or give `dtype=jnp.float32`."
         )
     return dtype
-
-
-def _put(
-    read: Callable[[str], list[np.ndarray]],
-    sources: list[Source],
-    struct: jax.ShapeDtypeStruct,
-    sharding: Sharding | None,
-) -> Array:
-    pieces = [read(source.tensor)[source.part] for source in sources]
-    array = np.concatenate(pieces) if len(pieces) > 1 else pieces[0]
-    return jax.device_put(array.astype(struct.dtype, copy=False), sharding)
 
 
 def _parts(model: LanguageModel, like: LanguageModel) -> Iterator[tuple[Any, Any, str]]:

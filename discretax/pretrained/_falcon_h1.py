@@ -10,7 +10,7 @@ from jaxtyping import PRNGKeyArray
 from discretax.architectures import LanguageModel
 from discretax.blocks import ResidualBlock
 from discretax.channel_mixers import SwiGLU
-from discretax.pretrained._family import Config, Family, factor_of
+from discretax.pretrained._family import Config, Family, describe_sizes, rms_norm, told
 from discretax.pretrained._mamba2 import mixer_tensors
 from discretax.pretrained._mamba_hybrid import describe_mamba2, mamba2
 from discretax.pretrained._transformer import (
@@ -19,11 +19,9 @@ from discretax.pretrained._transformer import (
     attention_tensors,
     describe_attention,
     describe_rotary,
-    describe_sizes,
     mlp,
     mlp_tensors,
     prefixed,
-    rms_norm,
 )
 from discretax.sequence_mixers import (
     AttentionSequenceMixer,
@@ -121,7 +119,7 @@ def describe(model: Any) -> dict[str, Any] | None:
 def describe_block(block: Any) -> dict[str, Any]:
     mixer, channels = block.sequence_mixer, block.channel_mixer
     mamba, heads = mixer.mixers
-    sizes = describe_attention(heads)
+    root = heads.head_dim**-0.5
     ssm_in, attention_in = mixer.in_scales
     ssm_out, attention_out = mixer.out_scales
     return {
@@ -130,12 +128,12 @@ def describe_block(block: Any) -> dict[str, Any]:
         "mamba_rms_norm": mamba.gate_norm is not None,
         "mamba_norm_before_gate": mamba.gate_norm == "before",
         "projectors_bias": mamba.out_proj.bias is not None,
-        **sizes,
+        **describe_attention(heads),
         **describe_rotary(heads),
         "intermediate_size": channels.gate_proj.weight.shape[0],
         "hidden_act": "silu",
         "mlp_bias": channels.gate_proj.bias is not None,
-        "key_multiplier": factor_of(heads.scale, sizes["head_dim"] ** -0.5),
+        "key_multiplier": told(heads.scale, lambda m: m * root, heads.scale / root),
         "mlp_multipliers": [channels.gate_scale, channels.out_scale],
         "ssm_multipliers": list(mamba.scales),
         "ssm_in_multiplier": ssm_in,

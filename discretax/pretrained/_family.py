@@ -1,11 +1,13 @@
 """What a family of checkpoints is, and how its configuration is read: entry by entry, or not at all."""
 
+import functools as ft
 import math
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import equinox as eqx
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
@@ -160,15 +162,24 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def factor_of(product: float, other: float) -> float:
-    """What was multiplied by `other`: the shortest number that gives the product again, bit by bit."""
-    quotient = product / other
-    near = (
-        round(quotient, 12),
-        quotient,
-        *(math.nextafter(quotient, to) for to in (0.0, math.inf)),
-    )
-    return next((factor for factor in near if factor * other == product), quotient)
+def told(value: float, made: Callable[[float], float], about: float) -> float:
+    """The number `about` which `value` was made, in as few digits as give it again, bit by bit."""
+    near = (round(about, 12), about, *(math.nextafter(about, to) for to in (0.0, math.inf)))
+    return next((number for number in near if made(number) == value), about)
+
+
+def rms_norm(eps: float) -> Callable[[int], eqx.nn.RMSNorm]:
+    return ft.partial(eqx.nn.RMSNorm, eps=eps, use_bias=False)
+
+
+def describe_sizes(model: LanguageModel) -> dict[str, Any]:
+    vocab_size, hidden_size = model.encoder.embedding.weight.shape
+    return {
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_hidden_layers": len(model.backbone.blocks),
+        "tie_word_embeddings": model.tie_embeddings,
+    }
 
 
 class Family(NamedTuple):
@@ -183,10 +194,6 @@ class Family(NamedTuple):
     tensors: Callable[[LanguageModel], Mapping[str, Array | Stored | None]]
     """The model's leaves, or its gradient's, by their names in the files, the embedding first; None
     for no such tensor."""
-    skipped: tuple[str, ...] = ()
-    """What the names of tensors begin with that serve something else than text: they are not read."""
-    renamed: Callable[[str], str] = lambda name: name
-    """The name that `tensors` has for a tensor, where files call it differently."""
 
     def stored(self, model: LanguageModel) -> dict[str, Stored]:
         return stored(self.tensors(model))

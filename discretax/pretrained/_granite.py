@@ -10,7 +10,7 @@ from jaxtyping import PRNGKeyArray
 from discretax.architectures import LanguageModel
 from discretax.blocks import ResidualBlock
 from discretax.channel_mixers import SwiGLU
-from discretax.pretrained._family import Config, Family
+from discretax.pretrained._family import Config, Family, describe_sizes, rms_norm, told
 from discretax.pretrained._mamba2 import mixer_tensors
 from discretax.pretrained._mamba_hybrid import describe_mamba2, mamba2
 from discretax.pretrained._stored import Stored
@@ -20,10 +20,8 @@ from discretax.pretrained._transformer import (
     attention_tensors,
     describe_attention,
     describe_rotary,
-    describe_sizes,
     mlp_tensors,
     prefixed,
-    rms_norm,
 )
 from discretax.sequence_mixers import AttentionSequenceMixer, Mamba2SequenceMixer
 
@@ -177,7 +175,7 @@ def attention_of(model: Any) -> Any:
 def describe_granite(model: Any) -> dict[str, Any] | None:
     found = describe_hybrid(model)
     heads = attention_of(model)
-    if found is None or heads is None or heads.rotary_dim not in (0, _head_dim(heads)):
+    if found is None or heads is None or heads.rotary_dim not in (0, heads.head_dim):
         return None
     config, kinds = found
     block = model.backbone.blocks[0]
@@ -195,7 +193,7 @@ def describe_granite(model: Any) -> dict[str, Any] | None:
             "attention_multiplier": heads.scale,
             "residual_multiplier": block.residual_scale,
             "embedding_multiplier": model.embedding_scale,
-            "logits_scaling": _reciprocal(model.head.scale),
+            "logits_scaling": told(model.head.scale, lambda s: 1 / s, 1 / model.head.scale),
         }
     )
 
@@ -203,7 +201,7 @@ def describe_granite(model: Any) -> dict[str, Any] | None:
 def describe_bamba(model: Any) -> dict[str, Any] | None:
     found = describe_hybrid(model)
     heads = attention_of(model)
-    if found is None or heads is None or heads.scale != _head_dim(heads) ** -0.5:
+    if found is None or heads is None or heads.scale != heads.head_dim**-0.5:
         return None
     config, kinds = found
     return (
@@ -215,16 +213,6 @@ def describe_bamba(model: Any) -> dict[str, Any] | None:
             "attn_layer_indices": [i for i, kind in enumerate(kinds) if kind == "attention"],
         }
     )
-
-
-def _head_dim(heads: AttentionSequenceMixer) -> int:
-    return heads.q_proj.weight.shape[0] // heads.num_heads
-
-
-def _reciprocal(scale: float) -> float:
-    """The shortest number whose reciprocal this is, bit by bit."""
-    near = (round(1 / scale, 12), 1 / scale)
-    return next((value for value in near if 1 / value == scale), 1 / scale)
 
 
 def tensors(

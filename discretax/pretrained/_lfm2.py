@@ -10,17 +10,15 @@ from jaxtyping import PRNGKeyArray
 from discretax.architectures import LanguageModel
 from discretax.blocks import ResidualBlock
 from discretax.channel_mixers import SwiGLU
-from discretax.pretrained._family import Config, Family
+from discretax.pretrained._family import Config, Family, describe_sizes, rms_norm
 from discretax.pretrained._transformer import (
     Tensors,
     attention,
     attention_tensors,
     describe_attention,
     describe_rotary,
-    describe_sizes,
     linear_tensors,
     prefixed,
-    rms_norm,
 )
 from discretax.sequence_mixers import AttentionSequenceMixer, ShortConvSequenceMixer
 
@@ -45,6 +43,7 @@ def build_lfm2(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
     default = [FULL if i in indices else CONVOLUTION for i in range(count)]
     kinds = layer_kinds(config, count, default, (FULL, CONVOLUTION))
     width = config.size("intermediate_size", config.entry("block_ff_dim", 12288))
+    config.fixed(block_ff_dim=width)
     if config.flag("block_auto_adjust_ff_dim", True):
         multiple = config.size("block_multiple_of", 256)
         factor = config.number("block_ffn_dim_multiplier", 1.0)
@@ -55,7 +54,6 @@ def build_lfm2(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
     else:
         for name in ("block_multiple_of", "block_ffn_dim_multiplier"):
             config.entry(name, None)
-    config.entry("block_ff_dim", None)
     tied = config.flag("tie_word_embeddings", True)
     if "tie_embedding" in config.entries:
         tied = config.flag("tie_embedding")

@@ -9,7 +9,7 @@ from jaxtyping import Array, PRNGKeyArray
 
 from discretax.architectures import LanguageModel
 from discretax.blocks import StandardBlock
-from discretax.pretrained._family import Config, Family
+from discretax.pretrained._family import Config, Family, describe_sizes, rms_norm
 from discretax.sequence_mixers import AbstractSequenceMixer, MambaSequenceMixer
 
 NO_EFFECT = (
@@ -48,10 +48,6 @@ def backbone_options(
         norm=rms_norm(config.number("layer_norm_epsilon")),
         tie_embeddings=config.flag("tie_word_embeddings", tie_word_embeddings),
     )
-
-
-def rms_norm(eps: float) -> Callable[[int], eqx.nn.RMSNorm]:
-    return ft.partial(eqx.nn.RMSNorm, eps=eps, use_bias=False)
 
 
 def hidden_size(config: Config) -> int:
@@ -104,15 +100,7 @@ def first_mixer(model: LanguageModel) -> AbstractSequenceMixer | None:
 
 
 def describe_backbone(model: Any) -> dict[str, Any]:
-    vocab_size, hidden_size = model.encoder.embedding.weight.shape
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden_size,
-        "num_hidden_layers": len(model.backbone.blocks),
-        "layer_norm_epsilon": model.norm.eps,
-        "tie_word_embeddings": model.tie_embeddings,
-        "hidden_act": "silu",
-    }
+    return describe_sizes(model) | {"layer_norm_epsilon": model.norm.eps, "hidden_act": "silu"}
 
 
 def describe_mixer(mixer: MambaSequenceMixer) -> dict[str, Any]:

@@ -6,18 +6,21 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 from discretax.architectures import LanguageModel
 from discretax.blocks import OffsetRMSNorm, ResidualBlock
 from discretax.channel_mixers import SwiGLU
-from discretax.pretrained._family import Config, Family
+from discretax.pretrained._family import Config, Family, describe_sizes
 from discretax.pretrained._transformer import (
     Tensors,
     attention,
     attention_tensors,
     describe_attention,
     describe_rotary,
+    linear_tensors,
+    mlp_tensors,
+    prefixed,
 )
 from discretax.sequence_mixers import AttentionSequenceMixer, GriffinSequenceMixer
 
@@ -107,6 +110,7 @@ def attention_mixer(
         out="o_proj",
         rotary_fraction=0.5,
         rotary_base=10_000.0,
+        rope_types=("default",),
         window=config.size("attention_window_size", 2048),
         use_bias=config.flag("attention_bias", False, of="q_proj.bias" if occurs else None),
         out_bias=True,
@@ -127,17 +131,12 @@ def describe(model: Any) -> dict[str, Any] | None:
     ]
     if len(kinds) < len(blocks):
         return None
-    vocab_size, hidden = model.encoder.embedding.weight.shape
-    config = {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden,
-        "num_hidden_layers": len(blocks),
+    config = describe_sizes(model) | {
         "block_types": kinds,
         "intermediate_size": 2 * blocks[0].channel_mixer.gate_proj.weight.shape[0],
         "hidden_activation": "gelu_pytorch_tanh",
         "rms_norm_eps": model.norm.eps,
         "logits_soft_cap": model.head.soft_cap,
-        "tie_word_embeddings": model.tie_embeddings,
     }
     for mixer in (block.sequence_mixer for block in blocks):
         config |= describe_mixer(mixer)
@@ -172,23 +171,16 @@ def tensors(model: Any) -> Tensors:
         layer = f"model.layers.{i}."
         tensors[f"{layer}temporal_pre_norm.weight"] = block.sequence_norm.offset
         tensors[f"{layer}channel_pre_norm.weight"] = block.channel_norm.offset
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            linear = getattr(block.channel_mixer, name)
-            tensors[f"{layer}mlp_block.{name}.weight"] = linear.weight
-            tensors[f"{layer}mlp_block.{name}.bias"] = linear.bias
-        for name, leaf in of_mixer.items():
-            tensors[f"{layer}temporal_block.{name}"] = leaf
+        tensors |= prefixed(f"{layer}mlp_block.", mlp_tensors(block.channel_mixer))
+        tensors |= prefixed(f"{layer}temporal_block.", of_mixer)
     return tensors
 
 
-def recurrent_tensors(mixer: GriffinSequenceMixer) -> dict[str, Array | None]:
+def recurrent_tensors(mixer: GriffinSequenceMixer) -> Tensors:
     return {
-        "linear_x.weight": mixer.linear_x.weight,
-        "linear_x.bias": mixer.linear_x.bias,
-        "linear_y.weight": mixer.linear_y.weight,
-        "linear_y.bias": mixer.linear_y.bias,
-        "linear_out.weight": mixer.linear_out.weight,
-        "linear_out.bias": mixer.linear_out.bias,
+        **linear_tensors(
+            {name: getattr(mixer, name) for name in ("linear_x", "linear_y", "linear_out")}
+        ),
         "conv_1d.weight": mixer.conv_weight,
         "conv_1d.bias": mixer.conv_bias,
         "rg_lru.recurrent_param": mixer.rg_lru.Lambda,

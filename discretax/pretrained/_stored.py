@@ -1,6 +1,6 @@
 """How the leaves of a model lie in the tensors of a file."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,100 +10,37 @@ from jaxtyping import Array
 CONVOLUTIONS = ("conv1d.weight", "conv_1d.weight", "conv.conv.weight")
 
 
-class Rows(NamedTuple):
-    """Some rows of a leaf, which files keep as a tensor of their own."""
+class Stored(NamedTuple):
+    """A tensor: a leaf, or several after each other along the first axis."""
 
-    leaf: Array
-    start: int
-    stop: int
+    leaves: tuple[Array, ...]
+    is_convolution: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return (self.stop - self.start, *self.leaf.shape[1:])
-
-
-class Stored(NamedTuple):
-    """A tensor: one leaf or some rows of one, or several after each other along the first axis.
-
-    With `groups` (heads) come the rows of the first group of each part, then those of the second.
-    A tensor may be `transposed`, or have axes of one more than the leaf, its `shape`.
-    """
-
-    parts: tuple[Array | Rows, ...]
-    groups: int = 1
-    transposed: bool = False
-    shape: tuple[int, ...] | None = None
-
-    @property
-    def joined_shape(self) -> tuple[int, ...]:
-        return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
-
-    @property
-    def stored_shape(self) -> tuple[int, ...]:
-        return self.shape or self.joined_shape[:: -1 if self.transposed else 1]
+        rows, rest = sum(leaf.shape[0] for leaf in self.leaves), self.leaves[0].shape[1:]
+        return (rows, 1, *rest) if self.is_convolution else (rows, *rest)
 
     def tensor(self) -> np.ndarray:
-        arrays = [
-            np.asarray(part.leaf)[part.start : part.stop]
-            if isinstance(part, Rows)
-            else np.asarray(part)
-            for part in self.parts
-        ]
-        if self.groups > 1:
-            grouped = [array.reshape(self.groups, -1, *array.shape[1:]) for array in arrays]
-            arrays = [np.concatenate(grouped, axis=1).reshape(self.joined_shape)]
-        joined = np.concatenate(arrays) if len(arrays) > 1 else arrays[0]
-        return np.ascontiguousarray(joined.T if self.transposed else joined).reshape(
-            self.stored_shape
-        )
+        arrays = [np.asarray(leaf) for leaf in self.leaves]
+        joined = np.concatenate(arrays) if len(arrays) > 1 else np.ascontiguousarray(arrays[0])
+        return joined.reshape(self.shape)
 
     def split(self, tensor: np.ndarray) -> list[np.ndarray]:
-        """What each part is in the tensor."""
-        if len(self.parts) == 1:
-            return [tensor.T if self.transposed else tensor.reshape(self.joined_shape)]
-        joined = tensor.T if self.transposed else tensor.reshape(self.joined_shape)
-        grouped = joined.reshape(self.groups, -1, *joined.shape[1:])
-        rows = [part.shape[0] // self.groups for part in self.parts]
-        pieces = np.split(grouped, np.cumsum(rows)[:-1], axis=1)
-        return [piece.reshape(part.shape) for piece, part in zip(pieces, self.parts, strict=True)]
-
-
-class Source(NamedTuple):
-    """The rows of a leaf from `start` on, and where they are: a part of a tensor."""
-
-    start: int
-    tensor: str
-    part: int
+        """What each leaf is in the tensor."""
+        ends = np.cumsum([leaf.shape[0] for leaf in self.leaves])
+        parts = np.split(tensor, ends[:-1]) if len(ends) > 1 else [tensor]
+        return [part.reshape(leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True)]
 
 
 def stored(tensors: Mapping[str, Array | Stored | None]) -> dict[str, Stored]:
     """What there is of `tensors`, a leaf as a tensor of its own."""
     return {
-        name: leaf if isinstance(leaf, Stored) else Stored((leaf,), shape=_shape(name, leaf))
+        name: leaf if isinstance(leaf, Stored) else Stored((leaf,), name.endswith(CONVOLUTIONS))
         for name, leaf in tensors.items()
         if leaf is not None
     }
 
 
-def leaves(tensors: Iterable[Stored]) -> list[Any]:
-    """Every leaf once, in the order of the tensors."""
-    found = {id(leaf): leaf for tensor in tensors for leaf in map(_leaf, tensor.parts)}
-    return list(found.values())
-
-
-def sources(tensors: Mapping[str, Stored]) -> list[list[Source]]:
-    """Where each of the leaves is, in order of its rows."""
-    found: dict[int, list[Source]] = {}
-    for name, tensor in tensors.items():
-        for i, part in enumerate(tensor.parts):
-            start = part.start if isinstance(part, Rows) else 0
-            found.setdefault(id(_leaf(part)), []).append(Source(start, name, i))
-    return [sorted(each) for each in found.values()]
-
-
-def _leaf(part: Array | Rows) -> Any:
-    return part.leaf if isinstance(part, Rows) else part
-
-
-def _shape(name: str, leaf: Array) -> tuple[int, ...]:
-    return (leaf.shape[0], 1, *leaf.shape[1:]) if name.endswith(CONVOLUTIONS) else leaf.shape
+def leaves(tensors: Mapping[str, Stored]) -> list[Any]:
+    return [leaf for tensor in tensors.values() for leaf in tensor.leaves]

@@ -1,13 +1,12 @@
 """What families share whose blocks are those of transformers: attention, a gated MLP, a norm each."""
 
 import functools as ft
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
 from jaxtyping import Array
 
-from discretax.architectures import LanguageModel
 from discretax.channel_mixers import SwiGLU
 from discretax.pretrained._family import REQUIRED, Config
 from discretax.pretrained._stored import Stored
@@ -20,11 +19,8 @@ from discretax.sequence_mixers.rotary_scaling import (
     Yarn,
 )
 
+ROPE_TYPES = ("default", "linear", "llama3", "proportional", "yarn")
 Tensors = dict[str, Array | Stored | None]
-
-
-def rms_norm(eps: float) -> Callable[[int], eqx.nn.RMSNorm]:
-    return ft.partial(eqx.nn.RMSNorm, eps=eps, use_bias=False)
 
 
 def attention(
@@ -35,23 +31,19 @@ def attention(
     out: str = "self_attn.o_proj",
     rotary_fraction: float = 1.0,
     rotary_base: Any = REQUIRED,
+    rope_types: Sequence[str] = ROPE_TYPES,
     has_positions: bool = True,
     **options: Any,
 ) -> Callable[..., AttentionSequenceMixer]:
     """Its heads, compared to the tensors where attention `occurs`, whose last map is called `out`; the
-    part of each that is turned, and the base, unless the configuration says so; other `options` of
-    the mixer."""
+    part of each that is turned, and the base, unless the configuration says so; the kinds of
+    positions that are supported; other `options` of the mixer."""
     num_heads = config.size("num_attention_heads")
     num_kv_heads = config.size("num_key_value_heads", num_heads)
     head_dim = config.size("head_dim", max(1, hidden // num_heads))
     if occurs:
         sizes = {"num_attention_heads": num_heads, "head_dim": head_dim}
-        config.fits(
-            f"{out}.weight",
-            1,
-            num_heads * head_dim,
-            **sizes,
-        )
+        config.fits(f"{out}.weight", 1, num_heads * head_dim, **sizes)
         sizes = {"num_key_value_heads": num_kv_heads, "head_dim": head_dim}
         config.fits("k_proj.weight", 0, num_kv_heads * head_dim, **sizes)
         if num_heads % num_kv_heads:
@@ -59,7 +51,7 @@ def attention(
             raise config.refused("num_key_value_heads", num_kv_heads, rule)
     positions = {"rotary_fraction": 0.0}
     if has_positions:
-        positions = rotary(config, head_dim, rotary_fraction, rotary_base)
+        positions = rotary(config, head_dim, rotary_fraction, rotary_base, rope_types)
     else:
         for name in ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"):
             config.entry(name, None)
@@ -73,7 +65,9 @@ def attention(
     )
 
 
-def rotary(config: Config, head_dim: int, fraction: float, base: Any) -> dict[str, Any]:
+def rotary(
+    config: Config, head_dim: int, fraction: float, base: Any, types: Sequence[str]
+) -> dict[str, Any]:
     """One entry with all, or, in files of transformers 4, an entry for each."""
     rope = config.entry("rope_parameters", None)
     if rope is None:
@@ -89,7 +83,7 @@ def rotary(config: Config, head_dim: int, fraction: float, base: Any) -> dict[st
     if fraction > 1 or abs(pairs - round(pairs)) > 1e-6:
         rule = f"at most 1, for an even number of head_dim={head_dim} features"
         raise rope.refused("partial_rotary_factor", fraction, rule)
-    scaling = None if stretched is None else _scaling(stretched, fraction)
+    scaling = None if stretched is None else _scaling(stretched, fraction, types)
     theta = rope.number("rope_theta", base)
     if isinstance(scaling, Yarn) and theta <= 1:
         raise rope.refused("rope_theta", theta, "above 1")
@@ -109,15 +103,15 @@ def _part(config: Config, name: str, entries: Any) -> Config:
     return Config(entries, f"{config.where}, {name}")
 
 
-def _scaling(rope: Config, fraction: float) -> RotaryScaling | None:
+def _scaling(rope: Config, fraction: float, types: Sequence[str]) -> RotaryScaling | None:
     kind = rope.entry("rope_type", rope.entry("type", "default"))
+    if kind not in types:
+        rule = f"one of {', '.join(types)}" if len(types) > 1 else repr(types[0])
+        raise rope.refused("rope_type", kind, rule)
     if kind == "default":
         return None
     if kind == "proportional":
         return Proportional(fraction)
-    if kind not in ("linear", "llama3", "yarn"):
-        rule = "one of default, linear, llama3, proportional, yarn"
-        raise rope.refused("rope_type", kind, rule)
     factor = rope.number("factor")
     if kind == "linear":
         return Linear(factor)
@@ -135,11 +129,10 @@ def _scaling(rope: Config, fraction: float) -> RotaryScaling | None:
 
 
 def describe_attention(mixer: AttentionSequenceMixer) -> dict[str, Any]:
-    head_dim = mixer.q_proj.weight.shape[0] // mixer.num_heads
     return {
         "num_attention_heads": mixer.num_heads,
         "num_key_value_heads": mixer.num_kv_heads,
-        "head_dim": head_dim,
+        "head_dim": mixer.head_dim,
         "attention_bias": mixer.q_proj.bias is not None,
     }
 
@@ -148,9 +141,8 @@ def describe_rotary(
     mixer: AttentionSequenceMixer, rotary_fraction: float | None = 1.0
 ) -> dict[str, Any]:
     """`rotary_fraction`: the one that is left out, as it is what the configuration means without."""
-    head_dim = mixer.q_proj.weight.shape[0] // mixer.num_heads
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": mixer.rotary_base}
-    fraction = mixer.rotary_dim / head_dim
+    fraction = mixer.rotary_dim / mixer.head_dim
     if fraction != rotary_fraction:
         rope["partial_rotary_factor"] = fraction
     scaling = mixer.rotary_scaling
@@ -187,16 +179,6 @@ def mlp(config: Config, tensor: str, **options: Any) -> Callable[..., SwiGLU]:
 def mlp_tensors(mixer: SwiGLU) -> Tensors:
     names = ("gate_proj", "up_proj", "down_proj")
     return linear_tensors({name: getattr(mixer, name) for name in names})
-
-
-def describe_sizes(model: LanguageModel) -> dict[str, Any]:
-    vocab_size, hidden = model.encoder.embedding.weight.shape
-    return {
-        "vocab_size": vocab_size,
-        "hidden_size": hidden,
-        "num_hidden_layers": len(model.backbone.blocks),
-        "tie_word_embeddings": model.tie_embeddings,
-    }
 
 
 def prefixed(prefix: str, tensors: Mapping[str, Array | Stored | None]) -> Tensors:

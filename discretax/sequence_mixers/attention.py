@@ -36,7 +36,7 @@ from discretax.sequence_mixers.base import (
     refuse_timesteps,
     zero_cache,
 )
-from discretax.sequence_mixers.rotary_scaling import RotaryScaling, Yarn, check_scaling
+from discretax.sequence_mixers.rotary_scaling import RotaryScaling, check_scaling
 
 Gate = Literal["element", "head"]
 NormOver = Literal["head", "all"]
@@ -204,11 +204,15 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         self.scale = head_dim**-0.5 if scale is None else scale
         self.norm_over = norm_over
 
+    @property
+    def head_dim(self) -> int:
+        return self.q_proj.weight.shape[0] // self.num_heads
+
     def allocate_inference_cache(
         self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None
     ) -> AttentionCache:
         slots = max_seqlen if self.window is None else self.window
-        shape = (slots, self.num_kv_heads, self.k_proj.weight.shape[0] // self.num_kv_heads)
+        shape = (slots, self.num_kv_heads, self.head_dim)
         return AttentionCache(
             keys=zero_cache(batch_size, shape, dtype),
             values=zero_cache(batch_size, shape, dtype),
@@ -263,8 +267,9 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         sequence = jnp.zeros(time, int) if resets is None else jnp.cumsum(resets)
         positions = counts_before(cache.position, time, resets)
         clocks = counts_before(cache.clock, time, resets)
-        q = self._turned(linear(self.q_proj, x), self.q_norm, self.num_heads, clocks)
-        k = self._turned(linear(self.k_proj, x), self.k_norm, self.num_kv_heads, clocks)
+        turned = ft.partial(self._turned, counts=clocks, turns=self._turns())
+        q = turned(linear(self.q_proj, x), self.q_norm, self.num_heads)
+        k = turned(linear(self.k_proj, x), self.k_norm, self.num_kv_heads)
         v = linear(self.v_proj, x).reshape(time, self.num_kv_heads, -1)
         if resets is not None:  # what overflows is kept behind a reset, too
             broken |= is_broken((k, v), 1)
@@ -305,17 +310,22 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         y = spoilt(linear(self.out_proj, y.reshape(time, -1)), unknown)
         return in_types_of(given, (y, after))
 
-    def _turned(self, x, norm, num_heads, clocks):
+    def _turns(self) -> tuple[float, ...]:
+        """The frequency of each pair that turns."""
+        turns = frequencies(self.rotary_dim, self.rotary_base)
+        if self.rotary_scaling is None:
+            return turns
+        return tuple(self.rotary_scaling(np.asarray(turns), self.rotary_base).tolist())
+
+    def _turned(self, x, norm, num_heads, counts, turns):
         """The heads of queries or keys, normalised and turned."""
         if norm is not None and self.norm_over == "all":
             x = jax.vmap(norm)(x)
         x = x.reshape(len(x), num_heads, -1)
         if norm is not None and self.norm_over == "head":
             x = jax.vmap(jax.vmap(norm))(x)
-        turns, scaling = frequencies(self.rotary_dim, self.rotary_base), self.rotary_scaling
-        if scaling is not None:
-            turns = tuple(scaling(np.asarray(turns), self.rotary_base).tolist())
-        return rotated(x, clocks, turns, scaling.magnitude if isinstance(scaling, Yarn) else 1.0)
+        scaling = self.rotary_scaling
+        return rotated(x, counts, turns, 1.0 if scaling is None else float(scaling.magnitude))
 
     def _like(self, cache: Any) -> AttentionCache:
         """A cache that fits this mixer, with as many slots as `cache`."""

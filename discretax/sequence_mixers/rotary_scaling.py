@@ -1,8 +1,9 @@
 r"""How rotary positions are stretched, so that a model reads longer texts than it was trained on.
 
 Each is a function of the frequencies $f_i = \theta^{-2i/r}$ of all pairs, in radians per sample, and
-of the base $\theta$: an option of [`discretax.sequence_mixers.AttentionSequenceMixer`][]. The names
-are those of published configurations (`rope_type`).
+of the base $\theta$; queries and keys are multiplied by its `magnitude`. It is an option of
+[`discretax.sequence_mixers.AttentionSequenceMixer`][]. The names are those of published configurations
+(`rope_type`).
 """
 
 import math
@@ -16,6 +17,7 @@ class Linear(NamedTuple):
     r"""$f / \mathrm{factor}$: positions lie closer (arXiv:2306.15595)."""
 
     factor: float
+    magnitude = 1.0
 
     def __call__(
         self, frequencies: Float[np.ndarray, " pairs"], base: float
@@ -33,6 +35,7 @@ class Llama3(NamedTuple):
     low_freq_factor: float
     high_freq_factor: float
     original_length: int
+    magnitude = 1.0
 
     def __call__(
         self, frequencies: Float[np.ndarray, " pairs"], base: float
@@ -78,6 +81,7 @@ class Proportional(NamedTuple):
     r"""Of the whole head's pairs only the first part turns, `fraction` of them; the others stay."""
 
     fraction: float
+    magnitude = 1.0
 
     def __call__(
         self, frequencies: Float[np.ndarray, " pairs"], base: float
