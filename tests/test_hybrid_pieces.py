@@ -198,6 +198,80 @@ def test_scales_of_mamba2_are_those_of_its_map():
     assert_close(run(make(scales=scales), x), run(folded, x), 1e-5)
 
 
+def test_where_the_norm_of_mamba2_stands():
+    """With the last map taken away, what comes out without a norm is the gated state's reading."""
+    sizes = {"state_dim": 3, "head_dim": 4, "inner_dim": WIDTH, "norm_groups": 2}
+    make = ft.partial(Mamba2SequenceMixer, WIDTH, jr.key(0), **sizes)
+    weight = jnp.linspace(0.5, 2.0, WIDTH)
+    x = draw(TIME, WIDTH)
+
+    def read(gate_norm):
+        mixer = make(gate_norm=gate_norm)
+        mixer = eqx.tree_at(lambda m: m.out_proj.weight, mixer, jnp.eye(WIDTH))
+        if gate_norm is not None:
+            mixer = eqx.tree_at(lambda m: m.norm_weight, mixer, weight)
+        return run(mixer, x)
+
+    def norm(y):
+        groups = y.reshape(TIME, 2, WIDTH // 2)
+        size = jnp.sqrt(jnp.mean(groups**2, axis=-1, keepdims=True) + 1e-5)
+        return (groups / size).reshape(TIME, WIDTH) * weight[None]
+
+    gate = jax.nn.silu(x @ make().in_proj.weight[:WIDTH].T)
+    plain = read(None)
+    assert_close(read("after"), norm(plain), 1e-5)
+    assert_close(read("before"), norm(plain / gate) * gate, 1e-5)
+
+
+def test_block_of_jamba():
+    """Mamba with learned weights of its inner norms."""
+    with jax.enable_x64(True):
+        golden = Golden("hf_jamba_block_L37", "float64")
+        block, state = eqx.nn.make_with_state(ResidualBlock)(
+            16,
+            sequence_mixer=ft.partial(
+                MambaSequenceMixer,
+                state_dim=4,
+                dt_rank=3,
+                b_c_dt_rms_eps=1e-6,
+                b_c_dt_weights=True,
+            ),
+            channel_mixer=ft.partial(SwiGLU, intermediate_dim=24),
+            norm=ft.partial(eqx.nn.RMSNorm, eps=1e-6, use_bias=False),
+            key=jr.key(0),
+        )
+
+        def leaves(block):
+            mamba, mlp = block.sequence_mixer, block.channel_mixer
+            dt, b, c = mamba.dt_b_c_weights
+            return {
+                "input_layernorm.weight": block.sequence_norm.weight,
+                "pre_ff_layernorm.weight": block.channel_norm.weight,
+                "mamba.in_proj.weight": mamba.in_proj.weight,
+                "mamba.conv1d.weight": mamba.conv_weight,
+                "mamba.conv1d.bias": mamba.conv_bias,
+                "mamba.x_proj.weight": mamba.x_proj.weight,
+                "mamba.dt_proj.weight": mamba.dt_proj.weight,
+                "mamba.dt_proj.bias": mamba.dt_proj.bias,
+                "mamba.dt_layernorm.weight": dt,
+                "mamba.b_layernorm.weight": b,
+                "mamba.c_layernorm.weight": c,
+                "mamba.A_log": mamba.A_log,
+                "mamba.D": mamba.D,
+                "mamba.out_proj.weight": mamba.out_proj.weight,
+                "feed_forward.gate_proj.weight": mlp.gate_proj.weight,
+                "feed_forward.up_proj.weight": mlp.up_proj.weight,
+                "feed_forward.down_proj.weight": mlp.down_proj.weight,
+            }
+
+        original = golden.fields("p")
+        original["mamba.conv1d.weight"] = original["mamba.conv1d.weight"][:, 0]
+        assert original.keys() == leaves(block).keys()
+        arrays = [original[name] for name in leaves(block)]
+        block = eqx.tree_at(lambda b: list(leaves(b).values()), block, arrays)
+        assert_close(eqx.filter_jit(block)(golden["x"], state)[0], golden["y"], 1e-10)
+
+
 def test_residual_block_with_norms_of_branches():
     x = draw(TIME, WIDTH)
     make = ft.partial(
@@ -397,6 +471,11 @@ def test_loss_of_some_tokens():
             lambda: Mamba2SequenceMixer(8, jr.key(0), head_dim=4, scales=(1.0, 1.0)),
             TypeError,
             "`scales` of `Mamba2SequenceMixer` must be 5 numbers, such as",
+        ),
+        (
+            lambda: Mamba2SequenceMixer(8, jr.key(0), head_dim=4, scales=(1.0, 1.0, 0.0, 1.0, 1.0)),
+            ValueError,
+            r"`scales\[2\]` must be positive; got 0.0",
         ),
         (
             lambda: Mamba2SequenceMixer(8, jr.key(0), head_dim=4, inner_dim=10),

@@ -33,8 +33,8 @@ class ResidualBlock(AbstractBlock):
 
     With `prenorm=False` each norm comes after its sum. With a `branch_norm` what a mixer puts out is
     normalised before it is added (beside a norm before it: sandwich norms; alone, with `norm=None`:
-    the order of OLMo 2), and with a `residual_scale` it is multiplied by that constant. Dropout, arrays and
-    [`discretax.Timeseries`][] are treated as in [`discretax.blocks.StandardBlock`][].
+    the order of OLMo 2), and with a `residual_scale` it is multiplied by that constant. Dropout,
+    arrays and [`discretax.Timeseries`][] are treated as in [`discretax.blocks.StandardBlock`][].
 
     ??? cite
 

@@ -78,8 +78,8 @@ class StandardBlock(AbstractBlock):
         - `prenorm`: norm before the mixer (True) or after the sum (False).
         - `norm`: `"batch"` over batch and time, as the papers have it, which in training looks at
             later samples and at other sequences: to forecast, and for reinforcement learning, take
-            another; `"layer"` or `"rms"` over the features of each sample; a function `(in_features) -> layer`, for a norm of other
-            options: `functools.partial(OffsetRMSNorm, eps=1e-5)`; None.
+            another; `"layer"` or `"rms"` over the features of each sample; a function
+            `(in_features) -> layer`, for a norm of other options: `functools.partial(OffsetRMSNorm, eps=1e-5)`; None.
         - `activation`: what the sequence mixer's output goes through: `jax.nn.gelu`, in its
             approximation by tanh; `functools.partial(jax.nn.gelu, approximate=False)`; None for
             none.

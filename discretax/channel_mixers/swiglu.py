@@ -20,7 +20,8 @@ from discretax.channel_mixers.base import AbstractChannelMixer
 class SwiGLU(AbstractChannelMixer):
     r"""$y = b\, W_{down}(\mathrm{swish}(a\, W_{gate} x) \odot W_{up} x)$.
 
-    $a$ and $b$ are constants, one unless given. With `non_linearity="gelu"` it is the paper's GEGLU, as in Griffin.
+    $a$ and $b$ are constants, one unless given. With `non_linearity="gelu"` it is the paper's GEGLU,
+    as in Griffin.
 
     ??? cite
 

@@ -35,7 +35,8 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
     y_t = W_{out}\, (w \odot \mathrm{rms}((h_t C_t + D v_t) \odot \mathrm{silu}(z_t)))$$
 
     with $A = -e^{\mathrm{A\_log}}$, $\Delta$, $A$ and $D$ one number per head (`D_has_hdim`: $D$ one
-    per feature of a head), and $v$ cut into heads of `head_dim` features. Heads share $B$ and $C$ within a group, as in [`discretax.ops.ssd`][], and
+    per feature of a head), and $v$ cut into heads of `head_dim` features. Heads share $B$ and $C$
+    within a group, as in [`discretax.ops.ssd`][], and
     $\mathrm{rms}$ divides each group's features by the root of their mean square. $z$ and $v$ have
     `expand` times the width of $x$; the convolution is causal, one short filter per feature. With
     `gate_norm="before"` the norm stands before the gate, and with None there is none. `scales` are
@@ -140,10 +141,8 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
         num_groups = check_size("num_groups", num_groups)
         check_positive("norm_eps", norm_eps)
         check_name("gate_norm", gate_norm, GateNorm)
-        if len(scales) != 5 or not all(scale > 0 for scale in scales):
-            raise ValueError(
-                f"`scales` must be five positive numbers, of z, v, B, C and the steps; got {scales}."
-            )
+        for i, scale in enumerate(scales):
+            check_positive(f"scales[{i}]", scale)
         width = "inner_dim" if inner_dim is not None else "the inner width, expand * in_features"
         inner = expand * in_features if inner_dim is None else check_size("inner_dim", inner_dim)
         num_heads = divided(width, inner, "head_dim", head_dim)
