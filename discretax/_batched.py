@@ -62,7 +62,8 @@ def batched(
         while isinstance(owner, ft.partial):
             owner = owner.func
         owner = getattr(owner, "__self__", owner)  # of a method
-        check_state(state, owner)
+        if isinstance(owner, eqx.Module):  # a function's state may be anything
+            check_state(state, owner)
         size = _batch_size(x)
         layers = found(owner, AbstractStreamingLayer).values()
         streams = any(layer.streaming for layer in layers)
@@ -70,9 +71,9 @@ def batched(
             _check_streams(state, size)
         axis = 0 if streams else None
         run = jax.vmap(model, axis_name="batch", in_axes=(0, axis), out_axes=(0, axis))
-        keys = None if key is None else _keys(key, size)
+        keys = {} if key is None else {"key": _keys(key, size)}
         try:
-            return run(x, state, key=keys)
+            return run(x, state, **keys)
         except ValueError as error:
             if not isinstance(owner, eqx.Module):
                 error.add_note(

@@ -245,7 +245,7 @@ OPS = {
     ),
     "attention": (
         lambda W, x: masked_attention(
-            *((x @ w).reshape(TIME, 2, 2) for w in W), jnp.tri(TIME, dtype=bool)
+            *((x @ w).reshape(TIME, 2, 2) for w in W), jnp.tri(TIME, dtype=bool), 2**-0.5
         ),
         shared(3, 4, 4),
         draw(8, TIME, 4),

@@ -39,6 +39,7 @@ class SumSequenceMixer(AbstractSequenceMixer[tuple[Any, ...]]):
             mixers=(Mamba2SequenceMixer, AttentionSequenceMixer),
             out_scales=(0.8, 0.9),
         )
+        y, _ = mixer(x)  # x, y: (time, 64)
         ```
 
     ??? cite
