@@ -231,7 +231,7 @@ def test_sharding(folder):
 
     model, _ = load(folder, sharding=sharding)
     assert asked.keys() == load_file(folder / WEIGHTS).keys()
-    for name, (leaf,) in ((n, s.leaves) for n, s in FAMILIES["mamba"].stored(model).items()):
+    for name, (leaf,) in ((n, s.parts) for n, s in FAMILIES["mamba"].stored(model).items()):
         assert leaf.sharding == (in_parts if "in_proj" in name else whole)
         assert (asked[name].shape, asked[name].dtype) == (leaf.shape, leaf.dtype)
     assert_equal(model, load(folder)[0])

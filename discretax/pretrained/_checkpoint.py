@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from jax.sharding import Sharding
-from jaxtyping import Array
 
 from discretax.architectures import LanguageModel
 from discretax.pretrained._falcon_h1 import FALCON_H1
@@ -32,7 +31,7 @@ from discretax.pretrained._lfm2 import LFM2, LFM3
 from discretax.pretrained._mamba import MAMBA
 from discretax.pretrained._mamba2 import MAMBA2
 from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
-from discretax.pretrained._stored import Stored, leaves
+from discretax.pretrained._stored import Stored, gathered, leaves
 
 FAMILIES = {
     family.model_type: family
@@ -86,7 +85,8 @@ def load(
         and safetensors are downloaded (`pip install 'discretax-zoo[pretrained]'`).
     - `dtype`: of the parameters, and with it of the activations; each as it was stored if left out.
     - `sharding`: for every tensor; or a function of a tensor's name in the file and the
-        `jax.ShapeDtypeStruct` of the parameter that it becomes. JAX's default device if left out.
+        `jax.ShapeDtypeStruct` of the parameter that it becomes, of which it is the last where
+        several make one. JAX's default device if left out.
 
     **Returns:** the model and its state, as from `eqx.nn.make_with_state`.
 
@@ -104,25 +104,20 @@ def load(
     text = read_config(folder)
     with open_tensors(folder) as tensors:
         family, make = _family(parsed(text, folder / CONFIG), str(folder / CONFIG), tensors.shapes)
+        tensors.rename(family.names(tensors.shapes))
         model, state = eqx.filter_eval_shape(eqx.nn.make_with_state(make), jr.key(0))
         _check_pair(text, model, tensors, folder)
         stored = family.stored(model)
         _check_names(stored, tensors, family, model.tie_embeddings)
         place = sharding if callable(sharding) else lambda *_: sharding
-
-        def planned(name: str, leaf: Array) -> tuple[np.dtype, Sharding | None]:
-            kind = dtype or _floating(tensors.dtype(name), f"tensor {name!r}")
-            return kind, place(name, jax.ShapeDtypeStruct(leaf.shape, kind))
-
-        plans = {
-            name: [planned(name, leaf) for leaf in tensor.leaves] for name, tensor in stored.items()
-        }
+        dtypes = {name: dtype or tensors.dtype(name) for name in stored}
+        places = [
+            place(tensors.names[name], jax.ShapeDtypeStruct(leaf.shape, dtypes[name]))
+            for name, leaf in _ends(stored, dtypes)
+        ]
         arrays = [
-            jax.device_put(part.astype(kind, copy=False), where)
-            for name, tensor in stored.items()
-            for part, (kind, where) in zip(
-                tensor.split(tensors.read(name)), plans[name], strict=True
-            )
+            jax.device_put(array, where)
+            for array, where in zip(gathered(stored, tensors.read, dtypes), places, strict=True)
         ]
     return eqx.tree_at(lambda m: leaves(family.stored(m)), model, arrays), state
 
@@ -204,6 +199,8 @@ def _family(
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise config.refused("model_type", model_type, f"one of {', '.join(FAMILIES)}")
     family = FAMILIES[model_type]
+    if shapes is not None:
+        config.shapes = {name: shapes[there] for name, there in family.names(shapes).items()}
     config.fixed(architectures=[family.architecture])
     return family, family.build(config)
 
@@ -228,6 +225,24 @@ def _check_pair(text: str, model: LanguageModel, tensors: Tensors, folder: pathl
         )
 
 
+def _ends(
+    tensors: Mapping[str, Stored], dtypes: Mapping[str, np.dtype]
+) -> Iterator[tuple[str, Any]]:
+    """Each of the leaves, of which all tensors must be of one type, with the tensor that ends it."""
+    types: dict[int, tuple[str, np.dtype]] = {}
+    for name, tensor in tensors.items():
+        _floating(dtypes[name], f"tensor {name!r}")
+        for rows in tensor.rows:
+            first, dtype = types.setdefault(id(rows.leaf), (name, dtypes[name]))
+            if dtype != dtypes[name]:
+                raise ValueError(
+                    f"tensors {first!r} and {name!r} are of types {dtype} and {dtypes[name]}, but "
+                    "make one parameter. Give `dtype=`, which makes all parameters of one type."
+                )
+            if rows.is_last:
+                yield name, rows.leaf
+
+
 def _check_names(
     expected: dict[str, Stored], tensors: Tensors, family: Family, is_tied: bool
 ) -> None:
@@ -237,11 +252,13 @@ def _check_names(
     if twice:
         stored.remove(HEAD)
     found = [f"missing: {name}" for name in sorted(set(expected) - stored)]
-    found += [f"left over: {name}" for name in sorted(stored - set(expected))]
+    found += [f"left over: {tensors.names[name]}" for name in sorted(stored - set(expected))]
     for name in sorted(set(expected) & stored):
         shape = expected[name].shape
         if tensors.shapes[name] != shape:
-            found.append(f"{name}: got shape {tensors.shapes[name]}, expected {shape}")
+            found.append(
+                f"{tensors.names[name]}: got shape {tensors.shapes[name]}, expected {shape}"
+            )
     if found:
         raise ValueError(
             f"the tensors are not those of a {family.architecture} with this configuration:\n"

@@ -194,6 +194,10 @@ class Family(NamedTuple):
     tensors: Callable[[LanguageModel], Mapping[str, Array | Stored | None]]
     """The model's leaves, or its gradient's, by their names in the files, the embedding first; None
     for no such tensor."""
+    names: Callable[[Iterable[str]], Mapping[str, str]] = lambda names: {
+        name: name for name in names
+    }
+    """Of the names in a file, each by that which `tensors` has for it; without those to be skipped."""
 
     def stored(self, model: LanguageModel) -> dict[str, Stored]:
         return stored(self.tensors(model))

@@ -89,10 +89,17 @@ class Tensors:
         self.shapes = {
             name: tuple(file.get_slice(name).get_shape()) for name, file in self.file_of.items()
         }
+        self.names = {name: name for name in self.shapes}
         metadata = [file.metadata() or {} for file in files.values()]
         self.config = next((m[SAVED_WITH] for m in metadata if SAVED_WITH in m), None)
 
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Each tensor goes by another name, and those that `names` leaves out are none."""
+        self.names = {name: self.names[known_as] for name, known_as in names.items()}
+        self.shapes = {name: self.shapes[known_as] for name, known_as in names.items()}
+
     def dtype(self, name: str) -> np.dtype:
+        name = self.names[name]
         stored = self.file_of[name].get_slice(name).get_dtype()
         if stored not in DTYPES:
             raise ValueError(
@@ -103,6 +110,7 @@ class Tensors:
 
     def read(self, name: str) -> np.ndarray:
         self.dtype(name)  # refuses what NumPy may not have
+        name = self.names[name]
         return self.file_of[name].get_tensor(name)
 
 

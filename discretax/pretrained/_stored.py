@@ -1,6 +1,6 @@
 """How the leaves of a model lie in the tensors of a file."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,37 +10,98 @@ from jaxtyping import Array
 CONVOLUTIONS = ("conv1d.weight", "conv_1d.weight", "conv.conv.weight")
 
 
-class Stored(NamedTuple):
-    """A tensor: a leaf, or several after each other along the first axis."""
+class Rows(NamedTuple):
+    """A leaf from row `start` up to `stop`; the next tensor goes on from there, if there are more."""
 
-    leaves: tuple[Array, ...]
-    is_convolution: bool = False
+    leaf: Any
+    start: int
+    stop: int
 
     @property
     def shape(self) -> tuple[int, ...]:
-        rows, rest = sum(leaf.shape[0] for leaf in self.leaves), self.leaves[0].shape[1:]
-        return (rows, 1, *rest) if self.is_convolution else (rows, *rest)
+        return (self.stop - self.start, *self.leaf.shape[1:])
+
+    @property
+    def is_whole(self) -> bool:
+        return self.shape == self.leaf.shape
+
+    @property
+    def is_last(self) -> bool:
+        return self.stop == self.leaf.shape[0]
+
+
+class Stored(NamedTuple):
+    """A tensor: leaves, or rows of them, after each other along the first axis.
+
+    With several `groups`, such as heads, each part is cut into as many: first come the rows of all
+    parts for the first group, then those for the second, and so on.
+    """
+
+    parts: tuple[Array | Rows, ...]
+    is_convolution: bool = False
+    groups: int = 1
+
+    @property
+    def rows(self) -> list[Rows]:
+        return [
+            part if isinstance(part, Rows) else Rows(part, 0, part.shape[0]) for part in self.parts
+        ]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        shapes = [rows.shape for rows in self.rows]
+        count, rest = sum(shape[0] for shape in shapes), shapes[0][1:]
+        return (count, 1, *rest) if self.is_convolution else (count, *rest)
 
     def tensor(self) -> np.ndarray:
-        arrays = [np.asarray(leaf) for leaf in self.leaves]
-        joined = np.concatenate(arrays) if len(arrays) > 1 else np.ascontiguousarray(arrays[0])
-        return joined.reshape(self.shape)
+        arrays = [np.asarray(rows.leaf)[rows.start : rows.stop] for rows in self.rows]
+        grouped = [array.reshape(self.groups, -1, *array.shape[1:]) for array in arrays]
+        joined = np.concatenate(grouped, axis=1) if len(arrays) > 1 else arrays[0]
+        return np.ascontiguousarray(joined.reshape(self.shape))
 
-    def split(self, tensor: np.ndarray) -> list[np.ndarray]:
-        """What each leaf is in the tensor."""
-        ends = np.cumsum([leaf.shape[0] for leaf in self.leaves])
-        parts = np.split(tensor, ends[:-1]) if len(ends) > 1 else [tensor]
-        return [part.reshape(leaf.shape) for part, leaf in zip(parts, self.leaves, strict=True)]
+    def split(self, tensor: np.ndarray) -> Iterator[tuple[Rows, np.ndarray]]:
+        """What each of the rows are in the tensor."""
+        grouped = tensor.reshape(self.groups, -1, *tensor.shape[1:])
+        end = 0
+        for rows in self.rows:
+            start, end = end, end + rows.shape[0] // self.groups
+            yield rows, grouped[:, start:end].reshape(rows.shape)
 
 
 def stored(tensors: Mapping[str, Array | Stored | None]) -> dict[str, Stored]:
     """What there is of `tensors`, a leaf as a tensor of its own."""
     return {
-        name: leaf if isinstance(leaf, Stored) else Stored((leaf,), name.endswith(CONVOLUTIONS))
+        name: (leaf if isinstance(leaf, Stored) else Stored((leaf,)))._replace(
+            is_convolution=name.endswith(CONVOLUTIONS)
+        )
         for name, leaf in tensors.items()
         if leaf is not None
     }
 
 
 def leaves(tensors: Mapping[str, Stored]) -> list[Any]:
-    return [leaf for tensor in tensors.values() for leaf in tensor.leaves]
+    """Each once, in the order in which the tensors end them."""
+    parts = [part for tensor in tensors.values() for part in tensor.parts]
+    found = [part.leaf if isinstance(part, Rows) else part for part in reversed(parts)]
+    return list({id(leaf): leaf for leaf in found}.values())[::-1]
+
+
+def gathered(
+    tensors: Mapping[str, Stored],
+    read: Callable[[str], np.ndarray],
+    dtypes: Mapping[str, np.dtype],
+) -> Iterator[np.ndarray]:
+    """The numbers of each of the `leaves`. Tensors are `read` one by one, and what several make is put
+    together as they come."""
+    begun: dict[int, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        for rows, array in tensor.split(read(name)):
+            array = array.astype(dtypes[name], copy=False)
+            if not rows.is_whole:
+                key = id(rows.leaf)
+                whole = begun.setdefault(key, np.empty(rows.leaf.shape, array.dtype))
+                whole[rows.start : rows.stop] = array
+                if not rows.is_last:
+                    continue
+                array = begun.pop(key)
+            yield array
