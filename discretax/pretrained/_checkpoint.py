@@ -1,9 +1,8 @@
-import dataclasses
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, get_args
 
 import equinox as eqx
 import jax
@@ -12,10 +11,12 @@ import jax.random as jr
 import numpy as np
 from jax.sharding import Sharding
 
+from discretax._features import check_name
 from discretax.architectures import LanguageModel
+from discretax.pretrained._differences import differences
 from discretax.pretrained._falcon_h1 import FALCON_H1
 from discretax.pretrained._falcon_mamba import FALCON_MAMBA
-from discretax.pretrained._family import Config, Family
+from discretax.pretrained._family import Config, Family, Layout
 from discretax.pretrained._files import (
     CONFIG,
     WEIGHTS,
@@ -30,6 +31,7 @@ from discretax.pretrained._granite import BAMBA, GRANITE
 from discretax.pretrained._lfm2 import LFM2, LFM3
 from discretax.pretrained._mamba import MAMBA
 from discretax.pretrained._mamba2 import MAMBA2
+from discretax.pretrained._mamba_ssm import MAMBA_SSM
 from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
 from discretax.pretrained._stored import Stored, gathered, leaves
 
@@ -39,6 +41,7 @@ FAMILIES = {
         MAMBA,
         MAMBA2,
         FALCON_MAMBA,
+        MAMBA_SSM,
         RECURRENT_GEMMA,
         FALCON_H1,
         GRANITE,
@@ -48,8 +51,6 @@ FAMILIES = {
     )
 }
 HEAD = "lm_head.weight"
-# What a model may have in its own way, with the same files: how it runs, and where it drops.
-OWN = ("cache_index", "dropout", "dtype", "inference", "streaming")
 
 
 def load(
@@ -64,7 +65,9 @@ def load(
     `model.safetensors.index.json`. Of `config.json`, `model_type` must be `"mamba"`, `"mamba2"`,
     `"falcon_mamba"`, `"recurrent_gemma"`, `"falcon_h1"`, `"granitemoehybrid"` (without experts),
     `"bamba"`, `"lfm2"` or `"lfm3"`, and every other entry must be known: one that might
-    change what the model computes is never passed over. Sizes are compared to the tensors before
+    change what the model computes is never passed over. Without a `model_type`, but with `d_model` and
+    `n_layer`, the folder is in the layout of mamba_ssm, of a Mamba or Mamba-2 such as
+    `"state-spaces/mamba2-130m"`. Sizes are compared to the tensors before
     anything is built from them. Tensors are read one by one, each straight to its place, after all
     names and shapes have been found right: memory holds about one copy. Pickled weights are not
     opened.
@@ -127,6 +130,7 @@ def save(
     folder: str | os.PathLike[str],
     *,
     entries: Mapping[str, Any] | None = None,
+    layout: Layout = "huggingface",
 ) -> None:
     """Writes `config.json` and `model.safetensors`, for [`discretax.pretrained.load`][] and transformers.
 
@@ -143,33 +147,37 @@ def save(
     - `folder`: made if missing; the two files in it are replaced.
     - `entries`: more of `config.json`, which do not change what the model computes:
         `{"eos_token_id": 2}`.
+    - `layout`: `"huggingface"`, or `"mamba_ssm"` for that package, of a Mamba or Mamba-2. The model
+        does not remember which one it was loaded from.
 
     **Raises:** `TypeError` for another kind of model, and for `entries` that JSON cannot hold;
-    `ValueError` for a model that belongs to no family, with the fields in which it differs, and for
-    `entries` that are not of that kind.
+    `ValueError` for a model that belongs to no family of the layout, with the fields in which it
+    differs, for `entries` that are not of that kind, and for an unknown `layout`.
     """
+    check_name("layout", layout, Layout)
     if not isinstance(model, LanguageModel):
         raise TypeError(
             "`save` takes a `discretax.architectures.LanguageModel`; got "
             f"{type(model).__name__}. For others there is `eqx.tree_serialise_leaves`."
         )
-    for family in FAMILIES.values():
+    families = [family for family in FAMILIES.values() if family.layout == layout]
+    for family in families:
         description = family.describe(model)
         if description is not None:
             break
     else:
         mixers = sorted({type(block.sequence_mixer).__name__ for block in model.backbone.blocks})
         raise ValueError(
-            f"`save` writes models of the families {', '.join(FAMILIES)}; this one, with "
-            f"{', '.join(mixers)} and {type(model.norm).__name__}, is of none. "
-            "`eqx.tree_serialise_leaves` saves any model."
+            f"`save` writes models of the families {', '.join(f.model_type for f in families)}; this "
+            f"one, with {', '.join(mixers)} and {type(model.norm).__name__}, is of none. "
+            f"`eqx.tree_serialise_leaves` saves any model.{_other_layout(model, layout)}"
         )
-    config = {
+    header = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "dtype": str(model.encoder.embedding.weight.dtype),
-        **description,
     }
+    config = (header if layout == "huggingface" else {}) | description
     clash = sorted(set(config) & set(entries or {}))
     if clash:
         raise ValueError(
@@ -179,26 +187,43 @@ def save(
     like = eqx.filter_eval_shape(_family(json.loads(text), "`save`")[1], jr.key(0))
     found = [
         f"{name}: {ours!r}, where the family has {theirs!r}"
-        for parts in _parts(model, like)
-        for name, ours, theirs in _differences(*parts)
+        for name, ours, theirs in differences(model, like)
     ]
     if found:
         raise ValueError(
             f"`save` takes this model for one of the family {family.model_type}, but then the "
-            "files would not hold all that it is:\n" + "\n".join(found)
+            "files would not hold all that it is:\n"
+            + "\n".join(found)
+            + _other_layout(model, layout)
         )
     tensors = {name: stored.tensor() for name, stored in family.stored(model).items()}
+    if layout == "mamba_ssm" and model.tie_embeddings:
+        tensors[HEAD] = next(iter(tensors.values()))
     write(pathlib.Path(folder).expanduser(), text, tensors)
+
+
+def _other_layout(model: LanguageModel, layout: Layout) -> str:
+    """What to try instead, if there is something."""
+    others = [
+        name
+        for name in get_args(Layout)
+        if name != layout
+        and any(f.layout == name and f.describe(model) is not None for f in FAMILIES.values())
+    ]
+    return f"\n`layout={others[0]!r}` may hold it." if others else ""
 
 
 def _family(
     entries: dict[str, Any], where: str, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> tuple[Family, Callable[..., LanguageModel]]:
     config = Config(entries, where, shapes)
+    if "model_type" not in entries and {"d_model", "n_layer"} <= entries.keys():
+        return MAMBA_SSM, MAMBA_SSM.build(config)
     model_type = config.entry("model_type")
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise config.refused("model_type", model_type, f"one of {', '.join(FAMILIES)}")
-    family = FAMILIES[model_type]
+    known = {name: f for name, f in FAMILIES.items() if f.layout == "huggingface"}
+    if not isinstance(model_type, str) or model_type not in known:
+        raise config.refused("model_type", model_type, f"one of {', '.join(known)}")
+    family = known[model_type]
     if shapes is not None:
         config.shapes = {name: shapes[there] for name, there in family.names(shapes).items()}
     config.fixed(architectures=[family.architecture])
@@ -214,8 +239,7 @@ def _check_pair(text: str, model: LanguageModel, tensors: Tensors, folder: pathl
     saved = eqx.filter_eval_shape(make, jr.key(0))
     found = [
         f"{name}: {ours!r} by {CONFIG}, {theirs!r} when the weights were saved"
-        for parts in _parts(model, saved)
-        for name, ours, theirs in _differences(*parts)
+        for name, ours, theirs in differences(model, saved)
     ]
     if found:
         raise ValueError(
@@ -268,7 +292,8 @@ def _check_names(
     if twice and not np.array_equal(tensors.read(HEAD), tensors.read(embedding)):
         raise ValueError(
             f"the configuration ties the logits' weight to the embedding, but {HEAD!r} differs from "
-            f"{embedding!r}. Set tie_word_embeddings to false if both are meant."
+            f"{embedding!r}. Set tie_word_embeddings, or mamba_ssm's tie_embeddings, to false if both "
+            "are meant."
         )
 
 
@@ -283,34 +308,7 @@ def _floating(dtype: np.dtype, what: str) -> np.dtype:
     return dtype
 
 
-def _parts(model: LanguageModel, like: LanguageModel) -> Iterator[tuple[Any, Any, str]]:
-    """The backbone's blocks alone: how it runs them is its own matter."""
-    yield model.backbone.blocks, like.backbone.blocks, "backbone.blocks"
-    for name in ("encoder", "norm", "head", "embedding_scale", "tie_embeddings"):
-        yield getattr(model, name), getattr(like, name), name
-
-
-def _differences(a: Any, b: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
-    if type(a) is type(b) and dataclasses.is_dataclass(a):
-        for field in dataclasses.fields(a):
-            if field.name not in OWN:
-                yield from _differences(
-                    getattr(a, field.name), getattr(b, field.name), f"{where}.{field.name}"
-                )
-    elif isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b):
-        for i, (left, right) in enumerate(zip(a, b, strict=True)):
-            yield from _differences(left, right, f"{where}[{i}]")
-    elif _shown(a) != _shown(b):
-        yield where, _shown(a), _shown(b)
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, np.generic):
         return value.item()
     raise TypeError(f"`entries` must hold what JSON can; got {value!r}.")
-
-
-def _shown(value: Any) -> Any:
-    if isinstance(value, jax.Array | np.ndarray | jax.ShapeDtypeStruct):
-        return f"array of shape {tuple(value.shape)}"
-    return type(value).__name__ if dataclasses.is_dataclass(value) else value

@@ -5,7 +5,7 @@ import math
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import numpy as np
@@ -69,6 +69,13 @@ class Config:
         if value is REQUIRED:
             raise ValueError(f"{self.where} has no entry {name!r}, which says what the model is.")
         return value
+
+    def part(self, name: str, default: Any = REQUIRED) -> "Config":
+        """The entries of an entry."""
+        entries = self.entry(name, default)
+        if not isinstance(entries, dict):
+            raise self.refused(name, entries, "an object")
+        return Config(entries, f"{self.where}, {name}", self.shapes)
 
     def size(self, name: str, default: Any = REQUIRED, *, of: tuple[str, int] | None = None) -> int:
         """A whole number, and if it is one `of` a tensor, by name and axis, the tensor's own."""
@@ -182,6 +189,9 @@ def describe_sizes(model: LanguageModel) -> dict[str, Any]:
     }
 
 
+Layout = Literal["huggingface", "mamba_ssm"]
+
+
 class Family(NamedTuple):
     """One `model_type`: between configuration and model, and between tensors' names and leaves."""
 
@@ -198,6 +208,9 @@ class Family(NamedTuple):
         name: name for name in names
     }
     """Of the names in a file, each by that which `tensors` has for it; without those to be skipped."""
+    layout: Layout = "huggingface"
+    """The other one has neither the `model_type` nor the architecture in its files, and the weight of
+    the logits also if it is the embedding."""
 
     def stored(self, model: LanguageModel) -> dict[str, Stored]:
         return stored(self.tensors(model))

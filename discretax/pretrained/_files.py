@@ -139,9 +139,12 @@ def shards(folder: pathlib.Path) -> list[str]:
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(
             f"{folder} has neither {WEIGHTS} nor {INDEX}. Pickled weights, such as "
-            "pytorch_model.bin, are not opened, because they may run any code: let transformers "
+            "pytorch_model.bin, are not opened, because they may run any code. Let transformers "
             "write safetensors, `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`, "
-            "where you trust the file."
+            "where you trust the file, or, as for mamba_ssm's, PyTorch and safetensors alone: "
+            "`weights = torch.load('pytorch_model.bin', map_location='cpu', weights_only=True)`, "
+            "`safetensors.torch.save_file({k: v.clone() for k, v in weights.items()}, "
+            "'model.safetensors')`."
         )
     weight_map = parsed(read_text(folder / INDEX), folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(

@@ -56,12 +56,12 @@ def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
     return make
 
 
-def step_limit(config: Config) -> tuple[float, float]:
-    limit = config.entry("time_step_limit", [0.0, math.inf])
+def step_limit(config: Config, name: str = "time_step_limit") -> tuple[float, float]:
+    limit = config.entry(name, [0.0, math.inf])
     values = [math.inf if v == INFINITY else v for v in limit] if isinstance(limit, list) else []
     are_two = len(values) == 2 and all(map(is_number, values))
     if not are_two or not 0 <= values[0] < values[1] or LARGEST < values[1] < math.inf:
-        raise config.refused("time_step_limit", limit, "two numbers, 0 <= low < high")
+        raise config.refused(name, limit, "two numbers, 0 <= low < high")
     return float(values[0]), float(values[1])
 
 

@@ -75,9 +75,9 @@ def rotary(
             raise config.refused("rope_parameters", None, "an object with rope_theta")
         rope, stretched = config, config.entry("rope_scaling", None)
         if stretched is not None:
-            stretched = _part(config, "rope_scaling", stretched)
+            stretched = config.part("rope_scaling")
     else:
-        rope = stretched = _part(config, "rope_parameters", rope)
+        rope = stretched = config.part("rope_parameters")
     fraction = rope.number("partial_rotary_factor", fraction)
     pairs = fraction * head_dim / 2
     if fraction > 1 or abs(pairs - round(pairs)) > 1e-6:
@@ -95,12 +95,6 @@ def rotary(
         "rotary_base": theta,
         "rotary_scaling": scaling,
     }
-
-
-def _part(config: Config, name: str, entries: Any) -> Config:
-    if not isinstance(entries, dict):
-        raise config.refused(name, entries, "an object")
-    return Config(entries, f"{config.where}, {name}")
 
 
 def _scaling(rope: Config, fraction: float, types: Sequence[str]) -> RotaryScaling | None:
