@@ -68,7 +68,7 @@ MAY_SEE = {
         "models",
     ),
     "inference": (*_COMMON, "ops", "sequence_mixers", "blocks", "encoder", "heads", "models"),
-    "pretrained": ("architectures", "blocks", "channel_mixers", "sequence_mixers"),
+    "pretrained": ("_features", "architectures", "blocks", "channel_mixers", "sequence_mixers"),
     "inspection": (*_COMMON, "sequence_mixers"),
     "optim": (*_COMMON, "sequence_mixers"),
     "sharding": ("_features",),
