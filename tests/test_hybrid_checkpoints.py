@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from golden_file import FOLDER, Golden
 from helpers import assert_close, assert_equal, logits_and_gradients
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from discretax import generate, inference_state, streaming_mode
 from discretax.pretrained import load, save
@@ -19,7 +19,15 @@ from discretax.sequence_mixers.rotary_scaling import Linear, Llama3, Proportiona
 
 pytestmark = pytest.mark.slow
 
-NAMES = ("mamba_ssm", "falcon_h1", "granitemoehybrid", "bamba", "lfm2", "lfm3")
+NAMES = (
+    "mamba_ssm",
+    "falcon_h1",
+    "granitemoehybrid",
+    "bamba",
+    "lfm2",
+    "lfm3",
+    "qwen3_5_text",
+)
 every_family = pytest.mark.parametrize("name", NAMES)
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -74,10 +82,45 @@ def test_single_precision_and_the_way_back(name, tmp_path):
         written = json.loads((tmp_path / CONFIG).read_text())
         if name == "mamba_ssm":  # whose vocabulary is padded already
             entries |= {"vocab_size": 64, "pad_vocab_size_multiple": 1}
+        if name == "qwen3_5_text":  # positions of images
+            for of_images in ("mrope_interleaved", "mrope_section"):
+                del entries["rope_parameters"][of_images]
         if name == "lfm2":  # whose width is rounded up, and written as it is
             entries |= {"intermediate_size": 24, "block_auto_adjust_ff_dim": False}
         assert {key: entries.get(key, value) for key, value in written.items()} == written
         assert_equal(load(tmp_path)[0], model)
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_text_sharded"])
+def test_the_same_model_in_other_files(name):
+    """Beside a tower of images and heads for several tokens, and in shards."""
+    assert_equal(load(folder_of(name))[0], load(folder_of("qwen3_5_text"))[0])
+
+
+def change_tensors(folder, change):
+    arrays = load_file(folder / WEIGHTS)
+    change(arrays)
+    save_file(arrays, folder / WEIGHTS)
+
+
+def test_files_with_several_parts(folder):
+    """Whatever is of another part is skipped, and nothing else."""
+    copy, norm = folder("qwen3_5"), "model.language_model.norm.weight"
+    new = np.ones(3, "float32")
+    change_tensors(copy, lambda arrays: arrays.update({"model.visual.x": new, "mtp.y": new}))
+    assert_equal(load(copy)[0], load(folder_of("qwen3_5"))[0])
+    change_tensors(copy, lambda arrays: arrays.update({"model.language_model.x": new}))
+    with pytest.raises(ValueError, match=r"\nleft over: model\.language_model\.x$"):
+        load(copy)
+    change_tensors(copy, lambda arrays: arrays.update({"model.norm.weight": arrays[norm]}))
+    with pytest.raises(ValueError, match=rf"'{norm}' and 'model.norm.weight' are one and the same"):
+        load(copy)
+    change_tensors(
+        copy,
+        lambda arrays: [arrays.pop(name) for name in list(arrays) if ".language_model." in name],
+    )
+    with pytest.raises(ValueError, match=r"no tensor whose name begins with 'model\.language_m"):
+        load(copy)
 
 
 LLAMA3 = {
@@ -199,6 +242,47 @@ def rope(entries):
             "lfm3",
             {"rope_parameters": {"rope_theta": 1e4}},
             "'rope_parameters' must be an object for each of full_attention, sliding_attention",
+        ),
+        (
+            "qwen3_5_text",
+            {"layer_types": ["linear_attention"] * 3},
+            r"'layer_types' must be a list of 4 names among \['linear_attention', 'full_attention'\]",
+        ),
+        (
+            "qwen3_5_text",
+            {"layer_types": None, "full_attention_interval": 3},
+            "'layer_types' must be as the tensors are, of which none begins with "
+            "'model.layers.2.self_attn.'",
+        ),
+        (
+            "qwen3_5_text",
+            {"linear_num_key_heads": 3, "linear_key_head_dim": 4},
+            "'linear_num_key_heads' must be a divisor of linear_num_value_heads=4; got 3",
+        ),
+        (
+            "qwen3_5_text",
+            {"partial_rotary_factor": 0.5},
+            "'partial_rotary_factor' must be 0.25; got 0.5. Nothing else",
+        ),
+        ("qwen3_5_text", {"attn_output_gate": False}, "'attn_output_gate' must be True; got False"),
+        ("qwen3_5_text", {"output_gate_type": "relu"}, "'output_gate_type' must be 'swish'; got"),
+        ("qwen3_5_text", {"num_experts": 8}, "not known here: num_experts=8"),
+        (
+            "qwen3_5",
+            {"model_type": "qwen3_5_moe"},
+            "'model_type' must be one of .*qwen3_5; got 'qwen3_5_moe'. Mixtures of experts are not",
+        ),
+        ("qwen3_5", {"text_config": None}, "has no entry 'text_config', which says what the model"),
+        ("qwen3_5", {"text_config": [1]}, r"'text_config' must be an object, .*got \[1\]"),
+        (
+            "qwen3_5",
+            {"text_config": {"model_type": "qwen3_5_moe_text"}},
+            "config.json, text_config: 'model_type' must be 'qwen3_5_text'; got 'qwen3_5_moe_text'",
+        ),
+        (
+            "qwen3_5",
+            {"tie_word_embeddings": True},
+            "text_config: 'tie_word_embeddings' must be True; got False",
         ),
     ],
 )

@@ -32,6 +32,7 @@ from discretax.pretrained._lfm2 import LFM2, LFM3
 from discretax.pretrained._mamba import MAMBA
 from discretax.pretrained._mamba2 import MAMBA2
 from discretax.pretrained._mamba_ssm import MAMBA_SSM
+from discretax.pretrained._qwen3_5 import QWEN3_5, QWEN3_5_TEXT
 from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
 from discretax.pretrained._stored import Stored, gathered, leaves
 
@@ -48,6 +49,8 @@ FAMILIES = {
         BAMBA,
         LFM2,
         LFM3,
+        QWEN3_5_TEXT,
+        QWEN3_5,
     )
 }
 HEAD = "lm_head.weight"
@@ -64,10 +67,12 @@ def load(
     The folder holds `config.json` and `model.safetensors`, or shards of it with
     `model.safetensors.index.json`. Of `config.json`, `model_type` must be `"mamba"`, `"mamba2"`,
     `"falcon_mamba"`, `"recurrent_gemma"`, `"falcon_h1"`, `"granitemoehybrid"` (without experts),
-    `"bamba"`, `"lfm2"` or `"lfm3"`, and every other entry must be known: one that might
-    change what the model computes is never passed over. Without a `model_type`, but with `d_model` and
-    `n_layer`, the folder is in the layout of mamba_ssm, of a Mamba or Mamba-2 such as
-    `"state-spaces/mamba2-130m"`. Sizes are compared to the tensors before
+    `"bamba"`, `"lfm2"`, `"lfm3"`, `"qwen3_5_text"` or `"qwen3_5"`, and every other entry must be
+    known: one that might change what the model computes is never passed over. Of `"qwen3_5"` the text
+    part is loaded: skipped are tensors whose names begin with `model.visual.` (images and videos) or
+    `mtp.` (heads that predict several tokens), the latter of `"qwen3_5_text"`, too. Without a
+    `model_type`, but with `d_model` and `n_layer`, the folder is in the layout of mamba_ssm, of a
+    Mamba or Mamba-2 such as `"state-spaces/mamba2-130m"`. Sizes are compared to the tensors before
     anything is built from them. Tensors are read one by one, each straight to its place, after all
     names and shapes have been found right: memory holds about one copy. Pickled weights are not
     opened.
@@ -222,7 +227,8 @@ def _family(
     model_type = config.entry("model_type")
     known = {name: f for name, f in FAMILIES.items() if f.layout == "huggingface"}
     if not isinstance(model_type, str) or model_type not in known:
-        raise config.refused("model_type", model_type, f"one of {', '.join(known)}")
+        why = " Mixtures of experts are not supported." if "moe" in str(model_type) else ""
+        raise config.refused("model_type", model_type, f"one of {', '.join(known)}", why)
     family = known[model_type]
     if shapes is not None:
         config.shapes = {name: shapes[there] for name, there in family.names(shapes).items()}

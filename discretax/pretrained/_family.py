@@ -175,6 +175,16 @@ def told(value: float, made: Callable[[float], float], about: float) -> float:
     return next((number for number in near if made(number) == value), about)
 
 
+def renamed(names: Iterable[str], new: Callable[[str], str]) -> dict[str, str]:
+    """Each by its `new` name."""
+    found: dict[str, str] = {}
+    for name in names:
+        other = found.setdefault(new(name), name)
+        if other != name:
+            raise ValueError(f"the tensors {other!r} and {name!r} are one and the same, twice.")
+    return found
+
+
 def rms_norm(eps: float) -> Callable[[int], eqx.nn.RMSNorm]:
     return ft.partial(eqx.nn.RMSNorm, eps=eps, use_bias=False)
 

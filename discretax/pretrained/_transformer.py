@@ -1,7 +1,7 @@
 """What families share whose blocks are those of transformers: attention, a gated MLP, a norm each."""
 
 import functools as ft
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import equinox as eqx
@@ -33,11 +33,13 @@ def attention(
     rotary_base: Any = REQUIRED,
     rope_types: Sequence[str] = ROPE_TYPES,
     has_positions: bool = True,
+    no_effect: Iterable[str] = (),
     **options: Any,
 ) -> Callable[..., AttentionSequenceMixer]:
     """Its heads, compared to the tensors where attention `occurs`, whose last map is called `out`; the
     part of each that is turned, and the base, unless the configuration says so; the kinds of
-    positions that are supported; other `options` of the mixer."""
+    positions that are supported, and what is said of them to `no_effect`; other `options` of the
+    mixer."""
     num_heads = config.size("num_attention_heads")
     num_kv_heads = config.size("num_key_value_heads", num_heads)
     head_dim = config.size("head_dim", max(1, hidden // num_heads))
@@ -51,7 +53,7 @@ def attention(
             raise config.refused("num_key_value_heads", num_kv_heads, rule)
     positions = {"rotary_fraction": 0.0}
     if has_positions:
-        positions = rotary(config, head_dim, rotary_fraction, rotary_base, rope_types)
+        positions = rotary(config, head_dim, rotary_fraction, rotary_base, rope_types, no_effect)
     else:
         for name in ("rope_parameters", "rope_scaling", "rope_theta", "partial_rotary_factor"):
             config.entry(name, None)
@@ -66,7 +68,12 @@ def attention(
 
 
 def rotary(
-    config: Config, head_dim: int, fraction: float, base: Any, types: Sequence[str]
+    config: Config,
+    head_dim: int,
+    fraction: float,
+    base: Any,
+    types: Sequence[str],
+    no_effect: Iterable[str],
 ) -> dict[str, Any]:
     """One entry with all, or, in files of transformers 4, an entry for each."""
     rope = config.entry("rope_parameters", None)
@@ -79,6 +86,8 @@ def rotary(
     else:
         rope = stretched = config.part("rope_parameters")
     fraction = rope.number("partial_rotary_factor", fraction)
+    if rope is not config:  # it must be the same if it is there, too
+        config.fixed(partial_rotary_factor=fraction)
     pairs = fraction * head_dim / 2
     if fraction > 1 or abs(pairs - round(pairs)) > 1e-6:
         rule = f"at most 1, for an even number of head_dim={head_dim} features"
@@ -89,7 +98,7 @@ def rotary(
         raise rope.refused("rope_theta", theta, "above 1")
     for part in (rope, stretched):
         if part not in (None, config):
-            part.done()
+            part.done(no_effect)
     return {
         "rotary_fraction": 1.0 if isinstance(scaling, Proportional) else fraction,
         "rotary_base": theta,
