@@ -43,7 +43,16 @@ def entries_of(name):
 
 
 # Their entries are read by the same lines: each is tried in the first of them that has it.
-READ_ALIKE = ("falcon_h1", "granitemoehybrid", "bamba", "lfm2", "lfm3", "qwen3_5_text", "qwen3_5")
+READ_ALIKE = (
+    "falcon_h1",
+    "granitemoehybrid",
+    "bamba",
+    "lfm2",
+    "lfm3",
+    "qwen3_5_text",
+    "qwen3_5",
+    "xlstm",
+)
 
 
 def all_that_is_asked_for():

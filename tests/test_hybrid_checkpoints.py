@@ -27,6 +27,7 @@ NAMES = (
     "lfm2",
     "lfm3",
     "qwen3_5_text",
+    "xlstm",
 )
 every_family = pytest.mark.parametrize("name", NAMES)
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -87,6 +88,8 @@ def test_single_precision_and_the_way_back(name, tmp_path):
                 del entries["rope_parameters"][of_images]
         if name == "lfm2":  # whose width is rounded up, and written as it is
             entries |= {"intermediate_size": 24, "block_auto_adjust_ff_dim": False}
+        if name == "xlstm":  # likewise
+            entries |= {"ffn_proj_factor": 3.0, "ffn_round_up_to_multiple_of": 1}
         assert {key: entries.get(key, value) for key, value in written.items()} == written
         assert_equal(load(tmp_path)[0], model)
 

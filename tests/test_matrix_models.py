@@ -291,6 +291,7 @@ OTHER = {
     "input_bias": -2.0,
     "forget_bias": (1.0, 2.0),
     "gate_soft_cap": 3.0,
+    "use_bias": True,
 }
 
 

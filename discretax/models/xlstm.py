@@ -56,7 +56,7 @@ class XLSTM(AbstractBackbone):
             `norm_eps`: as in [`discretax.sequence_mixers.MLSTMSequenceMixer`][].
         - `intermediate_dim`: width of the gated MLP, a [`discretax.channel_mixers.SwiGLU`][]; 8/3 of
             `hidden_dim`, rounded up to a multiple of 64, if left out.
-        - `use_bias`: of the MLP.
+        - `use_bias`: of the mLSTM and of the MLP.
         - `drop_rate`, `prenorm`, `norm`: as in [`discretax.blocks.ResidualBlock`][].
         - `channel_mixer`, `bidirectional`: as in [`discretax.models.Backbone`][]; the MLP if left out.
         """
@@ -71,6 +71,7 @@ class XLSTM(AbstractBackbone):
             forget_bias=forget_bias,
             gate_soft_cap=gate_soft_cap,
             norm_eps=norm_eps,
+            use_bias=use_bias,
         )
         if channel_mixer is None and intermediate_dim is None:
             intermediate_dim = 64 * -(-hidden_dim // 24)

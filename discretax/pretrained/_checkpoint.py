@@ -35,6 +35,7 @@ from discretax.pretrained._mamba_ssm import MAMBA_SSM
 from discretax.pretrained._qwen3_5 import QWEN3_5, QWEN3_5_TEXT
 from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
 from discretax.pretrained._stored import Stored, gathered, leaves
+from discretax.pretrained._xlstm import XLSTM
 
 FAMILIES = {
     family.model_type: family
@@ -51,6 +52,7 @@ FAMILIES = {
         LFM3,
         QWEN3_5_TEXT,
         QWEN3_5,
+        XLSTM,
     )
 }
 HEAD = "lm_head.weight"
@@ -67,8 +69,8 @@ def load(
     The folder holds `config.json` and `model.safetensors`, or shards of it with
     `model.safetensors.index.json`. Of `config.json`, `model_type` must be `"mamba"`, `"mamba2"`,
     `"falcon_mamba"`, `"recurrent_gemma"`, `"falcon_h1"`, `"granitemoehybrid"` (without experts),
-    `"bamba"`, `"lfm2"`, `"lfm3"`, `"qwen3_5_text"` or `"qwen3_5"`, and every other entry must be
-    known: one that might change what the model computes is never passed over. Of `"qwen3_5"` the text
+    `"bamba"`, `"lfm2"`, `"lfm3"`, `"qwen3_5_text"`, `"qwen3_5"` or `"xlstm"`, and every other entry
+    must be known: one that might change what the model computes is never passed over. Of `"qwen3_5"` the text
     part is loaded: skipped are tensors whose names begin with `model.visual.` (images and videos) or
     `mtp.` (heads that predict several tokens), the latter of `"qwen3_5_text"`, too. Without a
     `model_type`, but with `d_model` and `n_layer`, the folder is in the layout of mamba_ssm, of a
@@ -233,7 +235,8 @@ def _family(
     if shapes is not None:
         config.shapes = {name: shapes[there] for name, there in family.names(shapes).items()}
     config.fixed(architectures=[family.architecture])
-    return family, family.build(config)
+    tensors = family.variant(config) or family.tensors
+    return family._replace(tensors=tensors), family.build(config)
 
 
 def _check_pair(text: str, model: LanguageModel, tensors: Tensors, folder: pathlib.Path) -> None:

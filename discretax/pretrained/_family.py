@@ -87,7 +87,7 @@ class Config:
             raise self.refused(name, value, f"a whole number from 1 to {LARGEST_SIZE}")
         return value
 
-    def fits(self, tensor: str, axis: int, size: int, **entries: float) -> None:
+    def fits(self, tensor: str, axis: int, size: int, **entries: Any) -> None:
         """Refuses entries by which the first tensor that is called so would be of another size."""
         if self.shapes is None:
             return
@@ -200,6 +200,7 @@ def describe_sizes(model: LanguageModel) -> dict[str, Any]:
 
 
 Layout = Literal["huggingface", "mamba_ssm"]
+TensorsOf = Callable[[LanguageModel], Mapping[str, Array | Stored | None]]
 
 
 class Family(NamedTuple):
@@ -211,7 +212,7 @@ class Family(NamedTuple):
     """How to make the model that a configuration describes."""
     describe: Callable[[LanguageModel], dict[str, Any] | None]
     """The configuration that describes a model; None if it is of another kind."""
-    tensors: Callable[[LanguageModel], Mapping[str, Array | Stored | None]]
+    tensors: TensorsOf
     """The model's leaves, or its gradient's, by their names in the files, the embedding first; None
     for no such tensor."""
     names: Callable[[Iterable[str]], Mapping[str, str]] = lambda names: {
@@ -221,6 +222,9 @@ class Family(NamedTuple):
     layout: Layout = "huggingface"
     """The other one has neither the `model_type` nor the architecture in its files, and the weight of
     the logits also if it is the embedding."""
+
+    variant: Callable[[Config], TensorsOf | None] = lambda config: None
+    """`tensors` of files in which they lie otherwise than they are saved; None for the usual ones."""
 
     def stored(self, model: LanguageModel) -> dict[str, Stored]:
         return stored(self.tensors(model))

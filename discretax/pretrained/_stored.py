@@ -1,5 +1,6 @@
 """How the leaves of a model lie in the tensors of a file."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -34,12 +35,14 @@ class Stored(NamedTuple):
     """A tensor: leaves, or rows of them, after each other along the first axis.
 
     With several `groups`, such as heads, each part is cut into as many: first come the rows of all
-    parts for the first group, then those for the second, and so on.
+    parts for the first group, then those for the second, and so on. With a `form`, such as (1, 1, -1),
+    the axes are others, -1 for as many as the numbers.
     """
 
     parts: tuple[Array | Rows, ...]
     is_convolution: bool = False
     groups: int = 1
+    form: tuple[int, ...] | None = None
 
     @property
     def rows(self) -> list[Rows]:
@@ -51,6 +54,8 @@ class Stored(NamedTuple):
     def shape(self) -> tuple[int, ...]:
         shapes = [rows.shape for rows in self.rows]
         count, rest = sum(shape[0] for shape in shapes), shapes[0][1:]
+        if self.form is not None:
+            return tuple(count * math.prod(rest) if n == -1 else n for n in self.form)
         return (count, 1, *rest) if self.is_convolution else (count, *rest)
 
     def tensor(self) -> np.ndarray:
@@ -61,9 +66,10 @@ class Stored(NamedTuple):
 
     def split(self, tensor: np.ndarray) -> Iterator[tuple[Rows, np.ndarray]]:
         """What each of the rows are in the tensor."""
-        grouped = tensor.reshape(self.groups, -1, *tensor.shape[1:])
+        parts = self.rows
+        grouped = tensor.reshape(self.groups, -1, *parts[0].shape[1:])
         end = 0
-        for rows in self.rows:
+        for rows in parts:
             start, end = end, end + rows.shape[0] // self.groups
             yield rows, grouped[:, start:end].reshape(rows.shape)
 

@@ -103,6 +103,7 @@ class Projections(eqx.Module):
         conv_width: int | None = None,
         steps: int | None = None,
         activation: Activation | None = "silu",
+        use_bias: bool = False,
     ):
         """`value_dim` is `value_ratio` times that of the keys if left out."""
         check_name("activation", activation, Activation | None)
@@ -124,7 +125,7 @@ class Projections(eqx.Module):
         queries, each = key_heads * key_dim, 1 if steps is None else steps
         keys, values = each * queries, each * value_heads * value_dim
         project = lambda features, key: eqx.nn.Linear(
-            in_features, features, use_bias=False, key=key
+            in_features, features, use_bias=use_bias, key=key
         )
         self.q_proj = project(queries, q_key)
         self.k_proj = project(keys, k_key)
@@ -180,9 +181,11 @@ class Projections(eqx.Module):
             window,
         )
 
-    def for_each_head(self, numbers: int, key: PRNGKeyArray) -> eqx.nn.Linear:
+    def for_each_head(
+        self, numbers: int, key: PRNGKeyArray, *, use_bias: bool = False
+    ) -> eqx.nn.Linear:
         """Another map of the input, to some `numbers` for each head of the values."""
-        return eqx.nn.Linear(self.in_features, self.value_heads * numbers, use_bias=False, key=key)
+        return eqx.nn.Linear(self.in_features, self.value_heads * numbers, use_bias, key=key)
 
 
 def keys_of_half(
@@ -234,11 +237,12 @@ class Output(eqx.Module):
 
     $\mathrm{norm}$ divides each head by the root of its mean square, its weights $w$ being those of
     every head, unless it is another one; $\phi$ is the `activation` of the gate $g$. Without a
-    `gate_proj` there is no gate.
+    `gate_proj` there is no gate. With `use_bias` the norm and $W_o$ have one each.
     """
 
     gate_proj: eqx.nn.Linear | LowRank | None
     norm_weight: Float[Array, "*heads value"] | None
+    norm_bias: Float[Array, "*heads value"] | None
     out_proj: eqx.nn.Linear
     norm: Norm | None = eqx.field(static=True)
     norm_eps: float = eqx.field(static=True)
@@ -253,14 +257,16 @@ class Output(eqx.Module):
         activation: Activation = "silu",
         norm: Norm | None = rms_normalised,
         norm_eps: float,
+        use_bias: bool = False,
     ):
         check_positive("norm_eps", norm_eps)
         heads, value_dim = sizes.value_heads, sizes.value_dim
         weights = (value_dim,) if norm is rms_normalised else (heads, value_dim)
         self.gate_proj = gate_proj
         self.norm_weight = None if norm is None else jnp.ones(weights)
+        self.norm_bias = None if norm is None or not use_bias else jnp.zeros(weights)
         self.norm = norm
-        self.out_proj = eqx.nn.Linear(heads * value_dim, sizes.in_features, use_bias=False, key=key)
+        self.out_proj = eqx.nn.Linear(heads * value_dim, sizes.in_features, use_bias, key=key)
         self.norm_eps = norm_eps
         self.activation = activation
 
@@ -268,8 +274,10 @@ class Output(eqx.Module):
         dtype = accumulation_dtype(y, self.out_proj.weight)
         y = y.astype(dtype)
         if self.norm is not None and self.norm_weight is not None:
-            weight = lax.broadcast_to_rank(self.norm_weight.astype(dtype), y.ndim)
-            y = self.norm(y, self.norm_eps) * weight
+            wide = lambda array: lax.broadcast_to_rank(array.astype(dtype), y.ndim)
+            y = self.norm(y, self.norm_eps) * wide(self.norm_weight)
+            if self.norm_bias is not None:
+                y = y + wide(self.norm_bias)
         y = y.reshape(len(x), -1) if len(x) else jnp.zeros((0, self.out_proj.in_features), dtype)
         if self.gate_proj is not None:
             y = y * ACTIVATIONS[self.activation](projected(self.gate_proj, x).astype(dtype))

@@ -77,6 +77,7 @@ class MLSTMSequenceMixer(AbstractRecurrentMixer[MLSTMCache]):
         forget_bias: tuple[float, float] = (3.0, 6.0),
         gate_soft_cap: float | None = 15.0,
         norm_eps: float = 1e-6,
+        use_bias: bool = False,
     ):
         r"""**Arguments:**
 
@@ -89,6 +90,7 @@ class MLSTMSequenceMixer(AbstractRecurrentMixer[MLSTMCache]):
         - `forget_bias`: between which $b_f$ starts, evenly over the heads, $W_f$ starting at zero.
         - `gate_soft_cap`: $a$; None for no cap.
         - `norm_eps`: added to the variances of the norm.
+        - `use_bias`: of the norm and of all maps; those of $i$ and $f$ have one in any case.
 
         **Raises:**
 
@@ -99,7 +101,13 @@ class MLSTMSequenceMixer(AbstractRecurrentMixer[MLSTMCache]):
             check_positive("gate_soft_cap", gate_soft_cap)
         projections_key, gate_key, out_key = jr.split(key, 3)
         self.projections = sizes = Projections(
-            in_features, projections_key, num_heads, head_dim, value_dim, activation=None
+            in_features,
+            projections_key,
+            num_heads,
+            head_dim,
+            value_dim,
+            activation=None,
+            use_bias=use_bias,
         )
         self.in_features, heads = sizes.in_features, sizes.value_heads
         self.input_proj = _constant(sizes.in_features, jnp.full(heads, input_bias, float))
@@ -107,10 +115,11 @@ class MLSTMSequenceMixer(AbstractRecurrentMixer[MLSTMCache]):
         self.output = Output(
             sizes,
             out_key,
-            gate_proj=sizes.for_each_head(sizes.value_dim, gate_key),
+            gate_proj=sizes.for_each_head(sizes.value_dim, gate_key, use_bias=use_bias),
             activation="sigmoid",
             norm=layer_normalised,
             norm_eps=norm_eps,
+            use_bias=use_bias,
         )
         self.gate_soft_cap = gate_soft_cap
 
