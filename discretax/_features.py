@@ -1,12 +1,13 @@
 """What layers do to the last axis, and the checks that every layer makes of its arguments."""
 
+import functools as ft
 import operator
-from collections.abc import Callable
 from typing import Any, TypeVar, get_args
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
@@ -29,10 +30,29 @@ def soft_capped(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."
     return x if cap is None else cap * jnp.tanh(x / cap)
 
 
-def out_features(layer: Callable[[Array], Array], in_features: int) -> int:
-    """The width of what `layer` makes of samples `in_features` wide, without computing it."""
+def out_features(layer: eqx.Module, in_features: int, **options: Any) -> int:
+    """The width of what `layer` makes of samples `in_features` wide, without computing it.
+
+    Of layers that differ by their numbers alone, which most of a deep model's do, it is found once.
+    """
     samples = jax.ShapeDtypeStruct((1, in_features), jnp.result_type(float))
-    return eqx.filter_eval_shape(layer, samples).shape[-1]
+    is_array = lambda leaf: isinstance(leaf, jax.Array | np.ndarray)
+    leaves, kind = jax.tree.flatten((layer, samples, options))
+    shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x for x in leaves)
+    try:
+        hash(shapes), hash(kind)
+    except TypeError:  # fields of a kind that has no hash, such as lists
+        return _width.__wrapped__(kind, shapes)
+    return _width(kind, shapes)
+
+
+@ft.lru_cache(maxsize=256)
+def _width(kind: Any, leaves: tuple[Any, ...]) -> int:
+    def call(layer, samples, options):
+        y = layer(samples, **options)
+        return y[0] if isinstance(y, tuple) else y
+
+    return eqx.filter_eval_shape(call, *jax.tree.unflatten(kind, leaves)).shape[-1]
 
 
 def check_features(layer: eqx.Module, x: Array, features: int) -> None:

@@ -47,6 +47,7 @@ READ_ALIKE = (
     "falcon_h1",
     "granitemoehybrid",
     "bamba",
+    "nemotron_h",
     "lfm2",
     "lfm3",
     "qwen3_5_text",

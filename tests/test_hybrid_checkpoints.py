@@ -24,6 +24,7 @@ NAMES = (
     "falcon_h1",
     "granitemoehybrid",
     "bamba",
+    "nemotron_h",
     "lfm2",
     "lfm3",
     "qwen3_5_text",
@@ -230,6 +231,26 @@ def rope(entries):
             "bamba",
             {"attn_layer_indices": [7]},
             r"'attn_layer_indices' must be a list of layers, 0 to 2; got \[7\]",
+        ),
+        (
+            "nemotron_h",
+            {"layers_block_type": None, "hybrid_override_pattern": "ME*-M"},
+            "'hybrid_override_pattern' must be without 'E'; got 'ME\\*-M'. Mixtures of experts are not",
+        ),
+        (
+            "nemotron_h",
+            {"layers_block_type": None, "hybrid_override_pattern": "M-M*+"},
+            r"'hybrid_override_pattern' must be a word of the letters M, \*, -, E; got 'M-M\*\+'",
+        ),
+        (
+            "nemotron_h",
+            {"hybrid_override_pattern": "M-M--"},
+            r"'hybrid_override_pattern' must be 'M-M\*-'; got 'M-M--'",
+        ),
+        (
+            "nemotron_h",
+            {"layers_block_type": ["mlp"] * 5},
+            "must be as the tensors are, of which none begins with 'backbone.layers.0.mixer.up_proj.'",
         ),
         (
             "lfm2",

@@ -59,7 +59,7 @@ def make_sequence_mixer(
             f"`sequence_mixer` must have the block's width, in_features={in_features}; got "
             f"{type(mixer).__name__} of width {mixer.in_features}."
         )
-    return mixer, out_features(lambda x: mixer(x, key=key)[0], in_features)
+    return mixer, out_features(mixer, in_features, key=key)
 
 
 def make_channel_mixer(

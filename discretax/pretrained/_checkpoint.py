@@ -32,15 +32,18 @@ from discretax.pretrained._lfm2 import LFM2, LFM3
 from discretax.pretrained._mamba import MAMBA
 from discretax.pretrained._mamba2 import MAMBA2
 from discretax.pretrained._mamba_ssm import MAMBA_SSM
+from discretax.pretrained._nemotron_h import NEMOTRON_H
 from discretax.pretrained._qwen3_5 import QWEN3_5, QWEN3_5_TEXT
 from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
 from discretax.pretrained._stored import Stored, gathered, leaves
 from discretax.pretrained._xlstm import XLSTM
 
+# A model is saved as the first that describes it: Nemotron-H, too, may begin with a Mamba-2.
 FAMILIES = {
     family.model_type: family
     for family in (
         MAMBA,
+        NEMOTRON_H,
         MAMBA2,
         FALCON_MAMBA,
         MAMBA_SSM,
@@ -69,8 +72,9 @@ def load(
     The folder holds `config.json` and `model.safetensors`, or shards of it with
     `model.safetensors.index.json`. Of `config.json`, `model_type` must be `"mamba"`, `"mamba2"`,
     `"falcon_mamba"`, `"recurrent_gemma"`, `"falcon_h1"`, `"granitemoehybrid"` (without experts),
-    `"bamba"`, `"lfm2"`, `"lfm3"`, `"qwen3_5_text"`, `"qwen3_5"` or `"xlstm"`, and every other entry
-    must be known: one that might change what the model computes is never passed over. Of `"qwen3_5"` the text
+    `"bamba"`, `"nemotron_h"` (without experts), `"lfm2"`, `"lfm3"`, `"qwen3_5_text"`, `"qwen3_5"` or
+    `"xlstm"`, and every other entry must be known: one that might change what the model computes is
+    never passed over. Of `"qwen3_5"` the text
     part is loaded: skipped are tensors whose names begin with `model.visual.` (images and videos) or
     `mtp.` (heads that predict several tokens), the latter of `"qwen3_5_text"`, too. Without a
     `model_type`, but with `d_model` and `n_layer`, the folder is in the layout of mamba_ssm, of a

@@ -42,6 +42,7 @@ def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
     hidden = config.size("hidden_size", of=("embed_tokens.weight", 1))
     num_blocks = config.layers("num_hidden_layers", "model.layers.")
     eps = config.number("rms_norm_eps")
+    config.fixed(attn_layer_indices=None)
     head_dim = config.size("head_dim", max(1, hidden // config.size("num_attention_heads")))
     has_norm = config.flag("mamba_rms_norm", of="mamba.norm.weight")
     norm_first = config.flag("mamba_norm_before_gate")

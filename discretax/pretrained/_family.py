@@ -18,6 +18,7 @@ from discretax.pretrained._stored import Stored, stored
 NO_EFFECT = (
     "_attn_implementation_autoset",
     "_name_or_path",
+    "auto_map",
     "bos_token_id",
     "dtype",
     "eos_token_id",
@@ -110,11 +111,17 @@ class Config:
                 raise self.refused(name, value, f"{count}, the number of layers of the tensors")
         return self.size(name)
 
-    def kinds_fit(self, name: str, kinds: Sequence[str], tensors: Mapping[str, str]) -> None:
+    def kinds_fit(
+        self,
+        name: str,
+        kinds: Sequence[str],
+        tensors: Mapping[str, str],
+        prefix: str = "model.layers.",
+    ) -> None:
         """Refuses the entry by which a layer is of a kind whose tensors, by what they begin with, the
         file has not."""
         for i, kind in enumerate(kinds):
-            start = f"model.layers.{i}.{tensors[kind]}"
+            start = f"{prefix}{i}.{tensors[kind]}"
             if self.shapes is not None and not any(n.startswith(start) for n in self.shapes):
                 rule = f"as the tensors are, of which none begins with {start!r}"
                 raise self.refused(name, self.entries.get(name), rule)

@@ -1,29 +1,23 @@
 """`model_type` "granitemoehybrid" (Granite 4) without experts, and "bamba": layers of Mamba-2 or attention."""
 
 import functools as ft
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
 from jaxtyping import PRNGKeyArray
 
 from discretax.architectures import LanguageModel
-from discretax.blocks import ResidualBlock
 from discretax.channel_mixers import SwiGLU
-from discretax.pretrained._family import Config, Family, describe_sizes, rms_norm, told
-from discretax.pretrained._mamba2 import mixer_tensors
-from discretax.pretrained._mamba_hybrid import describe_mamba2, mamba2
-from discretax.pretrained._stored import Stored
-from discretax.pretrained._transformer import (
-    Tensors,
-    attention,
-    attention_tensors,
-    describe_attention,
-    describe_rotary,
-    mlp_tensors,
-    prefixed,
+from discretax.pretrained._family import Config, Family, told
+from discretax.pretrained._mamba_hybrid import (
+    TENSORS,
+    attention_of,
+    describe_hybrid,
+    hybrid,
+    tensors,
 )
-from discretax.sequence_mixers import AttentionSequenceMixer, Mamba2SequenceMixer
+from discretax.pretrained._stored import Stored
+from discretax.pretrained._transformer import Tensors, describe_rotary, mlp_tensors, prefixed
 
 NO_EFFECT = (
     "attention_dropout",
@@ -35,11 +29,11 @@ NO_EFFECT = (
     "num_logits_to_keep",
     "output_router_logits",
     "router_aux_loss_coef",
+    "use_mamba_kernels",
     "z_loss_coefficient",
 )
 # Older files have the names behind.
 KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
-TENSORS = {"mamba": "mamba.", "attention": "self_attn."}
 KINDS |= {name: name for name in KINDS.values()}
 
 
@@ -62,6 +56,7 @@ def build_granite(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
         config,
         kinds,
         ft.partial(SwiGLU, intermediate_dim=width),
+        no_effect=NO_EFFECT,
         has_positions=position == "rope",
         scale=config.number("attention_multiplier", 1.0),
         residual_scale=config.number("residual_multiplier", 1.0),
@@ -80,7 +75,10 @@ def build_bamba(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
     kinds = ["attention" if i in indices else "mamba" for i in range(count)]
     config.kinds_fit("attn_layer_indices", kinds, TENSORS)
     width = config.size("intermediate_size", of=("feed_forward.gate_proj.weight", 0))
-    return hybrid(config, kinds, ft.partial(SwiGLU, intermediate_dim=width), rotary_fraction=0.5)
+    channel_mixer = ft.partial(SwiGLU, intermediate_dim=width)
+    features = config.size("hidden_size") // config.size("num_attention_heads")
+    config.fixed(attn_rotary_emb=config.size("head_dim", max(1, features)) // 2)
+    return hybrid(config, kinds, channel_mixer, no_effect=NO_EFFECT, rotary_fraction=0.5)
 
 
 def layer_kinds(config: Config) -> list[str]:
@@ -94,82 +92,6 @@ def layer_kinds(config: Config) -> list[str]:
     kinds = [KINDS[name] for name in names]
     config.kinds_fit("layer_types", kinds, TENSORS)
     return kinds
-
-
-def hybrid(
-    config: Config,
-    kinds: Sequence[str],
-    channel_mixer: Callable[..., SwiGLU],
-    *,
-    rotary_fraction: float = 1.0,
-    has_positions: bool = True,
-    scale: float | None = None,
-    residual_scale: float = 1.0,
-    **options: Any,
-) -> Callable[[PRNGKeyArray], LanguageModel]:
-    """A block for each of the kinds, of a Mamba-2 or attention and the channel mixer."""
-    hidden = config.size("hidden_size", of=("embed_tokens.weight", 1))
-    eps = config.number("rms_norm_eps")
-    occurs = "attention" in kinds
-    bias = config.flag("attention_bias", False, of="q_proj.bias" if occurs else None)
-    heads = attention(
-        config,
-        hidden,
-        occurs=occurs,
-        rotary_fraction=rotary_fraction,
-        has_positions=has_positions,
-        scale=scale,
-        use_bias=bias,
-        out_bias=bias,
-    )
-    mixers: dict[str, Any] = {"attention": heads}
-    if "mamba" in kinds:
-        mixers["mamba"] = mamba2(config, hidden, eps=eps)
-    block = ft.partial(
-        ResidualBlock,
-        channel_mixer=channel_mixer,
-        norm=rms_norm(eps),
-        residual_scale=residual_scale,
-    )
-    make = ft.partial(
-        LanguageModel,
-        vocab_size=config.size("vocab_size", of=("embed_tokens.weight", 0)),
-        hidden_dim=hidden,
-        num_blocks=config.layers("num_hidden_layers", "model.layers."),
-        blocks=[ft.partial(block, sequence_mixer=mixers[kind]) for kind in kinds],
-        norm=rms_norm(eps),
-        tie_embeddings=config.flag("tie_word_embeddings", False),
-        **options,
-    )
-    config.done(NO_EFFECT)
-    return make
-
-
-def describe_hybrid(model: Any) -> tuple[dict[str, Any], list[str]] | None:
-    """What the two families have, and the kind of each block; None for other models."""
-    blocks = model.backbone.blocks
-    names = {Mamba2SequenceMixer: "mamba", AttentionSequenceMixer: "attention"}
-    kinds = [
-        names.get(type(block.sequence_mixer))
-        for block in blocks
-        if isinstance(block, ResidualBlock) and isinstance(block.channel_mixer, SwiGLU)
-    ]
-    if len(kinds) < len(blocks) or None in kinds or not isinstance(model.norm, eqx.nn.RMSNorm):
-        return None
-    config = describe_sizes(model) | {"hidden_act": "silu", "rms_norm_eps": model.norm.eps}
-    for block in blocks:
-        mixer = block.sequence_mixer
-        if isinstance(mixer, AttentionSequenceMixer):
-            config |= describe_attention(mixer)
-        else:
-            config |= describe_mamba2(mixer)
-            config["mamba_expand"] = mixer.out_proj.weight.shape[1] // mixer.in_features
-    return config, [str(kind) for kind in kinds]
-
-
-def attention_of(model: Any) -> Any:
-    mixers = (block.sequence_mixer for block in model.backbone.blocks)
-    return next((mixer for mixer in mixers if isinstance(mixer, AttentionSequenceMixer)), None)
 
 
 def describe_granite(model: Any) -> dict[str, Any] | None:
@@ -213,26 +135,6 @@ def describe_bamba(model: Any) -> dict[str, Any] | None:
             "attn_layer_indices": [i for i, kind in enumerate(kinds) if kind == "attention"],
         }
     )
-
-
-def tensors(
-    model: Any, *, norm: str, channel_norm: str, mlp: Callable[[SwiGLU], Tensors]
-) -> Tensors:
-    found: Tensors = {
-        "model.embed_tokens.weight": model.encoder.embedding.weight,
-        f"model.{norm}.weight": model.norm.weight,
-        "lm_head.weight": model.head.weight,
-    }
-    for i, block in enumerate(model.backbone.blocks):
-        mixer, layer = block.sequence_mixer, f"model.layers.{i}."
-        found[f"{layer}input_layernorm.weight"] = block.sequence_norm.weight
-        found[f"{layer}{channel_norm}.weight"] = block.channel_norm.weight
-        if isinstance(mixer, AttentionSequenceMixer):
-            found |= prefixed(f"{layer}self_attn.", attention_tensors(mixer))
-        else:
-            found |= prefixed(f"{layer}mamba.", mixer_tensors(mixer))
-        found |= prefixed(layer, mlp(block.channel_mixer))
-    return found
 
 
 def joined_mlp(mixer: SwiGLU) -> Tensors:

@@ -1,13 +1,45 @@
-"""The Mamba-2 of Falcon-H1, Granite 4 and Bamba, by the names that their configurations have."""
+"""What families share whose blocks are a Mamba or attention, and a gated MLP: the blocks, and Mamba-2's entries."""
 
 import functools as ft
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
-from discretax.pretrained._family import Config
-from discretax.pretrained._mamba2 import INFINITY, step_limit
-from discretax.sequence_mixers import Mamba2SequenceMixer
+import equinox as eqx
+from jaxtyping import Array, PRNGKeyArray
+
+from discretax.architectures import LanguageModel
+from discretax.blocks import ResidualBlock
+from discretax.channel_mixers import SwiGLU
+from discretax.pretrained._family import Config, describe_sizes, rms_norm
+from discretax.pretrained._mamba2 import INFINITY, mixer_tensors, step_limit
+from discretax.pretrained._transformer import (
+    Tensors,
+    attention,
+    attention_tensors,
+    describe_attention,
+    prefixed,
+)
+from discretax.sequence_mixers import AttentionSequenceMixer, Mamba2SequenceMixer
+
+TENSORS = {"mamba": "mamba.", "attention": "self_attn."}
+
+
+class Names(NamedTuple):
+    """What a family calls the entries about its Mamba-2, and what its tensors begin with."""
+
+    state_dim: str = "mamba_d_state"
+    conv_width: str = "mamba_d_conv"
+    num_heads: str = "mamba_n_heads"
+    head_dim: str = "mamba_d_head"
+    num_groups: str = "mamba_n_groups"
+    conv_bias: str = "mamba_conv_bias"
+    use_bias: str = "mamba_proj_bias"
+    tensors: str = "mamba."
+
+
+NAMES = Names()
+OF_MAMBA2 = (*NAMES[:-1], "mamba_expand", "time_step_limit")
 
 
 def mamba2(
@@ -21,38 +53,154 @@ def mamba2(
     num_heads = config.size("mamba_n_heads", of=("mamba.A_log", 0))
     if width % num_heads:
         raise config.refused("mamba_n_heads", num_heads, f"a divisor of the inner width {width}")
-    head_dim = width // num_heads
     if config.entry("mamba_d_head", "auto") != "auto":
-        config.fixed(mamba_d_head=head_dim)
-    state_dim, num_groups = config.size("mamba_d_state"), config.size("mamba_n_groups")
+        config.fixed(mamba_d_head=width // num_heads)
+    return mamba2_of(config, num_heads, width // num_heads, norm_eps=eps, **options)
+
+
+def mamba2_of(
+    config: Config, num_heads: int, head_dim: int, *, names: Names = NAMES, **options: Any
+) -> Callable[..., Mamba2SequenceMixer]:
+    """Of heads that are known."""
+    width = num_heads * head_dim
+    state_dim, num_groups = config.size(names.state_dim), config.size(names.num_groups)
     if num_heads % num_groups:
-        raise config.refused("mamba_n_groups", num_groups, f"a divisor of the {num_heads} heads")
+        raise config.refused(names.num_groups, num_groups, f"a divisor of the {num_heads} heads")
     convolved = width + 2 * num_groups * state_dim
-    config.fits("conv1d.weight", 0, convolved, mamba_n_groups=num_groups, mamba_d_state=state_dim)
+    told: dict[str, float] = {names.num_groups: num_groups, names.state_dim: state_dim}
+    config.fits(f"{names.tensors}conv1d.weight", 0, convolved, **told)
     return ft.partial(
         Mamba2SequenceMixer,
         state_dim=state_dim,
-        conv_width=config.size("mamba_d_conv", of=("mamba.conv1d.weight", 2)),
+        conv_width=config.size(names.conv_width, of=(f"{names.tensors}conv1d.weight", 2)),
         inner_dim=width,
         head_dim=head_dim,
         num_groups=num_groups,
         dt_limit=step_limit(config),
-        norm_eps=eps,
-        conv_bias=config.flag("mamba_conv_bias", of="mamba.conv1d.bias"),
-        use_bias=config.flag("mamba_proj_bias", of="mamba.in_proj.bias"),
+        conv_bias=config.flag(names.conv_bias, of=f"{names.tensors}conv1d.bias"),
+        use_bias=config.flag(names.use_bias, of=f"{names.tensors}in_proj.bias"),
         **options,
     )
 
 
-def describe_mamba2(mixer: Mamba2SequenceMixer) -> dict[str, Any]:
+def describe_mamba2(mixer: Mamba2SequenceMixer, names: Names = NAMES) -> dict[str, Any]:
     num_heads, inner = mixer.A_log.shape[0], mixer.out_proj.weight.shape[1]
     return {
-        "mamba_d_state": mixer.state_dim,
-        "mamba_d_conv": mixer.conv_weight.shape[1],
-        "mamba_n_heads": num_heads,
-        "mamba_d_head": inner // num_heads,
-        "mamba_n_groups": mixer.num_groups,
+        names.state_dim: mixer.state_dim,
+        names.conv_width: mixer.conv_weight.shape[1],
+        names.num_heads: num_heads,
+        names.head_dim: inner // num_heads,
+        names.num_groups: mixer.num_groups,
         "time_step_limit": [INFINITY if v == math.inf else v for v in mixer.dt_limit],
-        "mamba_conv_bias": mixer.conv_bias is not None,
-        "mamba_proj_bias": mixer.in_proj.bias is not None,
+        names.conv_bias: mixer.conv_bias is not None,
+        names.use_bias: mixer.in_proj.bias is not None,
     }
+
+
+def hybrid(
+    config: Config,
+    kinds: Sequence[str],
+    channel_mixer: Callable[..., SwiGLU],
+    *,
+    no_effect: Sequence[str],
+    mamba: Callable[..., Callable[..., Any]] = mamba2,
+    rotary_fraction: float = 1.0,
+    has_positions: bool = True,
+    scale: float | None = None,
+    residual_scale: float = 1.0,
+    **options: Any,
+) -> Callable[[PRNGKeyArray], LanguageModel]:
+    """A block for each of the kinds, of what `mamba` makes or attention and the channel mixer."""
+    hidden = config.size("hidden_size", of=("embed_tokens.weight", 1))
+    eps = config.number("rms_norm_eps")
+    occurs = "attention" in kinds
+    bias = config.flag("attention_bias", False, of="q_proj.bias" if occurs else None)
+    heads = attention(
+        config,
+        hidden,
+        occurs=occurs,
+        rotary_fraction=rotary_fraction,
+        has_positions=has_positions,
+        scale=scale,
+        use_bias=bias,
+        out_bias=bias,
+    )
+    mixers: dict[str, Any] = {"attention": heads}
+    if "mamba" in kinds:
+        mixers["mamba"] = mamba(config, hidden, eps=eps)
+    else:
+        no_effect = (*no_effect, *OF_MAMBA2)
+    block = ft.partial(
+        ResidualBlock,
+        channel_mixer=channel_mixer,
+        norm=rms_norm(eps),
+        residual_scale=residual_scale,
+    )
+    make = ft.partial(
+        LanguageModel,
+        vocab_size=config.size("vocab_size", of=("embed_tokens.weight", 0)),
+        hidden_dim=hidden,
+        num_blocks=len(kinds),
+        blocks=[ft.partial(block, sequence_mixer=mixers[kind]) for kind in kinds],
+        norm=rms_norm(eps),
+        tie_embeddings=config.flag("tie_word_embeddings", False),
+        **options,
+    )
+    config.done(no_effect)
+    return make
+
+
+def describe_hybrid(
+    model: Any,
+    mamba: type = Mamba2SequenceMixer,
+    describe_mamba: Callable[[Any], dict[str, Any]] = describe_mamba2,
+) -> tuple[dict[str, Any], list[str]] | None:
+    """What the families have, and the kind of each block; None for other models."""
+    blocks = model.backbone.blocks
+    names = {mamba: "mamba", AttentionSequenceMixer: "attention"}
+    kinds = [
+        names.get(type(block.sequence_mixer))
+        for block in blocks
+        if isinstance(block, ResidualBlock) and isinstance(block.channel_mixer, SwiGLU)
+    ]
+    if len(kinds) < len(blocks) or None in kinds or not isinstance(model.norm, eqx.nn.RMSNorm):
+        return None
+    config = describe_sizes(model) | {"hidden_act": "silu", "rms_norm_eps": model.norm.eps}
+    for block in blocks:
+        mixer = block.sequence_mixer
+        if isinstance(mixer, AttentionSequenceMixer):
+            config |= describe_attention(mixer)
+        else:
+            config |= describe_mamba(mixer)
+            config["mamba_expand"] = mixer.out_proj.weight.shape[1] // mixer.in_features
+    return config, [str(kind) for kind in kinds]
+
+
+def attention_of(model: Any) -> Any:
+    mixers = (block.sequence_mixer for block in model.backbone.blocks)
+    return next((mixer for mixer in mixers if isinstance(mixer, AttentionSequenceMixer)), None)
+
+
+def tensors(
+    model: Any,
+    *,
+    norm: str,
+    channel_norm: str,
+    mlp: Callable[[SwiGLU], Tensors],
+    mamba: Callable[[Any], Mapping[str, Array | None]] = mixer_tensors,
+) -> Tensors:
+    found: Tensors = {
+        "model.embed_tokens.weight": model.encoder.embedding.weight,
+        f"model.{norm}.weight": model.norm.weight,
+        "lm_head.weight": model.head.weight,
+    }
+    for i, block in enumerate(model.backbone.blocks):
+        mixer, layer = block.sequence_mixer, f"model.layers.{i}."
+        found[f"{layer}input_layernorm.weight"] = block.sequence_norm.weight
+        found[f"{layer}{channel_norm}.weight"] = block.channel_norm.weight
+        if isinstance(mixer, AttentionSequenceMixer):
+            found |= prefixed(f"{layer}self_attn.", attention_tensors(mixer))
+        else:
+            found |= prefixed(f"{layer}mamba.", mamba(mixer))
+        found |= prefixed(layer, mlp(block.channel_mixer))
+    return found

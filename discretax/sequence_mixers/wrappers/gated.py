@@ -125,7 +125,7 @@ class GatedSequenceMixer(AbstractSequenceMixer[Any]):
             self.input_linear = eqx.nn.Linear(in_features, width, key=input_key)
         if gate is not None:
             gated = gate * in_features
-            mixed = out_features(lambda x: sequence_mixer(x, key=mixer_key)[0], width)
+            mixed = out_features(sequence_mixer, width, key=mixer_key)
             self.input_gate = eqx.nn.Linear(in_features, gated, key=gate_key)
             if mixed != gated:
                 self.output_gate = eqx.nn.Linear(mixed, gated, key=output_key)

@@ -100,9 +100,7 @@ class SumSequenceMixer(AbstractSequenceMixer[tuple[Any, ...]]):
                     f"`mixers[{i}]` is one of the mixers before it, whose parameters training would "
                     "part. Make each with a key of its own."
                 )
-        widths = [
-            out_features(lambda x, mixer=mixer: mixer(x)[0], in_features) for mixer in self.mixers
-        ]
+        widths = [out_features(mixer, in_features) for mixer in self.mixers]
         if len(set(widths)) > 1:
             raise ValueError(f"`mixers` must put out one width, to be summed; got {widths}.")
         self.in_features = in_features
