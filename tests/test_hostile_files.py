@@ -52,6 +52,7 @@ READ_ALIKE = (
     "lfm3",
     "qwen3_5_text",
     "qwen3_5",
+    "olmo_hybrid",
     "xlstm",
 )
 

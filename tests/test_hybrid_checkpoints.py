@@ -28,6 +28,7 @@ NAMES = (
     "lfm2",
     "lfm3",
     "qwen3_5_text",
+    "olmo_hybrid",
     "xlstm",
 )
 every_family = pytest.mark.parametrize("name", NAMES)
@@ -87,6 +88,8 @@ def test_single_precision_and_the_way_back(name, tmp_path):
         if name == "qwen3_5_text":  # positions of images
             for of_images in ("mrope_interleaved", "mrope_section"):
                 del entries["rope_parameters"][of_images]
+        if name == "olmo_hybrid":  # which transformers would take for one that is not there
+            entries["pad_token_id"] = None
         if name == "lfm2":  # whose width is rounded up, and written as it is
             entries |= {"intermediate_size": 24, "block_auto_adjust_ff_dim": False}
         if name == "xlstm":  # likewise
@@ -125,6 +128,57 @@ def test_files_with_several_parts(folder):
     )
     with pytest.raises(ValueError, match=r"no tensor whose name begins with 'model\.language_m"):
         load(copy)
+
+
+def test_other_names_of_the_same_norms(folder):
+    """Those of published files in layers of Gated DeltaNet, that of transformers beside attention."""
+    copy = folder("olmo_hybrid")
+
+    linear = {"attention_layer_norm": "input_layernorm"}
+    linear["feedforward_layer_norm"] = "post_attention_layernorm"
+
+    def rename(arrays):
+        for name in list(arrays):
+            layer, _, norm = name.removesuffix(".weight").rpartition(".")
+            if norm in linear:
+                arrays[f"{layer}.{linear[norm]}.weight"] = arrays.pop(name)
+            elif norm == "post_attention_layernorm":
+                arrays[f"{layer}.feedforward_layer_norm.weight"] = arrays.pop(name)
+
+    change_tensors(copy, rename)
+    assert_equal(load(copy)[0], load(folder_of("olmo_hybrid"))[0])
+
+
+def test_one_parameter_of_several_tensors(folder):
+    """It is placed by the name of the last, and they must be of one type."""
+    copy, name = folder("olmo_hybrid"), "model.layers.1.linear_attn.{}_conv1d.weight"
+    asked = []
+    load(copy, sharding=lambda name, leaf: asked.append((name, leaf.shape)))
+    assert [item for item in asked if "1.linear_attn" in item[0] and "conv1d" in item[0]] == [
+        (name.format("v"), (56, 4))
+    ]
+    half = lambda arrays: arrays.update({(k := name.format("k")): arrays[k].astype("float16")})
+    change_tensors(copy, half)
+    load(copy, dtype=jnp.float32)
+    with pytest.raises(
+        ValueError, match=r"1.linear_attn.k_conv1d.weight' are of types float32 and"
+    ):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [{"rope_parameters": {"rope_theta": None}}, {"rope_parameters": None, "rope_theta": None}],
+)
+def test_a_hybrid_without_positions(entries, folder, tmp_path):
+    copy = folder("olmo_hybrid")
+    config = json.loads((copy / CONFIG).read_text()) | entries
+    config = {key: value for key, value in config.items() if key != "rope_parameters" or value}
+    (copy / CONFIG).write_text(json.dumps(config))
+    model, _ = load(copy)
+    assert model.backbone.blocks[3].sequence_mixer.rotary_dim == 0
+    save(model, tmp_path / "saved")
+    assert_equal(load(tmp_path / "saved")[0], model)
 
 
 LLAMA3 = {
@@ -308,6 +362,12 @@ def rope(entries):
             {"tie_word_embeddings": True},
             "text_config: 'tie_word_embeddings' must be True; got False",
         ),
+        (
+            "olmo_hybrid",
+            {"rope_parameters": None},
+            "'rope_parameters' must be an object with rope_theta; got None",
+        ),
+        ("olmo_hybrid", {"linear_use_gate": False}, "'linear_use_gate' must be True; got False"),
     ],
 )
 def test_what_is_refused(name, entries, message, folder):

@@ -33,6 +33,7 @@ from discretax.pretrained._mamba import MAMBA
 from discretax.pretrained._mamba2 import MAMBA2
 from discretax.pretrained._mamba_ssm import MAMBA_SSM
 from discretax.pretrained._nemotron_h import NEMOTRON_H
+from discretax.pretrained._olmo_hybrid import OLMO_HYBRID
 from discretax.pretrained._qwen3_5 import QWEN3_5, QWEN3_5_TEXT
 from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
 from discretax.pretrained._stored import Stored, gathered, leaves
@@ -55,6 +56,7 @@ FAMILIES = {
         LFM3,
         QWEN3_5_TEXT,
         QWEN3_5,
+        OLMO_HYBRID,
         XLSTM,
     )
 }
@@ -72,16 +74,15 @@ def load(
     The folder holds `config.json` and `model.safetensors`, or shards of it with
     `model.safetensors.index.json`. Of `config.json`, `model_type` must be `"mamba"`, `"mamba2"`,
     `"falcon_mamba"`, `"recurrent_gemma"`, `"falcon_h1"`, `"granitemoehybrid"` (without experts),
-    `"bamba"`, `"nemotron_h"` (without experts), `"lfm2"`, `"lfm3"`, `"qwen3_5_text"`, `"qwen3_5"` or
-    `"xlstm"`, and every other entry must be known: one that might change what the model computes is
-    never passed over. Of `"qwen3_5"` the text
-    part is loaded: skipped are tensors whose names begin with `model.visual.` (images and videos) or
-    `mtp.` (heads that predict several tokens), the latter of `"qwen3_5_text"`, too. Without a
-    `model_type`, but with `d_model` and `n_layer`, the folder is in the layout of mamba_ssm, of a
-    Mamba or Mamba-2 such as `"state-spaces/mamba2-130m"`. Sizes are compared to the tensors before
-    anything is built from them. Tensors are read one by one, each straight to its place, after all
-    names and shapes have been found right: memory holds about one copy. Pickled weights are not
-    opened.
+    `"bamba"`, `"nemotron_h"` (without experts), `"lfm2"`, `"lfm3"`, `"qwen3_5_text"`, `"qwen3_5"`,
+    `"olmo_hybrid"` or `"xlstm"`, and every other entry must be known: one that might change what
+    the model computes is never passed over. Of `"qwen3_5"` the text part is loaded: skipped are
+    tensors whose names begin with `model.visual.` (images and videos) or `mtp.` (heads that predict
+    several tokens), the latter of `"qwen3_5_text"`, too. Without a `model_type`, but with `d_model`
+    and `n_layer`, the folder is in the layout of mamba_ssm, of a Mamba or Mamba-2 such as
+    `"state-spaces/mamba2-130m"`. Sizes are compared to the tensors before anything is built from
+    them. Tensors are read one by one, each straight to its place, after all names and shapes have
+    been found right: memory holds about one copy. Pickled weights are not opened.
 
     Numbers differ from transformers' by rounding alone. RecurrentGemma's embeddings are multiplied
     by the root of the width rounded to bfloat16, as they are there.
@@ -189,7 +190,7 @@ def save(
         "dtype": str(model.encoder.embedding.weight.dtype),
     }
     config = (header if layout == "huggingface" else {}) | description
-    clash = sorted(set(config) & set(entries or {}))
+    clash = sorted((set(config) & set(entries or {})) - {"pad_token_id"})
     if clash:
         raise ValueError(
             f"`entries` may not hold {', '.join(clash)}: the model says what they are."

@@ -73,8 +73,8 @@ def describe_hybrid(model: Any) -> dict[str, Any] | None:
         return None
     return (
         describe_sizes(model)
-        | describe_attention(blocks[kinds.index(FULL)].sequence_mixer)
-        | describe_gated_delta_net(blocks[kinds.index(LINEAR)].sequence_mixer)
+        | describe_attention(mixer_of(model, FULL))
+        | describe_gated_delta_net(mixer_of(model, LINEAR))
         | {
             "rms_norm_eps": model.norm.eps,
             "hidden_act": "silu",
@@ -95,6 +95,7 @@ def describe_gated_delta_net(mixer: GatedDeltaNetSequenceMixer) -> dict[str, Any
     }
 
 
-def attention_of(model: Any) -> AttentionSequenceMixer:
+def mixer_of(model: Any, kind: str) -> Any:
+    """The first of the kind."""
     mixers = (block.sequence_mixer for block in model.backbone.blocks)
-    return next(mixer for mixer in mixers if isinstance(mixer, AttentionSequenceMixer))
+    return next(mixer for mixer in mixers if isinstance(mixer, MIXERS[kind]))

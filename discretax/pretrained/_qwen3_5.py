@@ -11,10 +11,10 @@ from discretax.blocks import OffsetRMSNorm, ResidualBlock
 from discretax.pretrained._delta_hybrid import (
     FULL,
     LINEAR,
-    attention_of,
     describe_hybrid,
     gated_delta_net,
     layer_kinds,
+    mixer_of,
 )
 from discretax.pretrained._family import Config, Family, renamed
 from discretax.pretrained._stored import Stored
@@ -116,7 +116,7 @@ def describe(model: Any) -> dict[str, Any] | None:
     config = describe_hybrid(model) if isinstance(model.norm, OffsetRMSNorm) else None
     if config is None:
         return None
-    return config | describe_rotary(attention_of(model), rotary_fraction=None)
+    return config | describe_rotary(mixer_of(model, FULL), rotary_fraction=None)
 
 
 def tensors(model: Any) -> Tensors:
