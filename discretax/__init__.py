@@ -27,6 +27,8 @@ from discretax._timeseries import Timeseries as Timeseries, map_values as map_va
 from discretax.inference import (
     Generated as Generated,
     LiveStep as LiveStep,
+    TextState as TextState,
+    TokenStream as TokenStream,
     discretized as discretized,
     generate as generate,
     inference_state as inference_state,

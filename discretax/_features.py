@@ -74,14 +74,14 @@ def check_samples(layer: eqx.Module, x: Array, features: int) -> None:
     check_features(layer, x, features)
 
 
-def check_size(name: str, value: Any) -> int:
+def check_size(name: str, value: Any, least: int = 1) -> int:
     """The size as a whole number of Python's, from NumPy's or whichever kind; True is none."""
     try:
-        size = 0 if isinstance(value, bool) else operator.index(value)
+        size = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        size = 0
-    if size < 1:
-        raise ValueError(f"`{name}` must be a whole number of at least 1; got {value!r}.")
+        size = least - 1
+    if size < least:
+        raise ValueError(f"`{name}` must be a whole number of at least {least}; got {value!r}.")
     return size
 
 

@@ -123,7 +123,7 @@ def test_greedy_text_of_padded_prompts(name):
     generated = generate(model, state, PROMPTS, NEW, temperature=0, length=LENGTHS, chunk_size=4)
     greedy = lambda logits, i, seen: np.argmax(logits)
     expected = np.array([rewritten(name, row, greedy) for row in rows()])
-    assert_equal(generated, (expected, np.full(len(PROMPTS), NEW)))
+    assert_equal(generated[:2], (expected, np.full(len(PROMPTS), NEW)))
     assert len(pairs(expected)) > len(np.unique(expected[:, :-1])), "each token tells the next"
 
 
@@ -141,14 +141,14 @@ def test_drawn_text_of_padded_prompts(name):
         choose = lambda logits, i, seen: draw(logits, jr.fold_in(row_key, i), seen=seen)  # noqa: B023
         assert_equal(generated.tokens[b], rewritten(name, row, choose))
     alone = generate(model, state, rows()[2], NEW, key=jr.fold_in(key, 2), **options)
-    assert_equal(alone, (generated.tokens[2], np.array(NEW)))
+    assert_equal(alone[:2], (generated.tokens[2], np.array(NEW)))
 
 
 @pytest.mark.parametrize("chunk_size", [1, 4])
 def test_chunks_of_the_prompt(chunk_size):
     model, state = make("Griffin")
-    draw = lambda size: generate(
-        model, state, PROMPTS, NEW, key=jr.key(0), length=LENGTHS, chunk_size=size
+    draw = lambda size: (
+        generate(model, state, PROMPTS, NEW, key=jr.key(0), length=LENGTHS, chunk_size=size).tokens
     )
     assert_equal(draw(chunk_size), draw(512))
 
@@ -156,17 +156,17 @@ def test_chunks_of_the_prompt(chunk_size):
 def test_blocks_in_a_loop():
     model, state = make("Mamba")
     options = {"key": jr.key(0), "length": LENGTHS}
-    expected = generate(model, state, PROMPTS, NEW, **options)
-    assert_equal(generate(scan_blocks(model), state, PROMPTS, NEW, **options), expected)
+    expected = generate(model, state, PROMPTS, NEW, **options).tokens
+    assert_equal(generate(scan_blocks(model), state, PROMPTS, NEW, **options).tokens, expected)
 
 
 def test_inside_jit_and_vmap():
     model, state = make("LRU")
     prompts = jnp.asarray(PROMPTS[:, :1])
     keys = jax.vmap(lambda row: jr.fold_in(jr.key(0), row))(jnp.arange(len(prompts)))
-    write = lambda prompt, key: generate(model, state, prompt, NEW, key=key)
+    write = lambda prompt, key: generate(model, state, prompt, NEW, key=key).tokens
     texts = jax.jit(jax.vmap(write))(prompts, keys)
-    assert_equal(texts, generate(model, state, prompts, NEW, key=jr.key(0)))
+    assert_equal(texts, generate(model, state, prompts, NEW, key=jr.key(0)).tokens)
 
 
 def test_type_of_the_caches():
@@ -225,7 +225,7 @@ def test_one_key_one_text():
 @pytest.mark.parametrize("name", ["LRU", "attention"])
 def test_streams_that_have_not_begun_are_as_good_as_none(name, options):
     model, state = make(name)
-    write = lambda state: generate(model, state, PROMPTS[0], NEW, temperature=0)
+    write = lambda state: generate(model, state, PROMPTS[0], NEW, temperature=0).tokens
     assert_equal(write(inference_state(model, state, **options)), write(state))
 
 
@@ -239,7 +239,7 @@ def test_a_context_is_not_lost_without_a_word(name, write, batch_size):
     run = live if batch_size is None else jax.vmap(live)
     context = jnp.asarray(PROMPTS[0][:1] if batch_size is None else PROMPTS[:2, :1])
     _, used = eqx.filter_jit(run)(context, stream)
-    message = r"must be one that has read nothing.*got one with a cache of .*before the prompt"
+    message = r"must be one that has read nothing, or .*got one with a cache of .*`text.state`"
     with pytest.raises(ValueError, match=message):
         write(model, used, PROMPTS[0], NEW, temperature=0)
     with pytest.raises(ValueError, match=r"or inside `jax.jit` may have"):
@@ -261,7 +261,7 @@ def test_stop_tokens(stop_tokens):
 def test_a_stop_token_in_the_prompt_ends_nothing():
     model, state = counting(6)
     generated = generate(model, state, [2, 2], 3, temperature=0, stop_tokens=(2, 5))
-    assert_equal(generated, (np.array([3, 4, 5]), np.array(3)))
+    assert_equal(generated[:2], (np.array([3, 4, 5]), np.array(3)))
 
 
 def test_nothing_is_read_in_vain():
@@ -358,7 +358,6 @@ def bidirectional(in_features, *, key):
         ({"prompt": [0, 6]}, r"`prompt` must hold .* in \[0, 6\), .*vocabulary.* from 0 to 6"),
         ({"prompt": [2**32, 2]}, r"`prompt` must hold .* from 2 to 4294967296"),
         ({"prompt": [2**70, 2]}, r"`prompt` must be whole numbers.*got object\(2,\)"),
-        ({"prompt": "text"}, r"`prompt` must be whole numbers.*got <U4\(\)"),
         ({"prompt": [-1, 2]}, r"`prompt` must hold .* in \[0, 6\), .* from -1 to 2"),
         ({"length": 0}, r"`length` must lie between 1 and .*, 3; got 0"),
         ({"length": 4}, r"`length` must lie between 1 and .*, 3; got 4"),
@@ -373,7 +372,8 @@ def bidirectional(in_features, *, key):
         ({"stop_tokens": (-1,)}, r"`stop_tokens` must hold .* from -1 to -1"),
         ({"stop_tokens": (0.5,)}, r"`stop_tokens` must hold whole numbers .*got float64"),
         ({"stop_tokens": 3}, r"`stop_tokens` must be a sequence.*got 3.*`stop_tokens=\(0,\)`"),
-        ({"max_new_tokens": 0}, r"`max_new_tokens` must be .* at least 1; got 0"),
+        ({"max_new_tokens": -1}, r"`max_new_tokens` must be .* at least 0; got -1"),
+        ({"max_seqlen": 0}, r"`max_seqlen` must be .* at least 1; got 0"),
         ({"chunk_size": 0}, r"`chunk_size` must be .* at least 1; got 0"),
         ({"temperature": -1.0}, r"`temperature` must be at least 0 and finite; got -1\.0"),
         ({"top_k": 0}, r"`top_k` must be .* at least 1; got 0"),

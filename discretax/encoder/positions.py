@@ -35,7 +35,7 @@ class LearnedPositions(AbstractStreamingLayer):
             raise ValueError(
                 f"`max_seqlen` must be at most the {self.num_positions} positions that an encoder of "
                 f"the model has learned; got {max_seqlen}. Build it with a larger "
-                "`max_position_embeddings`."
+                "`max_position_embeddings`, or read and write fewer samples."
             )
         return jnp.zeros(() if batch_size is None else (batch_size,), int)
 

@@ -2,6 +2,7 @@
 
 from discretax.inference._generate import (
     Generated as Generated,
+    TokenStream as TokenStream,
     generate as generate,
     stream_tokens as stream_tokens,
 )
@@ -13,3 +14,4 @@ from discretax.inference._streaming import (
     inference_state as inference_state,
     streaming_mode as streaming_mode,
 )
+from discretax.inference._text import TextState as TextState

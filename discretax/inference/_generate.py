@@ -4,31 +4,34 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
-from discretax._timeseries import Timeseries
-from discretax.inference._sampling import draw_token
-from discretax.inference._streaming import inference_state, live_model
-from discretax.inference._task import Task, checked_task
+from discretax.inference._streaming import live_model
+from discretax.inference._task import Reading, checked_task
+from discretax.inference._text import Past, Task, Text, TextState, begin, next_tokens, parts
 
 
 class Generated(NamedTuple):
-    """New tokens, the prompt left out, and how many of them there are.
+    """New tokens, the prompt left out, how many of them there are, and where the text stands.
 
-    `tokens` are `(max_new_tokens,)` or `(batch, max_new_tokens)`, `length` is `()` or `(batch,)`.
-    The stop token that ends a text counts; what stands after it repeats it.
+    `tokens` and `log_probs` are `(max_new_tokens,)` or `(batch, max_new_tokens)`, `length` is `()`
+    or `(batch,)`. The stop token that ends a text counts; what stands after it repeats it, with a
+    log-probability of zero.
     """
 
     tokens: Int[Array, "*batch new"]
     length: Int[Array, "*batch"]
+    log_probs: Float[Array, "*batch new"]
+    """By the model's logits, before temperature, penalty and other options; their sum is that of
+    the text."""
+    state: TextState
+    """To go on from."""
 
 
 def generate(
     model: PyTree,
-    state: eqx.nn.State,
+    state: eqx.nn.State | TextState,
     prompt: Int[Array, "*batch time"],
     max_new_tokens: int,
     *,
@@ -40,7 +43,9 @@ def generate(
     repetition_penalty: Float[Array, ""] | float | None = None,
     stop_tokens: Sequence[int] = (),
     length: Int[Array, "*batch"] | int | None = None,
+    mask: Bool[Array, "*batch time"] | None = None,
     chunk_size: int = 512,
+    max_seqlen: int | None = None,
     dtype: Any = None,
 ) -> Generated:
     """The text that a language model writes after a prompt.
@@ -53,42 +58,65 @@ def generate(
     The text of row `b` is what `prompt[b]` alone gives with the key `jax.random.fold_in(key, b)`,
     to rounding, whatever stands in the other rows.
 
+    The `state` that comes back is that of the whole text. With it in the place of the model's, the
+    text goes on: with what is said next as the `prompt`, of which nothing needs to be there.
+
+    !!! example
+
+        ```python
+        first = discretax.generate(model, state, question, 100, temperature=0)
+        second = discretax.generate(model, first.state, next_question, 100, temperature=0)
+        other = discretax.generate(model, first.state, another_question, 100, temperature=0)
+        ```
+
     **Arguments:**
 
     - `model`: `(tokens, state) -> (logits, state)`, from `(time,)` to `(time, vocabulary)`, and
         from a [`discretax.Timeseries`][] as well. Inference and streaming mode are switched on here.
-    - `state`: the model's, after training or made for streams of any number that have not begun.
+    - `state`: the model's, after training or made for streams of any number that have not begun; or
+        a [`discretax.TextState`][], to go on from: that of one text, for all rows, or one text per
+        row.
     - `prompt`: whole numbers, `(time,)` or `(batch, time)`.
-    - `max_new_tokens`: how many tokens to write at most.
-    - `key`: needed unless `temperature` is 0.
+    - `max_new_tokens`: how many tokens to write at most. With 0 the prompt is read, to go on from.
+    - `key`: needed unless `temperature` is 0. Each call wants another.
     - `temperature`, `top_k`, `top_p`, `min_p`, `repetition_penalty`: as in
-        [`discretax.sample_token`][]. The penalty is for the tokens of the prompt and the text.
+        [`discretax.sample_token`][]. The penalty is for the tokens of the whole text, prompts and
+        what a `TextState` has read included.
     - `stop_tokens`: those after which a text ends.
     - `length`: how many tokens of each prompt are valid, `()` or `(batch,)`; padding stands on the
         right. None: all of them.
+    - `mask`: in the place of `length`, which tokens of each prompt are valid, wherever padding
+        stands.
     - `chunk_size`: the most tokens of a prompt to read at once; the memory for reading grows with
         it.
+    - `max_seqlen`: how many tokens, of all calls that go on from here, caches that grow with time
+        have room for, so that later calls need not copy them and compile anew. At least what this
+        call needs. Other caches are of the same size always.
     - `dtype`: of the caches, as in [`discretax.inference_state`][].
 
-    **Returns:** [`discretax.Generated`][]: the new tokens and their number.
+    **Returns:** [`discretax.Generated`][]: the new tokens, their number, their log-probabilities and
+    the state.
 
     **Raises:**
 
     `ValueError` for a prompt that is empty or holds tokens outside of the vocabulary, a length or
-    a sampling option out of range, a missing key, a state that has read a context, and a model that
-    cannot stream or does not give logits for every token; `TypeError` for a `key` that is none.
+    a sampling option out of range, a missing key, a stream's state that has read a context, a
+    `TextState` of another model or number of rows, a text longer than the positions that a model has
+    learned, and a model that cannot stream or does not give logits for every token; `TypeError` for
+    a `key` or a `state` that is none, and for a text that is no tokens yet.
     """
     options = (temperature, top_k, top_p, min_p, repetition_penalty)
-    task = checked_task(
-        model, state, prompt, max_new_tokens, key, options, stop_tokens, length, chunk_size, dtype
+    reading = Reading(length, mask, chunk_size, max_seqlen, dtype)
+    start, task, max_seqlen = checked_task(
+        model, state, prompt, max_new_tokens, stop_tokens, key, options, reading
     )
-    generated = _write(model, state, task)
-    return generated if np.ndim(prompt) == 2 else jax.tree.map(lambda leaf: leaf[0], generated)
+    *generated, after = _write(model, start, task)
+    return Generated(*generated, TextState(*after, max_seqlen))
 
 
 def stream_tokens(
     model: PyTree,
-    state: eqx.nn.State,
+    state: eqx.nn.State | TextState,
     prompt: Int[Array, "*batch time"],
     max_new_tokens: int,
     *,
@@ -100,9 +128,11 @@ def stream_tokens(
     repetition_penalty: Float[Array, ""] | float | None = None,
     stop_tokens: Sequence[int] = (),
     length: Int[Array, "*batch"] | int | None = None,
+    mask: Bool[Array, "*batch time"] | None = None,
     chunk_size: int = 512,
+    max_seqlen: int | None = None,
     dtype: Any = None,
-) -> Iterator[Int[Array, "*batch"]]:
+) -> "TokenStream":
     """The tokens of [`discretax.generate`][] one by one, each as soon as it is known.
 
     Slower than `generate` by one call from Python per token. A model that is
@@ -110,115 +140,94 @@ def stream_tokens(
 
     **Arguments:** those of [`discretax.generate`][].
 
-    **Returns:** an iterator over tokens, `()` or `(batch,)`. It ends when every row has ended; a
-    row that ends before the others goes on giving its stop token.
+    **Returns:** a [`discretax.TokenStream`][], an iterator over tokens, `()` or `(batch,)`. It ends
+    when every row has ended; a row that ends before the others goes on giving its stop token. Its
+    `state` is that of the text so far.
 
     **Raises:** as `generate`, before the first token is asked for.
     """
     options = (temperature, top_k, top_p, min_p, repetition_penalty)
-    task = checked_task(
-        model, state, prompt, max_new_tokens, key, options, stop_tokens, length, chunk_size, dtype
+    reading = Reading(length, mask, chunk_size, max_seqlen, dtype)
+    start, task, max_seqlen = checked_task(
+        model, state, prompt, max_new_tokens, stop_tokens, key, options, reading
     )
-    return _written_one_by_one(model, state, task, batched=np.ndim(prompt) == 2)
+    return TokenStream(model, start, task, max_seqlen)
 
 
-class _Text(NamedTuple):
-    """One row as far as it has been written; the last token has not yet been read."""
+class TokenStream(Iterator[Int[Array, "*batch"]]):
+    """The tokens of a text, one after the other; made by [`discretax.stream_tokens`][].
 
-    state: eqx.nn.State
-    token: Int[Array, ""]
-    length: Int[Array, ""]
-    ended: Bool[Array, ""]
-    seen: Bool[Array, " vocabulary"] | None
+    !!! example
+
+        ```python
+        tokens = discretax.stream_tokens(model, state, prompt, 1000, temperature=0)
+        for token in tokens:
+            print(decode(token))
+            if interrupted():
+                break
+        answer = discretax.stream_tokens(model, tokens.state, remark, 1000, temperature=0)
+        ```
+    """
+
+    def __init__(self, model: PyTree, start: eqx.nn.State | Past, task: Task, max_seqlen: int):
+        self._model, self._start, self._task, self._max_seqlen = model, start, task, max_seqlen
+        self._texts: Text | None = None
+        self._count = 0
+
+    def __next__(self) -> Int[Array, "*batch"]:
+        texts = self._so_far()
+        if self._count == self._task.max_new_tokens or texts.ended.all():
+            raise StopIteration
+        self._texts = texts = _advance(self._model, texts, self._task)
+        self._count += 1
+        return texts.token if self._task.batched else texts.token[0]
+
+    @property
+    def state(self) -> TextState:
+        """Where the text stands after the tokens that have been given so far."""
+        return TextState(*_parts(self._so_far(), self._task), self._max_seqlen)
+
+    def _so_far(self) -> Text:
+        if self._texts is None:
+            self._texts = _begin(self._model, self._start, self._task)
+        return self._texts
 
 
 @eqx.filter_jit
-def _write(model: PyTree, state: eqx.nn.State, task: Task) -> Generated:
+def _write(model: PyTree, start: eqx.nn.State | Past, task: Task) -> tuple:
     live = live_model(model)
 
     def going_on(carry):
-        step, texts, _ = carry
+        step, texts, *_ = carry
         return (step < task.max_new_tokens) & ~texts.ended.all()
 
     def advance(carry):
-        step, texts, tokens = carry
-        texts = _next_tokens(live, texts, task)
-        return step + 1, texts, tokens.at[step].set(texts.token)
+        step, texts, tokens, log_probs = carry
+        texts = next_tokens(live, texts, task)
+        tokens, log_probs = tokens.at[step].set(texts.token), log_probs.at[step].set(texts.log_p)
+        return step + 1, texts, tokens, log_probs
 
-    start = _read_prompts(live, state, task)
-    tokens = jnp.zeros((task.max_new_tokens, len(task.prompt)), int)
-    _, texts, tokens = lax.while_loop(going_on, advance, (0, start, tokens))
+    texts = begin(live, start, task)
+    shape = task.max_new_tokens, len(task.prompt)
+    carry = 0, texts, jnp.zeros(shape, int), jnp.zeros(shape)
+    if task.max_new_tokens > 0:
+        carry = lax.while_loop(going_on, advance, carry)
+    _, texts, tokens, log_probs = carry
     written = jnp.arange(task.max_new_tokens)[None] < texts.length[:, None]
-    return Generated(jnp.where(written, tokens.T, texts.token[:, None]), texts.length)
-
-
-def _read_prompts(live: PyTree, state: eqx.nn.State, task: Task) -> _Text:
-    """Reads all valid tokens but the last, whose logits are those of the first new token."""
-    prompt, before = task.prompt[:, :-1], task.length - 1
-    batch, time = prompt.shape
-    state = inference_state(live, state, batch, time + 1 + task.max_new_tokens, task.dtype)
-    if time > 0:
-        num_chunks = -(-time // task.chunk_size)
-        size = -(-time // num_chunks)
-        prompt = jnp.pad(prompt, ((0, 0), (0, num_chunks * size - time)))
-
-        def read(tokens, length, state):
-            return live(Timeseries(tokens, length=length), state)[1]
-
-        def read_chunk(i, state):
-            chunk = lax.dynamic_slice_in_dim(prompt, i * size, size, axis=1)
-            return jax.vmap(read)(chunk, jnp.clip(before - i * size, 0, size), state)
-
-        # No further than the longest prompt reaches, however much padding there is.
-        state = lax.fori_loop(0, -(-before.max() // size), read_chunk, state)
-    seen = None
-    if task.sampling.repetition_penalty is not None:
-        valid = jnp.arange(time + 1)[None] < task.length[:, None]
-        tokens = jnp.where(valid, task.prompt, task.vocabulary)
-        mark = lambda tokens: jnp.zeros(task.vocabulary, bool).at[tokens].set(True, mode="drop")
-        seen = jax.vmap(mark)(tokens)
-    return _Text(
-        state,
-        token=jnp.take_along_axis(task.prompt, before[:, None], axis=1)[:, 0],
-        length=jnp.zeros(batch, int),
-        ended=jnp.zeros(batch, bool),
-        seen=seen,
-    )
-
-
-def _next_tokens(live: PyTree, texts: _Text, task: Task) -> _Text:
-    def advance(text: _Text, key: PRNGKeyArray | None) -> _Text:
-        logits, state = live(text.token[None], text.state)
-        key = None if key is None else jr.fold_in(key, text.length)
-        token = draw_token(logits[0], key, task.sampling, text.seen)
-        token = jnp.where(text.ended, text.token, token)
-        return _Text(
-            state,
-            token,
-            length=jnp.where(text.ended, text.length, text.length + 1),
-            ended=text.ended | jnp.isin(token, task.stop_tokens),
-            seen=None if text.seen is None else text.seen.at[token].set(True),
-        )
-
-    return jax.vmap(advance)(texts, task.keys)
+    tokens = jnp.where(written, tokens.T, texts.token[:, None])
+    rows = tokens, texts.length, log_probs.T
+    rows = rows if task.batched else jax.tree.map(lambda leaf: leaf[0], rows)
+    return *rows, parts(texts, task)
 
 
 @eqx.filter_jit
-def _begin(model: PyTree, state: eqx.nn.State, task: Task) -> _Text:
-    return _read_prompts(live_model(model), state, task)
+def _begin(model: PyTree, start: eqx.nn.State | Past, task: Task) -> Text:
+    return begin(live_model(model), start, task)
 
 
 @eqx.filter_jit
-def _advance(model: PyTree, texts: _Text, task: Task) -> _Text:
-    return _next_tokens(live_model(model), texts, task)
+def _advance(model: PyTree, texts: Text, task: Task) -> Text:
+    return next_tokens(live_model(model), texts, task)
 
 
-def _written_one_by_one(
-    model: PyTree, state: eqx.nn.State, task: Task, batched: bool
-) -> Iterator[Int[Array, "*batch"]]:
-    texts = _begin(model, state, task)
-    for _ in range(task.max_new_tokens):
-        texts = _advance(model, texts, task)
-        yield texts.token if batched else texts.token[0]
-        if texts.ended.all():
-            return
+_parts = eqx.filter_jit(parts)

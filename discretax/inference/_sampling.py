@@ -148,6 +148,14 @@ def draw_token(
     return jr.categorical(key, filtered(logits, temperature, top_k, top_p, min_p)).astype(int)
 
 
+def log_probability(logits: Logits, token: Int[Array, ""]) -> Float[Array, ""]:
+    """Of the token, as the logits say it, and as `draw_token` understands what is not finite."""
+    logits = jnp.asarray(logits, float)
+    logits = jnp.where(jnp.isnan(logits), -jnp.inf, logits)
+    below = jnp.where(logits == logits.max(), 0, logits - logits.max())
+    return below[token] - jnp.log(jnp.exp(below).sum())
+
+
 def filtered(
     logits: Logits,
     temperature: Float[Array, ""],

@@ -1,50 +1,45 @@
 """What is asked of `generate` and `stream_tokens`, checked before anything is compiled."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray, PyTree
+from jaxtyping import PyTree
 
 from discretax._features import check_size
 from discretax._stateful import AbstractStreamingLayer
 from discretax._timeseries import known
-from discretax.inference._sampling import Sampling, checked_sampling
+from discretax.inference._sampling import checked_sampling
 from discretax.inference._streaming import inference_state, live_model, streaming_layers
+from discretax.inference._text import Past, Task, TextState, with_room
 
 
-class Task(eqx.Module):
-    prompt: Int[Array, "batch time"]
-    length: Int[Array, " batch"]
-    keys: PRNGKeyArray | None  # one per row
-    sampling: Sampling
-    stop_tokens: Int[Array, " stops"]
-    vocabulary: int = eqx.field(static=True)
-    max_new_tokens: int = eqx.field(static=True)
-    chunk_size: int = eqx.field(static=True)
-    dtype: Any = eqx.field(static=True)
+class Reading(NamedTuple):
+    """How a prompt is read: options of `generate`, as they were given."""
+
+    length: Any
+    mask: Any
+    chunk_size: Any
+    max_seqlen: Any
+    dtype: Any
 
 
 def checked_task(
-    model, state, prompt, max_new_tokens, key, options, stop_tokens, length, chunk_size, dtype
-) -> Task:
-    max_new_tokens = check_size("max_new_tokens", max_new_tokens)
-    chunk_size = check_size("chunk_size", chunk_size)
+    model, state, prompt, max_new_tokens, stop_tokens, key, options, reading: Reading
+) -> tuple[eqx.nn.State | Past, Task, int]:
+    """Where to begin, what to do, and for how many tokens the caches have room."""
+    max_new_tokens = check_size("max_new_tokens", max_new_tokens, least=0)
+    chunk_size = check_size("chunk_size", reading.chunk_size)
+    if max_new_tokens == 0 and key is None:
+        options = (0, *options[1:])  # nothing is drawn
     sampling = checked_sampling(key, *options)
-    _refuse_used(model, state)
-    prompt = _numbers(prompt)
-    if prompt.ndim not in (1, 2) or prompt.size == 0 or not _is_whole(prompt):
-        raise ValueError(
-            "`prompt` must be whole numbers, (time,) or (batch, time), at least one for each text; "
-            f"got {prompt.dtype}{prompt.shape}. With nothing to go on from, begin with the token "
-            "that stands for the start of a text."
-        )
-    vocabulary = _vocabulary(model, state)
-    length = _checked_length(length, prompt)
-    _check_tokens("prompt", _valid_tokens(prompt, length), vocabulary)
+    _check_state(model, state)
+    goes_on = isinstance(state, TextState)
+    vocabulary = _vocabulary(model, state.caches if goes_on else state)
+    prompt, length = _checked_prompt(prompt, reading, vocabulary, at_least=0 if goes_on else 1)
     stops = np.asarray(stop_tokens)
     stops = stops if stops.size else stops.astype(int)
     if stops.ndim != 1:
@@ -56,17 +51,31 @@ def checked_task(
     if key is not None:
         rows = jnp.arange(len(prompt))
         key = key[None] if prompt.ndim == 1 else jax.vmap(lambda row: jr.fold_in(key, row))(rows)
-    return Task(
-        jnp.atleast_2d(prompt).astype(int),
-        jnp.atleast_1d(length).astype(int),
+    max_seqlen = _room(state, prompt.shape[-1] + max_new_tokens - 1, reading.max_seqlen)
+    tokens, length = jnp.atleast_2d(prompt).astype(int), jnp.atleast_1d(length).astype(int)
+    start, read = state, jnp.zeros_like(length)
+    if isinstance(state, TextState):
+        _check_rows(state, prompt, reading.dtype)
+        of_rows = lambda array: jnp.broadcast_to(array, length.shape)
+        read = of_rows(state.length - 1)
+        tokens = jnp.concatenate([of_rows(state.last_token)[:, None], tokens], axis=1)
+        length = length + 1
+        start = Past(with_room(model, state, max_seqlen), state.seen)
+    task = Task(
+        tokens,
+        length,
+        read,
         key,
         sampling,
         jnp.asarray(stops, int),
         vocabulary,
         max_new_tokens,
         chunk_size,
-        dtype,
+        batched=prompt.ndim == 2,
+        max_seqlen=None if goes_on else max_seqlen,
+        dtype=reading.dtype,
     )
+    return start, task, max_seqlen
 
 
 @eqx.filter_jit
@@ -88,17 +97,57 @@ def _vocabulary(model: PyTree, state: eqx.nn.State) -> int:
     return logits.shape[1]
 
 
-def _refuse_used(model: PyTree, state: eqx.nn.State) -> None:
+def _check_state(model: PyTree, state: Any) -> None:
     """Caches as they were allocated may be so again; what others hold would be lost."""
-    _, places = state.tree_flatten()
+    if not isinstance(state, eqx.nn.State | TextState):
+        raise TypeError(
+            "`state` must be the model's, or the `state` that an earlier call gave back; got "
+            f"{type(state).__name__}. After `text = generate(...)` it is `text.state`."
+        )
+    caches = state.caches if isinstance(state, TextState) else state
+    _, places = caches.tree_flatten()
     for layer in streaming_layers(model):
-        if layer.cache_index.marker in places and not _is_empty(layer, state):
+        is_there = layer.cache_index.marker in places
+        if isinstance(state, TextState):
+            if not is_there:
+                raise ValueError(
+                    "`state` must be that of a text which this model has read; got one without a "
+                    f"cache for its `{type(layer).__name__}`. Read the text with this model: "
+                    "`generate(model, model_state, text, 0).state`."
+                )
+        elif is_there and not _is_empty(layer, state):
             raise ValueError(
-                "`state` must be one that has read nothing, since a text begins with its `prompt`; "
-                f"got one with a cache of `{type(layer).__name__}` that has, or inside `jax.jit` may "
-                "have. Put what it has read before the prompt, and give the state that came with "
-                "the model or `discretax.inference_state(model, state)`."
+                "`state` must be one that has read nothing, or the `state` that an earlier call gave "
+                f"back; got one with a cache of `{type(layer).__name__}` that has, or inside "
+                "`jax.jit` may have. Let `generate` read it, `text = generate(model, state, tokens, "
+                "0)`, and go on from `text.state`; or give the state that came with the model or "
+                "`discretax.inference_state(model, state)`."
             )
+
+
+def _check_rows(state: TextState, prompt: Any, dtype: Any) -> None:
+    rows = state.length.shape
+    if rows and rows != prompt.shape[:-1]:
+        raise ValueError(
+            f"`prompt` must be (batch, time) with one row for each of the {rows[0]} texts of "
+            f"`state`; got {prompt.shape}. A row of a state is `state[0]`."
+        )
+    if dtype is not None:
+        raise ValueError(
+            f"`dtype` is of caches that begin, and those of `state` are there already; got {dtype}. "
+            "Give it to the call that reads the first prompt."
+        )
+
+
+def _room(state: Any, tokens: int, max_seqlen: Any) -> int:
+    """For how many tokens to have room, if the next call adds so many."""
+    least = 1 if max_seqlen is None else check_size("max_seqlen", max_seqlen)
+    if not isinstance(state, TextState):
+        return max(least, tokens)
+    lengths = known(state.length)
+    if lengths is None:
+        return max(least, state.max_seqlen + 1 + tokens)
+    return max(least, state.max_seqlen, int(lengths.max()) + tokens)
 
 
 def _is_empty(layer: AbstractStreamingLayer, state: eqx.nn.State) -> bool:
@@ -123,7 +172,56 @@ def _numbers(values: Any) -> Any:
     return jnp.asarray(values) if traced else np.asarray(values)
 
 
-def _checked_length(length: Any, prompt: Array) -> Array:
+def _checked_prompt(
+    prompt: Any, reading: Reading, vocabulary: int, at_least: int
+) -> tuple[Any, Any]:
+    """The tokens, padding on the right, and how many are valid; `at_least` so many."""
+    prompt = _numbers(prompt)
+    if prompt.dtype.kind in "US":
+        raise TypeError(
+            f"`prompt` must be tokens, whole numbers; got text, {prompt.dtype}{prompt.shape}. Turn it "
+            "into those that the model was trained with, such as by "
+            '`tokenizers.Tokenizer.from_file("tokenizer.json").encode(text).ids`.'
+        )
+    if at_least == 0 and prompt.size == 0 and not isinstance(prompt, jax.Array):
+        prompt = prompt.astype(int)
+    is_enough = prompt.ndim in (1, 2) and min(prompt.shape[:-1], default=1) > 0
+    if not is_enough or prompt.shape[-1] < at_least or not _is_whole(prompt):
+        raise ValueError(
+            "`prompt` must be whole numbers, (time,) or (batch, time), at least one for each text; "
+            f"got {prompt.dtype}{prompt.shape}. With nothing to go on from, begin with the token "
+            "that stands for the start of a text."
+        )
+    if reading.mask is None:
+        length = _checked_length(reading.length, prompt, at_least)
+    else:
+        prompt, length = _gathered(prompt, reading, at_least)
+    _check_tokens("prompt", _valid_tokens(prompt, length), vocabulary)
+    return prompt, length
+
+
+def _gathered(prompt: Any, reading: Reading, at_least: int) -> tuple[Any, Any]:
+    """The valid tokens before all others, in their order, and their number."""
+    if reading.length is not None:
+        raise ValueError("`length` and `mask` both say which tokens are valid; give one of them.")
+    mask = _numbers(reading.mask)
+    if mask.shape != prompt.shape or mask.dtype != bool:
+        raise ValueError(
+            f"`mask` must be one boolean per token, bool{prompt.shape}; got {mask.dtype}{mask.shape}. "
+            "Of zeros and ones, it is `mask == 1`."
+        )
+    lengths = known(mask.sum(-1))
+    if lengths is not None and lengths.min() < at_least:
+        raise ValueError(
+            f"`mask` must leave at least {at_least} token of each prompt; got lengths of {lengths}."
+        )
+    is_traced = isinstance(mask, jax.Array) or isinstance(prompt, jax.Array)
+    library = jnp if is_traced else np
+    order = library.argsort(~mask, axis=-1, stable=True)
+    return library.take_along_axis(library.asarray(prompt), order, axis=-1), mask.sum(-1)
+
+
+def _checked_length(length: Any, prompt: Any, at_least: int) -> Any:
     time, batch = prompt.shape[-1], prompt.shape[:-1]
     length = np.full(batch, time) if length is None else _numbers(length)
     if length.shape != batch or not _is_whole(length):
@@ -132,15 +230,15 @@ def _checked_length(length: Any, prompt: Array) -> Array:
             f"{length.dtype}{length.shape}."
         )
     lengths = known(length)
-    if lengths is not None and ((lengths < 1) | (lengths > time)).any():
+    if lengths is not None and ((lengths < at_least) | (lengths > time)).any():
         raise ValueError(
-            f"`length` must lie between 1 and the number of tokens, {time}; got {lengths}. A text "
-            "goes on from at least one token."
+            f"`length` must lie between {at_least} and the number of tokens, {time}; got {lengths}."
+            + (" A text goes on from at least one token." if at_least else "")
         )
     return length
 
 
-def _valid_tokens(prompt: Array, length: Array) -> np.ndarray | None:
+def _valid_tokens(prompt: Any, length: Any) -> np.ndarray | None:
     tokens, lengths = known(prompt), known(length)
     if tokens is None or lengths is None:
         return None
