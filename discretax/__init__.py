@@ -29,6 +29,7 @@ from discretax.inference import (
     LiveStep as LiveStep,
     TextState as TextState,
     TokenStream as TokenStream,
+    beam_search as beam_search,
     discretized as discretized,
     generate as generate,
     inference_state as inference_state,

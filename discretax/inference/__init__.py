@@ -1,5 +1,6 @@
 """Running trained models sample by sample or chunk by chunk, and writing text with them."""
 
+from discretax.inference._beam_search import beam_search as beam_search
 from discretax.inference._generate import (
     Generated as Generated,
     TokenStream as TokenStream,

@@ -27,19 +27,26 @@ class Reading(NamedTuple):
     dtype: Any
 
 
+class Start(NamedTuple):
+    """Where a model begins, and for how many tokens its caches have room."""
+
+    given: eqx.nn.State | Past
+    max_seqlen: int
+
+
 def checked_task(
     model, state, prompt, max_new_tokens, stop_tokens, key, options, reading: Reading
-) -> tuple[eqx.nn.State | Past, Task, int]:
-    """Where to begin, what to do, and for how many tokens the caches have room."""
+) -> tuple[Start, Task]:
+    """Where to begin and what to do."""
     max_new_tokens = check_size("max_new_tokens", max_new_tokens, least=0)
     chunk_size = check_size("chunk_size", reading.chunk_size)
     if max_new_tokens == 0 and key is None:
         options = (0, *options[1:])  # nothing is drawn
     sampling = checked_sampling(key, *options)
-    _check_state(model, state)
+    vocabulary = vocabulary_of(model, state)
     goes_on = isinstance(state, TextState)
-    vocabulary = _vocabulary(model, state.caches if goes_on else state)
     prompt, length = _checked_prompt(prompt, reading, vocabulary, at_least=0 if goes_on else 1)
+    start = started(model, state, prompt.shape, max_new_tokens, reading)
     stops = np.asarray(stop_tokens)
     stops = stops if stops.size else stops.astype(int)
     if stops.ndim != 1:
@@ -51,16 +58,13 @@ def checked_task(
     if key is not None:
         rows = jnp.arange(len(prompt))
         key = key[None] if prompt.ndim == 1 else jax.vmap(lambda row: jr.fold_in(key, row))(rows)
-    max_seqlen = _room(state, prompt.shape[-1] + max_new_tokens - 1, reading.max_seqlen)
     tokens, length = jnp.atleast_2d(prompt).astype(int), jnp.atleast_1d(length).astype(int)
-    start, read = state, jnp.zeros_like(length)
+    read = jnp.zeros_like(length)
     if isinstance(state, TextState):
-        _check_rows(state, prompt, reading.dtype)
         of_rows = lambda array: jnp.broadcast_to(array, length.shape)
         read = of_rows(state.length - 1)
         tokens = jnp.concatenate([of_rows(state.last_token)[:, None], tokens], axis=1)
         length = length + 1
-        start = Past(with_room(model, state, max_seqlen), state.seen)
     task = Task(
         tokens,
         length,
@@ -72,10 +76,31 @@ def checked_task(
         max_new_tokens,
         chunk_size,
         batched=prompt.ndim == 2,
-        max_seqlen=None if goes_on else max_seqlen,
+        max_seqlen=None if goes_on else start.max_seqlen,
         dtype=reading.dtype,
     )
-    return start, task, max_seqlen
+    return start, task
+
+
+def started(
+    model: PyTree, state: Any, shape: tuple[int, ...], max_new_tokens: int, reading: Reading
+) -> Start:
+    """Where the model begins with a prompt of this shape; its state has been looked at."""
+    max_seqlen = _room(state, shape[-1] + max_new_tokens - 1, reading.max_seqlen)
+    if not isinstance(state, TextState):
+        return Start(state, max_seqlen)
+    rows = state.length.shape
+    if rows and rows != shape[:-1]:
+        raise ValueError(
+            f"`prompt` must be (batch, time) with one row for each of the {rows[0]} texts of "
+            f"`state`; got {shape}. A row of a state is `state[0]`."
+        )
+    if reading.dtype is not None:
+        raise ValueError(
+            "`dtype` is of caches that begin, and those of `state` are there already; got "
+            f"{reading.dtype}. Give it to the call that reads the first prompt."
+        )
+    return Start(Past(with_room(model, state, max_seqlen), state.seen), max_seqlen)
 
 
 @eqx.filter_jit
@@ -84,9 +109,11 @@ def _logits(model: PyTree, state: eqx.nn.State) -> Any:
     return live(jnp.zeros(2, int), inference_state(live, state, max_seqlen=2))[0]
 
 
-def _vocabulary(model: PyTree, state: eqx.nn.State) -> int:
+def vocabulary_of(model: PyTree, state: Any) -> int:
     """By shapes alone; traced once per model, since `_logits` is jitted."""
-    logits = eqx.filter_eval_shape(_logits, model, state)
+    _check_state(model, state)
+    caches = state.caches if isinstance(state, TextState) else state
+    logits = eqx.filter_eval_shape(_logits, model, caches)
     is_array = isinstance(logits, jax.ShapeDtypeStruct)
     received = f"{logits.dtype}{logits.shape}" if is_array else type(logits).__name__
     if not is_array or len(logits.shape) != 2 or logits.shape[0] != 2 or not _is_float(logits):
@@ -123,20 +150,6 @@ def _check_state(model: PyTree, state: Any) -> None:
                 "0)`, and go on from `text.state`; or give the state that came with the model or "
                 "`discretax.inference_state(model, state)`."
             )
-
-
-def _check_rows(state: TextState, prompt: Any, dtype: Any) -> None:
-    rows = state.length.shape
-    if rows and rows != prompt.shape[:-1]:
-        raise ValueError(
-            f"`prompt` must be (batch, time) with one row for each of the {rows[0]} texts of "
-            f"`state`; got {prompt.shape}. A row of a state is `state[0]`."
-        )
-    if dtype is not None:
-        raise ValueError(
-            f"`dtype` is of caches that begin, and those of `state` are there already; got {dtype}. "
-            "Give it to the call that reads the first prompt."
-        )
 
 
 def _room(state: Any, tokens: int, max_seqlen: Any) -> int:
@@ -216,7 +229,7 @@ def _gathered(prompt: Any, reading: Reading, at_least: int) -> tuple[Any, Any]:
             f"`mask` must leave at least {at_least} token of each prompt; got lengths of {lengths}."
         )
     is_traced = isinstance(mask, jax.Array) or isinstance(prompt, jax.Array)
-    library = jnp if is_traced else np
+    library: Any = jnp if is_traced else np
     order = library.argsort(~mask, axis=-1, stable=True)
     return library.take_along_axis(library.asarray(prompt), order, axis=-1), mask.sum(-1)
 

@@ -187,7 +187,22 @@ def _longer(model, caches, batch_size, max_seqlen):
     return eqx.tree_at(where, caches, jax.tree.map(grown, where(caches), new))
 
 
+def outcome(
+    texts: Text, tokens: Int[Array, "batch new"], log_probs: Float[Array, "batch new"], task: Task
+) -> tuple:
+    """The fields of `Generated` and of its state; what stands behind a text repeats its last token."""
+    written = jnp.arange(tokens.shape[1])[None] < texts.length[:, None]
+    tokens = jnp.where(written, tokens, texts.token[:, None])
+    rows = tokens, texts.length, jnp.where(written, log_probs, 0)
+    return (*alone(rows, task), parts(texts, task))
+
+
 def parts(texts: Text, task: Task) -> tuple:
     """What a `TextState` is made of, but for its `max_seqlen`."""
-    every = (texts.caches, texts.token, task.read + task.length + texts.length, texts.seen)
-    return every if task.batched else jax.tree.map(lambda leaf: leaf[0], every)
+    length = task.read + task.length + texts.length
+    return alone((texts.caches, texts.token, length, texts.seen), task)
+
+
+def alone(rows: tuple, task: Task) -> tuple:
+    """The only row, where the prompt was no batch."""
+    return rows if task.batched else jax.tree.map(lambda leaf: leaf[0], rows)
