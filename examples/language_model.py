@@ -3,9 +3,11 @@
     python examples/language_model.py                           # RG-LRU
     python examples/language_model.py --pattern mamba rglru     # compared
     python examples/language_model.py --prompt "The lambda expression" --save runs/rglru
+    python examples/language_model.py --text source --save runs/source   # for fine_tune.py
 
 The text is that of Python's `help("topics")`. Topics that are sections of longer ones are left out;
-of the others, every eighth is held out for validation. The bits that a byte of these costs are
+of the others, every eighth is held out for validation. With `--text source` it is the source of the
+standard library's modules, those below 20 kB. The bits that a byte of the held-out part costs are
 reported beside what simple models of bytes need: their frequencies, and the compressors of the
 standard library, which read the training text first.
 """
@@ -13,6 +15,7 @@ standard library, which read the training text first.
 import bz2
 import dataclasses
 import lzma
+import sysconfig
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -85,9 +88,18 @@ def distinct_topics() -> list[str]:
     return [topics[name] for name in sorted(kept)]
 
 
-def load() -> tuple[jax.Array, jax.Array]:
-    """The topics to train with and those to validate with, as bytes, each after a `START`."""
-    texts = distinct_topics()
+def sources() -> list[str]:
+    """The standard library's modules that lie side by side and have less than 20 kB, by name."""
+    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+    return [file.read_text("utf-8") for file in files if file.stat().st_size < 20_000]
+
+
+TEXTS = {"topics": distinct_topics, "source": sources}
+
+
+def load(name: str = "topics") -> tuple[jax.Array, jax.Array]:
+    """The texts to train with and those to validate with, as bytes, each after a `START`."""
+    texts = TEXTS[name]()
     validation = texts[::8]
     del texts[::8]
     return packed(texts), packed(validation)
@@ -270,6 +282,7 @@ def parse(argv: list[str] | None):
     parser = arguments.parser(__doc__)
     add = parser.add_argument
     add("--pattern", choices=tuple(PATTERNS), nargs="+", default=["rglru"])
+    add("--text", choices=tuple(TEXTS), default="topics")
     add("--seed", type=int, default=0)
     add("--prompt", default='The "match" statement\n', help="how the text to be written begins")
     add("--write", type=int, default=400, help="how many bytes to write at the end")
@@ -281,7 +294,7 @@ def parse(argv: list[str] | None):
 
 def main(argv: list[str] | None = None) -> dict:
     options, config = parse(argv)
-    data, results = load(), {}
+    data, results = load(options["text"]), {}
     bounds = floors(*data)
     sizes = [int((part != START).sum()) for part in data]
     print("{} bytes to train with, {} to validate with".format(*sizes))

@@ -98,7 +98,7 @@ def test_a_few_steps_teach_something_and_the_weights_write(
     """The text that the trained model writes is the one that its saved weights write."""
     text = "the cat sat on the mat. " * 20
     data = example.packed([text, text]), example.packed([text[:100]])
-    monkeypatch.setattr(example, "load", lambda: data)
+    monkeypatch.setattr(example, "load", lambda _: data)
     saved = tmp_path / "weights"
     with jax.numpy_dtype_promotion("standard"):  # which Optax relies on
         results = example.main([*SMALL, "--prompt=the cat", f"--out={tmp_path}", f"--save={saved}"])
