@@ -54,6 +54,8 @@ READ_ALIKE = (
     "qwen3_5",
     "olmo_hybrid",
     "xlstm",
+    "rwkv7",
+    "rwkv7_native",
 )
 
 

@@ -30,6 +30,7 @@ NAMES = (
     "qwen3_5_text",
     "olmo_hybrid",
     "xlstm",
+    "rwkv7",
 )
 every_family = pytest.mark.parametrize("name", NAMES)
 WEIGHTS, CONFIG = "model.safetensors", "config.json"

@@ -31,6 +31,8 @@ SIZES = {
     "lfm3": 1_728_801_536,
     "Qwen3.5-0.8B": 752_393_024,
     "Olmo-Hybrid-7B": 7_430_870_688,
+    "xLSTM-7b": 6_865_424_896,
+    "rwkv7-168M-pile": 167_638_272,  # added up by hand
 }
 
 
@@ -50,4 +52,9 @@ def test_published_configurations(name):
     numbers = {k: v for k, v in described.items() if isinstance(v, int | float)}
     numbers.pop("block_auto_adjust_ff_dim", None)  # written as the width that is meant
     numbers.pop("expand", None)  # beside an inner width
+    for of_the_mlp in (
+        "ffn_proj_factor",
+        "ffn_round_up_to_multiple_of",
+    ):  # a factor without rounding
+        numbers.pop(of_the_mlp, None)
     assert numbers and {k: entries.get(k, v) for k, v in numbers.items()} == numbers

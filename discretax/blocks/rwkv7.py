@@ -55,6 +55,7 @@ class RWKV7Block(AbstractBlock):
         intermediate_dim: int | None = None,
         drop_rate: float = 0.0,
         norm_eps: float = 1e-5,
+        head_norm_eps: float = 64e-5,
     ):
         """**Arguments:**
 
@@ -65,12 +66,13 @@ class RWKV7Block(AbstractBlock):
             [`discretax.sequence_mixers.RWKV7SequenceMixer`][].
         - `intermediate_dim`: as in [`discretax.sequence_mixers.RWKV7ChannelMixer`][].
         - `drop_rate`: probability with which dropout zeroes a feature.
-        - `norm_eps`: added to the variances of the norms.
+        - `norm_eps`: added to the variances of the norms of the features.
+        - `head_norm_eps`: added to those of the heads.
 
         **Raises:**
 
         `ValueError` for sizes that do not fit, a layer that the model has not, a rate outside
-        [0, 1), or a `norm_eps` that is not positive.
+        [0, 1), or an eps that is not positive.
         """
         hidden_dim = check_size("hidden_dim", hidden_dim)
         check_positive("norm_eps", norm_eps)
@@ -88,6 +90,7 @@ class RWKV7Block(AbstractBlock):
             value_residual="takes" if takes else "gives" if gives else None,
             layer=layer,
             num_layers=num_layers,
+            norm_eps=head_norm_eps,
         )
         self.channel_mixer = RWKV7ChannelMixer(
             hidden_dim,

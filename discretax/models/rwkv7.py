@@ -37,6 +37,7 @@ class RWKV7(AbstractBackbone):
         intermediate_dim: int | None = None,
         drop_rate: float = 0.0,
         norm_eps: float = 1e-5,
+        head_norm_eps: float = 64e-5,
     ):
         """**Arguments:**
 
@@ -44,7 +45,7 @@ class RWKV7(AbstractBackbone):
         - `hidden_dim`: width of the residual stream.
         - `num_blocks`: how many blocks to stack.
         - `head_dim`, `decay_rank`, `strength_rank`, `value_rank`, `gate_rank`,
-            `intermediate_dim`, `drop_rate`, `norm_eps`: as in [`discretax.blocks.RWKV7Block`][].
+            `intermediate_dim`, `drop_rate`, `norm_eps`, `head_norm_eps`: as in [`discretax.blocks.RWKV7Block`][].
         """
         num_blocks = check_size("num_blocks", num_blocks)
         self.blocks = tuple(
@@ -61,6 +62,7 @@ class RWKV7(AbstractBackbone):
                 intermediate_dim=intermediate_dim,
                 drop_rate=drop_rate,
                 norm_eps=norm_eps,
+                head_norm_eps=head_norm_eps,
             )
             for layer, block_key in enumerate(jr.split(key, num_blocks))
         )

@@ -36,6 +36,7 @@ from discretax.pretrained._nemotron_h import NEMOTRON_H
 from discretax.pretrained._olmo_hybrid import OLMO_HYBRID
 from discretax.pretrained._qwen3_5 import QWEN3_5, QWEN3_5_TEXT
 from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
+from discretax.pretrained._rwkv7 import IN_EVERY_MODEL, RWKV7, RWKV7_NATIVE
 from discretax.pretrained._stored import Stored, gathered, leaves
 from discretax.pretrained._xlstm import XLSTM
 
@@ -58,6 +59,8 @@ FAMILIES = {
         QWEN3_5,
         OLMO_HYBRID,
         XLSTM,
+        RWKV7,
+        RWKV7_NATIVE,
     )
 }
 HEAD = "lm_head.weight"
@@ -75,14 +78,15 @@ def load(
     `model.safetensors.index.json`. Of `config.json`, `model_type` must be `"mamba"`, `"mamba2"`,
     `"falcon_mamba"`, `"recurrent_gemma"`, `"falcon_h1"`, `"granitemoehybrid"` (without experts),
     `"bamba"`, `"nemotron_h"` (without experts), `"lfm2"`, `"lfm3"`, `"qwen3_5_text"`, `"qwen3_5"`,
-    `"olmo_hybrid"` or `"xlstm"`, and every other entry must be known: one that might change what
-    the model computes is never passed over. Of `"qwen3_5"` the text part is loaded: skipped are
-    tensors whose names begin with `model.visual.` (images and videos) or `mtp.` (heads that predict
-    several tokens), the latter of `"qwen3_5_text"`, too. Without a `model_type`, but with `d_model`
-    and `n_layer`, the folder is in the layout of mamba_ssm, of a Mamba or Mamba-2 such as
-    `"state-spaces/mamba2-130m"`. Sizes are compared to the tensors before anything is built from
-    them. Tensors are read one by one, each straight to its place, after all names and shapes have
-    been found right: memory holds about one copy. Pickled weights are not opened.
+    `"olmo_hybrid"`, `"xlstm"` or `"rwkv7"`, and every other entry must be known: one that might change
+    what the model computes is never passed over. Of `"qwen3_5"` the text part is loaded: skipped are tensors whose
+    names begin with `model.visual.` (images and videos) or `mtp.` (heads that predict several tokens),
+    the latter of `"qwen3_5_text"`, too. Without a `model_type`, but with `d_model` and `n_layer`, the
+    folder is in the layout of mamba_ssm, of a Mamba or Mamba-2 such as `"state-spaces/mamba2-130m"`;
+    where the tensors are those of an RWKV-7 by its authors' names, `config.json` may be missing. Sizes
+    are compared to the tensors before anything is built from them. Tensors are read one by one, each
+    straight to its place, after all names and shapes have been found right: memory holds about one
+    copy. Pickled weights are not opened.
 
     Numbers differ from transformers' by rounding alone. RecurrentGemma's embeddings are multiplied
     by the root of the width rounded to bfloat16, as they are there.
@@ -116,8 +120,8 @@ def load(
     """
     dtype = None if dtype is None else _floating(jnp.dtype(dtype), "`dtype`")
     folder = locate(source)
-    text = read_config(folder)
     with open_tensors(folder) as tensors:
+        text = read_config(folder, is_needed=IN_EVERY_MODEL not in tensors.shapes)
         family, make = _family(parsed(text, folder / CONFIG), str(folder / CONFIG), tensors.shapes)
         tensors.rename(family.names(tensors.shapes))
         model, state = eqx.filter_eval_shape(eqx.nn.make_with_state(make), jr.key(0))
@@ -159,8 +163,9 @@ def save(
     - `folder`: made if missing; the two files in it are replaced.
     - `entries`: more of `config.json`, which do not change what the model computes:
         `{"eos_token_id": 2}`.
-    - `layout`: `"huggingface"`, or `"mamba_ssm"` for that package, of a Mamba or Mamba-2. The model
-        does not remember which one it was loaded from.
+    - `layout`: `"huggingface"`, or `"mamba_ssm"` for that package, of a Mamba or Mamba-2, or
+        `"rwkv_lm"` for the code of RWKV's authors, of an RWKV-7. The model does not remember which
+        one it was loaded from.
 
     **Raises:** `TypeError` for another kind of model, and for `entries` that JSON cannot hold;
     `ValueError` for a model that belongs to no family of the layout, with the fields in which it
@@ -229,8 +234,11 @@ def _family(
     entries: dict[str, Any], where: str, shapes: Mapping[str, tuple[int, ...]] | None = None
 ) -> tuple[Family, Callable[..., LanguageModel]]:
     config = Config(entries, where, shapes)
-    if "model_type" not in entries and {"d_model", "n_layer"} <= entries.keys():
-        return MAMBA_SSM, MAMBA_SSM.build(config)
+    if "model_type" not in entries:
+        if {"d_model", "n_layer"} <= entries.keys():
+            return MAMBA_SSM, MAMBA_SSM.build(config)
+        if IN_EVERY_MODEL in (shapes or ()) or {"n_embd", "n_layer"} <= entries.keys():
+            return RWKV7_NATIVE, RWKV7_NATIVE.build(config)
     model_type = config.entry("model_type")
     known = {name: f for name, f in FAMILIES.items() if f.layout == "huggingface"}
     if not isinstance(model_type, str) or model_type not in known:

@@ -206,7 +206,7 @@ def describe_sizes(model: LanguageModel) -> dict[str, Any]:
     }
 
 
-Layout = Literal["huggingface", "mamba_ssm"]
+Layout = Literal["huggingface", "mamba_ssm", "rwkv_lm"]
 TensorsOf = Callable[[LanguageModel], Mapping[str, Array | Stored | None]]
 
 
@@ -227,9 +227,8 @@ class Family(NamedTuple):
     }
     """Of the names in a file, each by that which `tensors` has for it; without those to be skipped."""
     layout: Layout = "huggingface"
-    """The other one has neither the `model_type` nor the architecture in its files, and the weight of
-    the logits also if it is the embedding."""
-
+    """The others have neither the `model_type` nor the architecture in their files; mamba_ssm's has the
+    weight of the logits also if it is the embedding."""
     variant: Callable[[Config], TensorsOf | None] = lambda config: None
     """`tensors` of files in which they lie otherwise than they are saved; None for the usual ones."""
 

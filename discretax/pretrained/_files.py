@@ -72,9 +72,12 @@ def read_text(path: pathlib.Path) -> str:
         raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
-def read_config(folder: pathlib.Path) -> str:
+def read_config(folder: pathlib.Path, *, is_needed: bool) -> str:
+    """Its text; that of no entries if there is none and none is needed."""
     path = folder / CONFIG
     if not path.is_file():
+        if not is_needed:
+            return "{}"
         raise FileNotFoundError(f"{folder} has no {CONFIG}, which says what the weights belong to.")
     return read_text(path)
 
@@ -139,9 +142,10 @@ def shards(folder: pathlib.Path) -> list[str]:
     if not (folder / INDEX).is_file():
         raise FileNotFoundError(
             f"{folder} has neither {WEIGHTS} nor {INDEX}. Pickled weights, such as "
-            "pytorch_model.bin, are not opened, because they may run any code. Let transformers "
-            "write safetensors, `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`, "
-            "where you trust the file, or, as for mamba_ssm's, PyTorch and safetensors alone: "
+            "a .pth or pytorch_model.bin, are not opened, because they may run any code. Let "
+            "transformers write safetensors, `AutoModelForCausalLM.from_pretrained(...).save_pretrained(...)`, "
+            "where you trust the file, or, as for mamba_ssm's and RWKV's, PyTorch and safetensors "
+            "alone: "
             "`weights = torch.load('pytorch_model.bin', map_location='cpu', weights_only=True)`, "
             "`safetensors.torch.save_file({k: v.clone() for k, v in weights.items()}, "
             "'model.safetensors')`."

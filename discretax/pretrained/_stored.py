@@ -36,13 +36,14 @@ class Stored(NamedTuple):
 
     With several `groups`, such as heads, each part is cut into as many: first come the rows of all
     parts for the first group, then those for the second, and so on. With a `form`, such as (1, 1, -1),
-    the axes are others, -1 for as many as the numbers.
+    the axes are others, -1 for as many as the numbers. Matrices may be transposed.
     """
 
     parts: tuple[Array | Rows, ...]
     is_convolution: bool = False
     groups: int = 1
     form: tuple[int, ...] | None = None
+    is_transposed: bool = False
 
     @property
     def rows(self) -> list[Rows]:
@@ -56,17 +57,20 @@ class Stored(NamedTuple):
         count, rest = sum(shape[0] for shape in shapes), shapes[0][1:]
         if self.form is not None:
             return tuple(count * math.prod(rest) if n == -1 else n for n in self.form)
+        if self.is_transposed:
+            return (*rest, count)
         return (count, 1, *rest) if self.is_convolution else (count, *rest)
 
     def tensor(self) -> np.ndarray:
         arrays = [np.asarray(rows.leaf)[rows.start : rows.stop] for rows in self.rows]
         grouped = [array.reshape(self.groups, -1, *array.shape[1:]) for array in arrays]
         joined = np.concatenate(grouped, axis=1) if len(arrays) > 1 else arrays[0]
-        return np.ascontiguousarray(joined.reshape(self.shape))
+        joined = joined.T if self.is_transposed else joined.reshape(self.shape)
+        return np.ascontiguousarray(joined)
 
     def split(self, tensor: np.ndarray) -> Iterator[tuple[Rows, np.ndarray]]:
         """What each of the rows are in the tensor."""
-        parts = self.rows
+        parts, tensor = self.rows, tensor.T if self.is_transposed else tensor
         grouped = tensor.reshape(self.groups, -1, *parts[0].shape[1:])
         end = 0
         for rows in parts:
