@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from discretax import generate, inference_state, streaming_mode
 from discretax.pretrained import load, save
 from discretax.pretrained._checkpoint import FAMILIES
+from discretax.pretrained._jamba import rhythm_of
 from discretax.sequence_mixers.rotary_scaling import Linear, Llama3, Proportional, Yarn
 
 pytestmark = pytest.mark.slow
@@ -24,6 +25,7 @@ NAMES = (
     "falcon_h1",
     "granitemoehybrid",
     "bamba",
+    "jamba",
     "nemotron_h",
     "lfm2",
     "lfm3",
@@ -182,6 +184,16 @@ def test_a_hybrid_without_positions(entries, folder, tmp_path):
     assert_equal(load(tmp_path / "saved")[0], model)
 
 
+RHYTHMS = {"ma": (2, 1), "a": (1, 0), "aa": (1, 0), "mam": (3, 1), "amma": (3, 0), "mammam": (3, 1)}
+RHYTHMS |= {"mm": (3, 2), "mmaamm": None, "mmama": None, "maa": None}
+
+
+@pytest.mark.parametrize(("layers", "rhythm"), RHYTHMS.items())
+def test_jamba_has_attention_in_a_rhythm(layers, rhythm):
+    kinds = [{"m": "mamba", "a": "attention"}[letter] for letter in layers]
+    assert rhythm_of(kinds) == rhythm
+
+
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -288,6 +300,31 @@ def rope(entries):
             r"'attn_layer_indices' must be a list of layers, 0 to 2; got \[7\]",
         ),
         (
+            "jamba",
+            {"num_experts": 16},
+            "'num_experts' must be 1; got 16. Mixtures of experts are not supported",
+        ),
+        (
+            "jamba",
+            {"num_experts": None},
+            "'num_experts' must be 1; got 16",
+        ),
+        (
+            "jamba",
+            {"attn_layer_offset": 4},
+            "'attn_layer_offset' must be a whole number from 0, below attn_layer_period=4; got 4",
+        ),
+        (
+            "jamba",
+            {"attn_layer_offset": 3},
+            "'attn_layer_offset' must be as the tensors .* with 'model.layers.2.mamba.'; got 3",
+        ),
+        (
+            "jamba",
+            {"attn_layer_period": 1, "attn_layer_offset": 0},
+            "'attn_layer_offset' must be as the tensors .* with 'model.layers.0.self_attn.'; got 0",
+        ),
+        (
             "nemotron_h",
             {"layers_block_type": None, "hybrid_override_pattern": "ME*-M"},
             "'hybrid_override_pattern' must be without 'E'; got 'ME\\*-M'. Mixtures of experts are not",
@@ -349,7 +386,7 @@ def rope(entries):
         (
             "qwen3_5",
             {"model_type": "qwen3_5_moe"},
-            "'model_type' must be one of .*qwen3_5; got 'qwen3_5_moe'. Mixtures of experts are not",
+            "'model_type' must be one of .*qwen3_5.*; got 'qwen3_5_moe'. Mixtures of experts are not",
         ),
         ("qwen3_5", {"text_config": None}, "has no entry 'text_config', which says what the model"),
         ("qwen3_5", {"text_config": [1]}, r"'text_config' must be an object, .*got \[1\]"),

@@ -28,6 +28,7 @@ from discretax.pretrained._files import (
     write,
 )
 from discretax.pretrained._granite import BAMBA, GRANITE
+from discretax.pretrained._jamba import JAMBA
 from discretax.pretrained._lfm2 import LFM2, LFM3
 from discretax.pretrained._mamba import MAMBA
 from discretax.pretrained._mamba2 import MAMBA2
@@ -53,6 +54,7 @@ FAMILIES = {
         FALCON_H1,
         GRANITE,
         BAMBA,
+        JAMBA,
         LFM2,
         LFM3,
         QWEN3_5_TEXT,
@@ -77,10 +79,10 @@ def load(
     The folder holds `config.json` and `model.safetensors`, or shards of it with
     `model.safetensors.index.json`. Of `config.json`, `model_type` must be `"mamba"`, `"mamba2"`,
     `"falcon_mamba"`, `"recurrent_gemma"`, `"falcon_h1"`, `"granitemoehybrid"` (without experts),
-    `"bamba"`, `"nemotron_h"` (without experts), `"lfm2"`, `"lfm3"`, `"qwen3_5_text"`, `"qwen3_5"`,
-    `"olmo_hybrid"`, `"xlstm"` or `"rwkv7"`, and every other entry must be known: one that might change
-    what the model computes is never passed over. Of `"qwen3_5"` the text part is loaded: skipped are tensors whose
-    names begin with `model.visual.` (images and videos) or `mtp.` (heads that predict several tokens),
+    `"bamba"`, `"jamba"` and `"nemotron_h"` (without experts), `"lfm2"`, `"lfm3"`, `"qwen3_5_text"`,
+    `"qwen3_5"`, `"olmo_hybrid"`, `"xlstm"` or `"rwkv7"`, and every other entry must be known: one that
+    might change what the model computes is never passed over. Of `"qwen3_5"` the text part is loaded:
+    skipped are tensors whose names begin with `model.visual.` (images and videos) or `mtp.` (heads that predict several tokens),
     the latter of `"qwen3_5_text"`, too. Without a `model_type`, but with `d_model` and `n_layer`, the
     folder is in the layout of mamba_ssm, of a Mamba or Mamba-2 such as `"state-spaces/mamba2-130m"`;
     where the tensors are those of an RWKV-7 by its authors' names, `config.json` may be missing. Sizes
