@@ -1,5 +1,6 @@
 """Hybrid models in Hugging Face's layout, and mamba_ssm's: transformers' numbers, and the way back."""
 
+import functools as ft
 import json
 import shutil
 
@@ -150,6 +151,24 @@ def test_other_names_of_the_same_norms(folder):
 
     change_tensors(copy, rename)
     assert_equal(load(copy)[0], load(folder_of("olmo_hybrid"))[0])
+
+
+def test_filters_cut_otherwise(folder):
+    """As transformers saves them: queries, keys and values in three equal parts."""
+    copy = folder("olmo_hybrid")
+    names = [f"model.layers.1.linear_attn.{kind}_conv1d.weight" for kind in "qkv"]
+
+    def cut(arrays, ends):
+        filters = np.concatenate([arrays[name] for name in names])
+        arrays.update(dict(zip(names, np.split(filters, ends), strict=True)))
+
+    change_tensors(copy, ft.partial(cut, ends=(19, 38)))
+    assert_equal(load(copy)[0], load(folder_of("olmo_hybrid"))[0])
+    change_tensors(copy, lambda arrays: arrays.update({names[2]: arrays[names[2]][1:]}))
+    with pytest.raises(
+        ValueError, match=r"q_conv1d.weight: got shape \(19, 1, 4\), expected \(16, "
+    ):
+        load(copy)
 
 
 def test_one_parameter_of_several_tensors(folder):

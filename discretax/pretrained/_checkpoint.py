@@ -38,7 +38,7 @@ from discretax.pretrained._olmo_hybrid import OLMO_HYBRID
 from discretax.pretrained._qwen3_5 import QWEN3_5, QWEN3_5_TEXT
 from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
 from discretax.pretrained._rwkv7 import IN_EVERY_MODEL, RWKV7, RWKV7_NATIVE
-from discretax.pretrained._stored import Stored, gathered, leaves
+from discretax.pretrained._stored import Stored, cut_as_stored, gathered, leaves
 from discretax.pretrained._xlstm import XLSTM
 
 # A model is saved as the first that describes it: Nemotron-H, too, may begin with a Mamba-2.
@@ -128,7 +128,7 @@ def load(
         tensors.rename(family.names(tensors.shapes))
         model, state = eqx.filter_eval_shape(eqx.nn.make_with_state(make), jr.key(0))
         _check_pair(text, model, tensors, folder)
-        stored = family.stored(model)
+        stored = cut_as_stored(family.stored(model), tensors.shapes)
         _check_names(stored, tensors, family, model.tie_embeddings)
         place = sharding if callable(sharding) else lambda *_: sharding
         dtypes = {name: dtype or tensors.dtype(name) for name in stored}

@@ -89,6 +89,27 @@ def stored(tensors: Mapping[str, Array | Stored | None]) -> dict[str, Stored]:
     }
 
 
+def cut_as_stored(
+    tensors: Mapping[str, Stored], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, Stored]:
+    """Leaves that several tensors make, cut as the file with these `shapes` cuts them.
+
+    transformers writes Olmo-Hybrid's convolutions of queries, keys and values in three equal parts."""
+    spread: dict[int, list[str]] = {}
+    for name, tensor in tensors.items():
+        rows = tensor.rows
+        if len(rows) == 1 and not rows[0].is_whole:
+            spread.setdefault(id(rows[0].leaf), []).append(name)
+    cut = dict(tensors)
+    for names in spread.values():
+        leaf = tensors[names[0]].rows[0].leaf
+        ends = np.cumsum([(shapes.get(name) or (0,))[0] for name in names]).tolist()
+        if ends[-1] == leaf.shape[0]:
+            for name, start, end in zip(names, [0, *ends], ends, strict=False):
+                cut[name] = tensors[name]._replace(parts=(Rows(leaf, start, end),))
+    return cut
+
+
 def leaves(tensors: Mapping[str, Stored]) -> list[Any]:
     """Each once, in the order in which the tensors end them."""
     parts = [part for tensor in tensors.values() for part in tensor.parts]
