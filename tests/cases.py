@@ -66,6 +66,30 @@ FEATURES = 4
 ONE_DEVICE = sharding.make_mesh(devices=jax.devices()[:1])
 
 
+# One for each mechanism: what is a matter of code that mixers share is tried on these.
+ONE_OF_EACH = (
+    "LRUSequenceMixer",  # a diagonal recurrence
+    "S5SequenceMixer.async",  # with timesteps
+    "LinOSSSequenceMixer.IM",
+    "MambaSequenceMixer",
+    "Mamba2SequenceMixer",
+    "Mamba3SequenceMixer.rank",
+    "KimiDeltaAttentionSequenceMixer",  # delta rule, a decay for each element of a key
+    "GatedDeltaProductSequenceMixer",  # several steps a sample
+    "MLSTMSequenceMixer",
+    "RWKV7SequenceMixer.takes",
+    "RGLRUSequenceMixer",
+    "ShortConvSequenceMixer",
+    "HydraSequenceMixer",
+    "AttentionSequenceMixer.window",
+    "S4SequenceMixer",
+    "Centaurus.dws",
+    "GatedSequenceMixer",
+    "Bidirectional",
+    "SequenceParallel",
+)
+
+
 class Case:
     """A mixer, with the options of `discretax.testing.check_mixer`."""
 
@@ -85,6 +109,10 @@ class Case:
     @property
     def streams(self) -> bool:
         return self.options.get("streams", True)
+
+    @property
+    def is_one_of_each(self) -> bool:
+        return str(self) in ONE_OF_EACH
 
     def __str__(self) -> str:
         return f"{self.name}.{self.variant}" if self.variant else self.name

@@ -41,7 +41,14 @@ def assert_compiled_once(run):
     assert not compiled
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case.is_one_of_each else pytest.mark.thorough)
+        for case in CASES
+    ],
+    ids=str,
+)
 def test_mixers(case, monkeypatch):
     monkeypatch.setattr(projections, "WHOLE", 0)
     monkeypatch.setattr(projections, "CHUNK", 64)

@@ -17,6 +17,25 @@ FAST = (
     "resets_are_separate_runs-(1, 2, 7, 8)",
     "timesteps",
 )
+# What is mostly a matter of the code that mixers share: tried on one mixer of each mechanism, and on
+# all of them with `--thorough`.
+SHARED = (
+    "batched_cache_is_for_vmap",
+    "length_ends_the_sequence-0",
+    "length_ends_the_sequence-1",
+    "length_ends_the_sequence-13",
+    "length_ends_the_gradients",
+    "resets_are_separate_runs-(0,)",
+    "jit_is_eager",
+    "vmap_is_a_loop",
+    "checkpoint_and_scan",
+    "second_order_in_reverse",
+    "bfloat16_activations",
+    "narrow_parameters-float16",
+    "gradients_of_narrow_parameters",
+    "a_stream_goes_on_with_x64",
+    "one_key_one_mixer",
+)
 
 
 def grouped(case, *values, id):
@@ -24,6 +43,8 @@ def grouped(case, *values, id):
     marks = [pytest.mark.xdist_group(str(case))]
     if id not in FAST:
         marks.append(pytest.mark.slow)
+    if id in SHARED and not case.is_one_of_each:
+        marks.append(pytest.mark.thorough)
     return pytest.param(*values, id=f"{case}-{id}", marks=marks)
 
 

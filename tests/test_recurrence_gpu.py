@@ -62,7 +62,9 @@ def check(arguments, reverse, chunks=1, rtol=2e-6, races=False):
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("resets", [False, True], ids=["", "resets"])
+@pytest.mark.parametrize(
+    "resets", [pytest.param(False, marks=pytest.mark.thorough), True], ids=["", "resets"]
+)
 @pytest.mark.parametrize("constant", [True, False], ids=["constant", "varying"])
 @pytest.mark.parametrize("planes", [1, 2], ids=["real", "planes"])
 def test_states_and_derivatives(planes, constant, resets, reverse):
