@@ -149,6 +149,35 @@ def test_the_way_back(name, tmp_path):
     assert_equal(again, model)
 
 
+def test_the_residual_stream_in_float32(tmp_path):
+    """In bfloat16 the logits' error falls; with wider weights nothing changes; and the way back."""
+    norm = ft.partial(eqx.nn.RMSNorm, eps=1e-5, use_bias=False)
+    model, state = eqx.nn.make_with_state(build)(num_blocks=6, norm=norm, hidden_dim=16)
+    # Each block adds to the stream what is small beside it: there bfloat16 loses most. The weights
+    # lose nothing.
+    model = eqx.tree_at(lambda m: m.encoder.embedding.weight, model, replace_fn=lambda w: 50 * w)
+    rounded = lambda w: w.astype(jnp.bfloat16).astype(w.dtype) if eqx.is_inexact_array(w) else w
+    model = jax.tree.map(rounded, model)
+    save(model, tmp_path)
+    tokens, errors, loaded = jnp.arange(20)[None] % 7, [], {}
+    expected = logits(model, state, tokens)
+    for in_fp32 in (True, False):
+        change_config(tmp_path, residual_in_fp32=in_fp32)
+        wide = load(tmp_path)[0]
+        assert (wide.dtype, wide.residual_dtype) == (None, None)
+        loaded[in_fp32], _ = load(tmp_path, dtype=jnp.bfloat16)
+        errors.append(np.linalg.norm(logits(loaded[in_fp32], state, tokens) - expected))
+    print(errors)
+    assert errors[0] < errors[1] / 2
+    assert (loaded[True].dtype, loaded[True].residual_dtype) == (jnp.bfloat16, jnp.float32)
+    assert (loaded[False].dtype, loaded[False].residual_dtype) == (None, None)
+    for in_fp32, narrow in loaded.items():  # whose own type is then the files'
+        for layout in ("huggingface", "mamba_ssm"):
+            save(narrow, tmp_path, layout=layout)
+            assert json.loads((tmp_path / CONFIG).read_text())["residual_in_fp32"] == in_fp32
+            assert load(tmp_path)[0].residual_dtype == narrow.residual_dtype
+
+
 def assert_same_bits(actual, expected):
     assert actual.keys() == expected.keys()
     for name, array in expected.items():

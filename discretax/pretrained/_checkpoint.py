@@ -105,6 +105,8 @@ def load(
     - `source`: a folder; or a name such as `"state-spaces/mamba-130m-hf"`, of which configuration
         and safetensors are downloaded (`pip install 'discretax-zoo[pretrained]'`).
     - `dtype`: of the parameters, and with it of the activations; each as it was stored if left out.
+        Beside activations of 16 bits the residual stream is of float32 where `residual_in_fp32` of the
+        configuration says so.
     - `sharding`: for every tensor; or a function of a tensor's name in the file and the
         `jax.ShapeDtypeStruct` of the parameter that it becomes, of which it is the last where
         several make one. JAX's default device if left out.
@@ -124,14 +126,16 @@ def load(
     folder = locate(source)
     with open_tensors(folder) as tensors:
         text = read_config(folder, is_needed=IN_EVERY_MODEL not in tensors.shapes)
-        family, make = _family(parsed(text, folder / CONFIG), str(folder / CONFIG), tensors.shapes)
+        kind = lambda name: dtype or tensors.dtype(name)
+        entries, where = parsed(text, folder / CONFIG), str(folder / CONFIG)
+        family, make = _family(entries, where, tensors.shapes, kind)
         tensors.rename(family.names(tensors.shapes))
         model, state = eqx.filter_eval_shape(eqx.nn.make_with_state(make), jr.key(0))
         _check_pair(text, model, tensors, folder)
         stored = cut_as_stored(family.stored(model), tensors.shapes)
         _check_names(stored, tensors, family, model.tie_embeddings)
         place = sharding if callable(sharding) else lambda *_: sharding
-        dtypes = {name: dtype or tensors.dtype(name) for name in stored}
+        dtypes = {name: kind(name) for name in stored}
         places = [
             place(tensors.names[name], jax.ShapeDtypeStruct(leaf.shape, dtypes[name]))
             for name, leaf in _ends(stored, dtypes)
@@ -233,9 +237,12 @@ def _other_layout(model: LanguageModel, layout: Layout) -> str:
 
 
 def _family(
-    entries: dict[str, Any], where: str, shapes: Mapping[str, tuple[int, ...]] | None = None
+    entries: dict[str, Any],
+    where: str,
+    shapes: Mapping[str, tuple[int, ...]] | None = None,
+    dtypes: Callable[[str], np.dtype] | None = None,
 ) -> tuple[Family, Callable[..., LanguageModel]]:
-    config = Config(entries, where, shapes)
+    config = Config(entries, where, shapes, dtypes)
     if "model_type" not in entries:
         if {"d_model", "n_layer"} <= entries.keys():
             return MAMBA_SSM, MAMBA_SSM.build(config)
@@ -248,7 +255,9 @@ def _family(
         raise config.refused("model_type", model_type, f"one of {', '.join(known)}", why)
     family = known[model_type]
     if shapes is not None:
-        config.shapes = {name: shapes[there] for name, there in family.names(shapes).items()}
+        names = family.names(shapes)
+        config.shapes = {name: shapes[there] for name, there in names.items()}
+        config.dtypes = None if dtypes is None else lambda name: dtypes(names[name])
     config.fixed(architectures=[family.architecture])
     tensors = family.variant(config) or family.tensors
     return family._replace(tensors=tensors), family.build(config)

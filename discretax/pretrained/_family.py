@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
@@ -50,17 +51,19 @@ class Config:
         entries: dict[str, Any],
         where: str = "config.json",
         shapes: Mapping[str, tuple[int, ...]] | None = None,
+        dtypes: Callable[[str], np.dtype] | None = None,
     ):
         self.entries = entries
         self.where = where
         self.shapes = shapes
+        self.dtypes = dtypes
         self.unasked = dict.fromkeys(entries)
 
     def with_entries(self, **entries: Any) -> "Config":
         """The same file with some entries in place of its own, which count as asked for there."""
         for name in entries:
             self.unasked.pop(name, None)
-        other = Config(self.entries | entries, self.where, self.shapes)
+        other = Config(self.entries | entries, self.where, self.shapes, self.dtypes)
         other.unasked = self.unasked
         return other
 
@@ -76,7 +79,7 @@ class Config:
         entries = self.entry(name, default)
         if not isinstance(entries, dict):
             raise self.refused(name, entries, "an object")
-        return Config(entries, f"{self.where}, {name}", self.shapes)
+        return Config(entries, f"{self.where}, {name}", self.shapes, self.dtypes)
 
     def size(self, name: str, default: Any = REQUIRED, *, of: tuple[str, int] | None = None) -> int:
         """A whole number, and if it is one `of` a tensor, by name and axis, the tensor's own."""
@@ -92,7 +95,7 @@ class Config:
         """Refuses entries by which the first tensor that is called so would be of another size."""
         if self.shapes is None:
             return
-        found = next((name for name in self.shapes if name.endswith(tensor)), None)
+        found = self.first(tensor)
         shape = None if found is None else self.shapes[found]
         if shape is None or shape[axis : axis + 1] != (size,):
             has = ", ".join(f"{name!r}: {reprlib.repr(value)}" for name, value in entries.items())
@@ -100,6 +103,10 @@ class Config:
                 f"{self.where} has {has}, so that the tensor {found or tensor!r} must be of size "
                 f"{reprlib.repr(size)} along axis {axis}; got {'none' if shape is None else shape}."
             )
+
+    def first(self, tensor: str) -> str | None:
+        """The name of the first tensor that is called so, if there is one."""
+        return next((name for name in self.shapes or () if name.endswith(tensor)), None)
 
     def layers(self, name: str, prefix: str) -> int:
         """How many there are, which the tensors' names tell as well."""
@@ -170,6 +177,23 @@ class Config:
     def refused(self, name: str, value: Any, rule: str, why: str = "") -> ValueError:
         received = reprlib.repr(value)  # of whatever length and depth
         return ValueError(f"{self.where}: {name!r} must be {rule}; got {received}.{why}")
+
+
+def residual_stream(config: Config, embedding: str, default: bool = True) -> dict[str, Any]:
+    """Of `LanguageModel`: the types of activations and residual stream, if `residual_in_fp32` makes
+    them two. Activations have that of the `embedding`, by what its name ends in."""
+    in_fp32, name = config.flag("residual_in_fp32", default), config.first(embedding)
+    if not in_fp32 or name is None or config.dtypes is None:
+        return {}
+    dtype = config.dtypes(name)
+    return {"dtype": dtype, "residual_dtype": jnp.float32} if dtype.itemsize < 4 else {}
+
+
+def describe_residual_stream(model: LanguageModel, default: bool = True) -> dict[str, Any]:
+    """Beside activations of 32 bits it makes no difference, and is the `default`."""
+    activations = jnp.dtype(model.dtype or model.encoder.embedding.weight.dtype)
+    stream = jnp.dtype(model.residual_dtype or activations)
+    return {"residual_in_fp32": default if activations.itemsize >= 4 else stream.itemsize >= 4}
 
 
 def is_number(value: Any) -> bool:

@@ -9,7 +9,14 @@ from jaxtyping import Array, PRNGKeyArray
 
 from discretax.architectures import LanguageModel
 from discretax.blocks import StandardBlock
-from discretax.pretrained._family import Config, Family, describe_sizes, rms_norm
+from discretax.pretrained._family import (
+    Config,
+    Family,
+    describe_residual_stream,
+    describe_sizes,
+    residual_stream,
+    rms_norm,
+)
 from discretax.sequence_mixers import AbstractSequenceMixer, MambaSequenceMixer
 
 NO_EFFECT = (
@@ -22,7 +29,6 @@ NO_EFFECT = (
     "time_step_scale",
     # Of how the same numbers are computed.
     "fused_add_norm",
-    "residual_in_fp32",
     "use_associative_scan",
     "use_falcon_mambapy",
     "use_mambapy",
@@ -47,6 +53,7 @@ def backbone_options(
         pattern=(mixer,),
         norm=rms_norm(config.number("layer_norm_epsilon")),
         tie_embeddings=config.flag("tie_word_embeddings", tie_word_embeddings),
+        **residual_stream(config, "embeddings.weight"),
     )
 
 
@@ -100,7 +107,11 @@ def first_mixer(model: LanguageModel) -> AbstractSequenceMixer | None:
 
 
 def describe_backbone(model: Any) -> dict[str, Any]:
-    return describe_sizes(model) | {"layer_norm_epsilon": model.norm.eps, "hidden_act": "silu"}
+    return (
+        describe_sizes(model)
+        | describe_residual_stream(model)
+        | {"layer_norm_epsilon": model.norm.eps, "hidden_act": "silu"}
+    )
 
 
 def describe_mixer(mixer: MambaSequenceMixer) -> dict[str, Any]:

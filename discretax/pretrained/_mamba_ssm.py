@@ -11,7 +11,13 @@ from jaxtyping import PRNGKeyArray
 from discretax.architectures import LanguageModel
 from discretax.blocks import ResidualBlock, StandardBlock
 from discretax.channel_mixers import SwiGLU
-from discretax.pretrained._family import Config, Family, rms_norm
+from discretax.pretrained._family import (
+    Config,
+    Family,
+    describe_residual_stream,
+    residual_stream,
+    rms_norm,
+)
 from discretax.pretrained._mamba import mixer_tensors as mamba_tensors
 from discretax.pretrained._mamba2 import mixer_tensors as mamba2_tensors, step_limit
 from discretax.pretrained._stored import Stored
@@ -58,8 +64,9 @@ def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
         channel_mixer=channel_mixer(config),
         norm=norm,
         tie_embeddings=config.flag("tie_embeddings", True),
+        **residual_stream(config, "embedding.weight"),
     )
-    config.done(("attn_cfg", "fused_add_norm", "residual_in_fp32"))
+    config.done(("attn_cfg", "fused_add_norm"))
     return make
 
 
@@ -152,6 +159,7 @@ def describe(model: Any) -> dict[str, Any] | None:
         "pad_vocab_size_multiple": 1,  # it is padded already
         "ssm_cfg": ssm,
         "rms_norm": isinstance(model.norm, eqx.nn.RMSNorm),
+        **describe_residual_stream(model),
         "fused_add_norm": True,
         "tie_embeddings": model.tie_embeddings,
         # Older versions of the package do not know it.
