@@ -273,6 +273,26 @@ def mamba2_size(mixer: Mamba2SequenceMixer) -> Array:
     return jnp.exp(-jnp.exp(mixer.A_log)[None] * jnp.clip(steps, *mixer.dt_limit))
 
 
+def mamba2_with_options(key: PRNGKeyArray) -> Mamba2SequenceMixer:
+    """Those of mamba_ssm; sequences start from a state that is not zero."""
+    mixer_key, state_key = jr.split(key)
+    mixer = Mamba2SequenceMixer(
+        FEATURES,
+        mixer_key,
+        state_dim=3,
+        head_dim=2,
+        ssm_dim=4,
+        num_groups=2,
+        norm_groups=1,
+        dt_min=0.1,
+        dt_max=1.0,
+        A_init_range=(0.3, 2.0),
+        D_has_hdim=True,
+        learnable_init_states=True,
+    )
+    return eqx.tree_at(lambda m: m.initial_state, mixer, jr.normal(state_key, (2, 2, 3)))
+
+
 def mamba3(key: PRNGKeyArray, **options: Any) -> Mamba3SequenceMixer:
     """Steps of up to a sample, in which states turn far enough to be seen."""
     return Mamba3SequenceMixer(
@@ -508,6 +528,13 @@ CASES = (
         ),
         transition_size=mamba2_size,
         not_drawn=("D", "norm_weight"),
+    ),
+    Case(
+        "Mamba2SequenceMixer",
+        mamba2_with_options,
+        transition_size=mamba2_size,
+        not_drawn=("D", "norm_weight"),
+        variant="options",
     ),
     Case(
         "Mamba3SequenceMixer",

@@ -1,5 +1,6 @@
 """Mamba-2: the numbers of the original implementation, its initialisation and its errors."""
 
+import itertools
 import math
 
 import equinox as eqx
@@ -9,7 +10,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from golden_file import Golden
-from helpers import normalise, numbers
+from helpers import changed, draw, normalise, numbers
 from test_golden import TOLERANCE, assert_close, golden_gradients
 
 from discretax import Timeseries, inference_state, streaming_mode
@@ -56,12 +57,16 @@ def silu(x):
 def reference(mixer, x):
     """Sample by sample and head by head, from the equations."""
     inner, (heads,) = mixer.norm_weight.shape[0], mixer.A_log.shape
+    mlp = mixer.out_proj.weight.shape[1] - inner
     convolved, width = mixer.conv_weight.shape
     groups, head_dim = mixer.num_groups, inner // heads
     h = np.zeros((heads, head_dim, mixer.state_dim))
+    if mixer.initial_state is not None:
+        h += numbers(mixer.initial_state)
     window, ys = np.zeros((width, convolved)), []
     for sample in numbers(x):
-        z, u, d = np.split(numbers(mixer.in_proj.weight) @ sample, (inner, inner + convolved))
+        projected = numbers(mixer.in_proj.weight) @ sample
+        gate, w, z, u, d = np.split(projected, np.cumsum([mlp, mlp, inner, convolved]))
         window = np.concatenate([window[1:], u[None]])
         v = silu((window * numbers(mixer.conv_weight).T).sum(0) + numbers(mixer.conv_bias))
         v, B, C = np.split(v, (inner, inner + groups * mixer.state_dim))
@@ -73,9 +78,10 @@ def reference(mixer, x):
             h[i] *= np.exp(-np.exp(numbers(mixer.A_log)[i]) * dt[i])
             h[i] += dt[i] * np.outer(v[i], B[group])
             y[i] += h[i] @ C[group]
-        y = (y.ravel() * silu(z)).reshape(groups, -1)
+        y = (y.ravel() * silu(z)).reshape(mixer.norm_groups, -1)
         y = y / np.sqrt((y**2).mean(-1, keepdims=True) + mixer.norm_eps)
-        ys.append(numbers(mixer.out_proj.weight) @ (y.ravel() * numbers(mixer.norm_weight)))
+        y = np.concatenate([silu(gate) * w, y.ravel() * numbers(mixer.norm_weight)])
+        ys.append(numbers(mixer.out_proj.weight) @ y)
     return np.stack(ys), h
 
 
@@ -150,12 +156,39 @@ def test_biases_can_be_chosen():
     assert jnp.isfinite(mixer(jnp.ones((3, 4)))[0]).all()
 
 
-def test_skip_of_each_feature_of_a_head():
-    mixer = Mamba2SequenceMixer(4, jr.key(0), D_has_hdim=True, **SMALL)
-    np.testing.assert_array_equal(mixer.D, np.ones((4, 2)))
-    mixer = eqx.tree_at(lambda m: m.D, mixer, jr.normal(jr.key(1), (4, 2)))
-    x = jr.normal(jr.key(2), (5, 4))
-    assert_close(eqx.filter_jit(mixer)(x)[0], reference(mixer, x)[0], "float32")
+def test_options_of_mamba_ssm():
+    """A gated map beside the states, one norm over all groups, a skip per feature, a learned state that
+    every sequence starts from: also in a chunk with resets and padding, and so its gradient."""
+    with jax.enable_x64(True):
+        options = {"ssm_dim": 8, "expand": 3, "norm_groups": 1, "D_has_hdim": True} | SMALL
+        mixer = Mamba2SequenceMixer(4, jr.key(0), learnable_init_states=True, **options)
+        np.testing.assert_array_equal(mixer.D, np.ones((4, 2)))
+        np.testing.assert_array_equal(mixer.initial_state, np.zeros((4, 2, 3)))
+        mixer, x = changed(mixer, dtype="float64"), draw(11, 4)
+        cuts, end = (0, 2, 7, 10), 10  # where sequences begin; the last sample is padding
+        resets = jnp.zeros(11, bool).at[jnp.array([2, 7, 10])].set(True)
+
+        @eqx.filter_jit
+        @eqx.filter_value_and_grad(has_aux=True)
+        def whole(mixer, x, resets, length):
+            y, cache = mixer(x, resets=resets, length=length)
+            return jnp.sin(y[:end]).sum() + jnp.cos(cache.state).sum(), (y, cache)
+
+        (_, (y, cache)), gradient = whole(mixer, x, resets, end)
+        pieces = lambda mixer: [reference(mixer, x[s:e]) for s, e in itertools.pairwise(cuts)]
+        ys, states = zip(*pieces(mixer), strict=True)
+        assert_close(y[:end], np.concatenate(ys), "float64")
+        assert_close(cache.state, states[-1], "float64")
+
+        def loss(h0):
+            ys, states = zip(
+                *pieces(eqx.tree_at(lambda m: m.initial_state, mixer, h0)), strict=True
+            )
+            return np.sin(np.concatenate(ys)).sum() + np.cos(states[-1]).sum()
+
+        h0, step = numbers(mixer.initial_state), 1e-5 * numbers(draw(4, 2, 3, seed=2))
+        slope = loss(h0 + step) - loss(h0 - step)
+        np.testing.assert_allclose(2 * (gradient.initial_state * step).sum(), slope, rtol=1e-6)
 
 
 def test_timesteps_are_refused():
@@ -177,6 +210,9 @@ def test_foreign_cache_is_refused():
         ({"state_dim": 0}, "`state_dim` must be .*; got 0"),
         ({"conv_width": 0}, "`conv_width` must be .*; got 0"),
         ({"expand": 1.5}, "`expand` must be a whole number.*; got 1.5"),
+        ({"ssm_dim": 0}, "`ssm_dim` must be .*; got 0"),
+        ({"ssm_dim": 10}, "`ssm_dim` must be at most the inner width, .*, 8; got 10"),
+        ({"ssm_dim": 6, "head_dim": 4}, "`head_dim` must divide ssm_dim = 6; got 4"),
         ({"head_dim": 3}, "`head_dim` must divide the inner width, .* = 8; got 3"),
         ({"num_groups": 3}, "`num_groups` must divide the number of heads, .* = 4; got 3"),
         ({"dt_min": 0.2}, "0 < dt_min <= dt_max; got dt_min=0.2 and dt_max=0.1"),

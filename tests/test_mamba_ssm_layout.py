@@ -84,6 +84,27 @@ def build(mixer, **options):
                 "dt_limit": [0.01, 2.0],
             },
         ),
+        (
+            ft.partial(
+                Mamba2SequenceMixer,
+                state_dim=3,
+                head_dim=4,
+                ssm_dim=8,
+                D_has_hdim=True,
+                learnable_init_states=True,
+                gate_norm=None,
+            ),
+            {},
+            {
+                "layer": "Mamba2",
+                "d_state": 3,
+                "headdim": 4,
+                "d_ssm": 8,
+                "D_has_hdim": True,
+                "learnable_init_states": True,
+                "rmsnorm": False,
+            },
+        ),
     ],
 )
 def test_options(mixer, options, ssm_cfg, tmp_path):
@@ -94,6 +115,12 @@ def test_options(mixer, options, ssm_cfg, tmp_path):
     assert entries["ssm_cfg"] == ssm_cfg and "model_type" not in entries
     loaded, _ = load(tmp_path)
     assert_equal(loaded, model)
+    if "d_ssm" in ssm_cfg:
+        shapes = {name: array.shape for name, array in load_file(tmp_path / WEIGHTS).items()}
+        assert shapes["backbone.layers.1.mixer.D"] == (8,)
+        assert shapes["backbone.layers.1.mixer.init_states"] == (2, 4, 3)
+        with pytest.raises(ValueError, match=r"is of none.*\n`layout='mamba_ssm'` may hold it"):
+            save(model, tmp_path / "other")
     changed_entries = {**entries, "ssm_cfg": ssm_cfg | {"dt_min": 0.01}, "attn_cfg": {"a": 1}}
     (tmp_path / CONFIG).write_text(json.dumps(changed_entries))
     assert_equal(load(tmp_path)[0], model)
@@ -142,7 +169,11 @@ def folder(tmp_path):
         ({"ssm_cfg": {"d_state": 8}}, "ssm_cfg has 'd_state': 8, so that .* got"),
         ({"ssm_cfg": {"dt_rank": 2}}, "ssm_cfg has 'dt_rank': 2, so that .* got"),
         ({"ssm_cfg": {"headdim": 8}}, "ssm_cfg has entries that are not known here: headdim=8"),
-        ({"ssm_cfg": {"layer": "Mamba2", "headdim": 5}}, "'headdim' must be a divisor of .* = 32"),
+        (
+            {"ssm_cfg": {"layer": "Mamba2", "headdim": 5}},
+            "'headdim' must be a divisor of d_ssm = 32",
+        ),
+        ({"ssm_cfg": {"layer": "Mamba2", "d_ssm": 33}}, "'d_ssm' must be at most .* = 32; got 33"),
         ({"ssm_cfg": {"layer": "Mamba2", "headdim": 8}}, "'headdim': 8, so that .* size 4"),
         ({"ssm_cfg": []}, r"'ssm_cfg' must be an object; got \[\]"),
         (

@@ -1,7 +1,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import equinox as eqx
@@ -73,6 +73,7 @@ def load(
     *,
     dtype: Any = None,
     sharding: Sharding | Callable[[str, jax.ShapeDtypeStruct], Sharding] | None = None,
+    ignore_entries: Sequence[str] = (),
 ) -> tuple[LanguageModel, eqx.nn.State]:
     """A language model from a folder in Hugging Face's layout, or from a name on its hub.
 
@@ -110,6 +111,9 @@ def load(
     - `sharding`: for every tensor; or a function of a tensor's name in the file and the
         `jax.ShapeDtypeStruct` of the parameter that it becomes, of which it is the last where
         several make one. JAX's default device if left out.
+    - `ignore_entries`: names of entries that are not known here and that you know to change nothing
+        in what the model computes, in objects within the configuration too: `("checkpoint_date",)`.
+        Those that the file has not do no harm.
 
     **Returns:** the model and its state, as from `eqx.nn.make_with_state`.
 
@@ -118,17 +122,23 @@ def load(
     - `FileNotFoundError` for a folder or file that is missing.
     - `ValueError` for files cut off or corrupt, another `model_type`, entries of the configuration
         that are unknown or have a value that is not supported, tensors that are missing, left over
-        or of another shape or type, weights that were saved with another configuration, and for a
-        `dtype` that is not floating.
+        or of another shape or type, weights that were saved with another configuration, for a
+        `dtype` that is not floating, and for `ignore_entries` that are known.
+    - `TypeError` for `ignore_entries` that are no sequence of names.
     - `ImportError` if a package for reading is missing.
     """
     dtype = None if dtype is None else _floating(jnp.dtype(dtype), "`dtype`")
+    if isinstance(ignore_entries, str) or not all(isinstance(n, str) for n in ignore_entries):
+        raise TypeError(
+            f"`ignore_entries` must be a sequence of names, such as `('checkpoint_date',)`; got "
+            f"{ignore_entries!r}."
+        )
     folder = locate(source)
     with open_tensors(folder) as tensors:
         text = read_config(folder, is_needed=IN_EVERY_MODEL not in tensors.shapes)
         kind = lambda name: dtype or tensors.dtype(name)
         entries, where = parsed(text, folder / CONFIG), str(folder / CONFIG)
-        family, make = _family(entries, where, tensors.shapes, kind)
+        family, make = _family(entries, where, tensors.shapes, kind, ignore_entries)
         tensors.rename(family.names(tensors.shapes))
         model, state = eqx.filter_eval_shape(eqx.nn.make_with_state(make), jr.key(0))
         _check_pair(text, model, tensors, folder)
@@ -241,8 +251,9 @@ def _family(
     where: str,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     dtypes: Callable[[str], np.dtype] | None = None,
+    ignored: Iterable[str] = (),
 ) -> tuple[Family, Callable[..., LanguageModel]]:
-    config = Config(entries, where, shapes, dtypes)
+    config = Config(entries, where, shapes, dtypes, ignored)
     if "model_type" not in entries:
         if {"d_model", "n_layer"} <= entries.keys():
             return MAMBA_SSM, MAMBA_SSM.build(config)

@@ -52,18 +52,24 @@ class Config:
         where: str = "config.json",
         shapes: Mapping[str, tuple[int, ...]] | None = None,
         dtypes: Callable[[str], np.dtype] | None = None,
+        ignored: Iterable[str] = (),
     ):
         self.entries = entries
         self.where = where
         self.shapes = shapes
         self.dtypes = dtypes
+        self.ignored = frozenset(ignored)
         self.unasked = dict.fromkeys(entries)
+
+    @property
+    def context(self) -> tuple[Any, ...]:
+        return self.shapes, self.dtypes, self.ignored
 
     def with_entries(self, **entries: Any) -> "Config":
         """The same file with some entries in place of its own, which count as asked for there."""
         for name in entries:
             self.unasked.pop(name, None)
-        other = Config(self.entries | entries, self.where, self.shapes, self.dtypes)
+        other = Config(self.entries | entries, self.where, *self.context)
         other.unasked = self.unasked
         return other
 
@@ -79,7 +85,7 @@ class Config:
         entries = self.entry(name, default)
         if not isinstance(entries, dict):
             raise self.refused(name, entries, "an object")
-        return Config(entries, f"{self.where}, {name}", self.shapes, self.dtypes)
+        return Config(entries, f"{self.where}, {name}", *self.context)
 
     def size(self, name: str, default: Any = REQUIRED, *, of: tuple[str, int] | None = None) -> int:
         """A whole number, and if it is one `of` a tensor, by name and axis, the tensor's own."""
@@ -166,12 +172,21 @@ class Config:
                 raise self.refused(name, received, repr(value), " Nothing else is supported.")
 
     def done(self, no_effect: Iterable[str] = ()) -> None:
-        unknown = sorted(set(self.unasked) - {*NO_EFFECT, *no_effect})
+        unknown = set(self.unasked) - {*NO_EFFECT, *no_effect}
+        known = sorted(self.ignored & set(self.entries) - unknown)
+        if known:
+            raise ValueError(
+                f"`ignore_entries` is for names that are not known here; {self.where} has "
+                f"{', '.join(known)}, which {'is' if len(known) == 1 else 'are'}. Leave out what is "
+                "known, or change it in the file."
+            )
+        unknown = sorted(unknown - self.ignored)
         if unknown:
             entries = ", ".join(f"{name}={reprlib.repr(self.entries[name])}" for name in unknown)
             raise ValueError(
                 f"{self.where} has entries that are not known here: {entries}. They may change what "
-                "the model computes. Delete those that do not."
+                "the model computes. Delete those that do not, or name them in `ignore_entries` of "
+                "`load`."
             )
 
     def refused(self, name: str, value: Any, rule: str, why: str = "") -> ValueError:

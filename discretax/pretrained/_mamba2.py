@@ -70,6 +70,8 @@ def describe(model: LanguageModel) -> dict[str, Any] | None:
     if not isinstance(mixer, Mamba2SequenceMixer):
         return None
     num_heads, inner = mixer.A_log.shape[0], mixer.out_proj.weight.shape[1]
+    if mixer.ssm_dim != inner:
+        return None
     return describe_backbone(model) | {
         "state_size": mixer.state_dim,
         "conv_kernel": mixer.conv_weight.shape[1],

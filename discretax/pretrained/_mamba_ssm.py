@@ -109,25 +109,33 @@ def mamba2(ssm: Config, hidden: int) -> Callable[..., Mamba2SequenceMixer]:
     expand = ssm.size("expand", 2)
     inner = expand * hidden
     ssm.fits("mixer.out_proj.weight", 1, inner, expand=expand, d_model=hidden)
+    width = inner if ssm.entry("d_ssm", None) is None else ssm.size("d_ssm")
+    if width > inner:
+        raise ssm.refused("d_ssm", width, f"at most expand * d_model = {inner}")
     head_dim, state_dim = ssm.size("headdim", 64), ssm.size("d_state", 128)
-    if inner % head_dim:
-        raise ssm.refused("headdim", head_dim, f"a divisor of expand * d_model = {inner}")
-    num_heads, num_groups = inner // head_dim, ssm.size("ngroups", 1)
-    ssm.fits("mixer.A_log", 0, num_heads, headdim=head_dim)
+    if width % head_dim:
+        raise ssm.refused("headdim", head_dim, f"a divisor of d_ssm = {width}")
+    num_heads, num_groups = width // head_dim, ssm.size("ngroups", 1)
+    ssm.fits("mixer.A_log", 0, num_heads, headdim=head_dim, d_ssm=width)
     if num_heads % num_groups:
         raise ssm.refused("ngroups", num_groups, f"a divisor of the {num_heads} heads")
-    convolved = inner + 2 * num_groups * state_dim
+    convolved = width + 2 * num_groups * state_dim
     ssm.fits("conv1d.weight", 0, convolved, ngroups=num_groups, d_state=state_dim)
     has_norm = ssm.flag("rmsnorm", True, of="mixer.norm.weight")
     norm_first = ssm.flag("norm_before_gate", False)
+    per_feature = ssm.flag("D_has_hdim", False)
+    ssm.fits("mixer.D", 0, width if per_feature else num_heads, D_has_hdim=per_feature)
     return ft.partial(
         Mamba2SequenceMixer,
         state_dim=state_dim,
         conv_width=ssm.size("d_conv", 4, of=("mixer.conv1d.weight", 2)),
         expand=expand,
+        ssm_dim=width,
         head_dim=head_dim,
         num_groups=num_groups,
         gate_norm=("before" if norm_first else "after") if has_norm else None,
+        D_has_hdim=per_feature,
+        learnable_init_states=ssm.flag("learnable_init_states", False, of="mixer.init_states"),
         dt_limit=step_limit(ssm, "dt_limit"),
         norm_eps=EPS,
         conv_bias=ssm.flag("conv_bias", True, of="mixer.conv1d.bias"),
@@ -187,15 +195,19 @@ def describe_mamba(mixer: MambaSequenceMixer) -> dict[str, Any]:
 
 
 def describe_mamba2(mixer: Mamba2SequenceMixer) -> dict[str, Any]:
-    num_heads, inner = mixer.A_log.shape[0], mixer.out_proj.weight.shape[1]
+    inner = mixer.out_proj.weight.shape[1]
     options = {
         "d_state": (mixer.state_dim, 128),
         "d_conv": (mixer.conv_weight.shape[1], 4),
         "expand": (inner // mixer.in_features, 2),
-        "headdim": (inner // num_heads, 64),
+        "d_ssm": (mixer.ssm_dim, inner),
+        "headdim": (mixer.ssm_dim // mixer.A_log.shape[0], 64),
         "ngroups": (mixer.num_groups, 1),
         "rmsnorm": (mixer.gate_norm is not None, True),
         "norm_before_gate": (mixer.gate_norm == "before", False),
+        "D_has_hdim": (mixer.D.ndim == 2, False),
+        # An option of Mamba2Simple, which is no layer of the package's language models.
+        "learnable_init_states": (mixer.initial_state is not None, False),
         "dt_limit": (list(mixer.dt_limit), [0.0, math.inf]),
         "conv_bias": (mixer.conv_bias is not None, True),
         "bias": (mixer.in_proj.bias is not None, False),
@@ -212,7 +224,7 @@ def tensors(model: Any) -> Tensors:
     for i, block in enumerate(model.backbone.blocks):
         mixer, layer = block.sequence_mixer, f"backbone.layers.{i}."
         is_first = isinstance(mixer, MambaSequenceMixer)
-        of_mixer = mamba_tensors(mixer) if is_first else mamba2_tensors(mixer)
+        of_mixer = mamba_tensors(mixer) if is_first else mamba2_tensors_of(mixer)
         found |= prefixed(f"{layer}mixer.", of_mixer)
         if isinstance(block, StandardBlock):
             found |= norm_tensors(f"{layer}norm", block.norm)
@@ -223,6 +235,11 @@ def tensors(model: Any) -> Tensors:
             found[f"{layer}mlp.fc1.weight"] = Stored((mlp.up_proj.weight, mlp.gate_proj.weight))
             found[f"{layer}mlp.fc2.weight"] = mlp.down_proj.weight
     return found
+
+
+def mamba2_tensors_of(mixer: Any) -> Tensors:
+    options = {"D": Stored((mixer.D,), form=(-1,)), "init_states": mixer.initial_state}
+    return mamba2_tensors(mixer) | options
 
 
 def norm_tensors(name: str, norm: Any) -> Tensors:

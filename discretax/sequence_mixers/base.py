@@ -72,12 +72,14 @@ class AbstractSequenceMixer(eqx.Module, Generic[Cache]):
         **Arguments:**
 
         - `x`: the samples, `(time, features)`.
-        - `cache`: the state before the first sample; None stands for zero.
+        - `cache`: the state before the first sample; None stands for the one of
+            `allocate_inference_cache`, which is zero unless the mixer learns another.
         - `integration_timesteps`: `(time,)`, elapsed time since the previous sample, in sample
             intervals. Mixers without a continuous time refuse it.
         - `length`: number of valid samples. Those at or past it change neither the returned cache
             nor any valid output.
-        - `resets`: `(time,)`; where True at `t`, the state before `t` is zero.
+        - `resets`: `(time,)`; where True at `t`, a sequence begins: the state before `t` is that
+            of None.
         - `key`: for mixers that draw at random.
 
         **Returns:**

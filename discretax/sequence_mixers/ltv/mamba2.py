@@ -10,9 +10,10 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size, divided, linear
+from discretax._timeseries import valid_samples
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.init import log_rate, short_convolution, step_bias
-from discretax.ops import depthwise_convolution, ssd
+from discretax.ops import depthwise_convolution, linear_recurrence, ssd
 from discretax.ops._rms import rms_normalised
 from discretax.sequence_mixers.base import AbstractRecurrentMixer, refuse_timesteps, zero_cache
 
@@ -42,7 +43,12 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
     `gate_norm="before"` the norm stands before the gate, and with None there is none. `scales` are
     constants that multiply $z$, $v$, $B$, $C$ and $d$ where $W_{in}$ puts them out, as in Falcon-H1.
 
-    The cache holds the convolution's window, `(conv_width - 1, inner + 2 * groups * state)`, and the
+    With an `ssm_dim` below the inner width, $z$ and $v$ have that width, and the other features are a
+    gated map without memory: $W_{in}$ also puts out $[g, w]$, before the others, and $W_{out}$ takes
+    $\mathrm{silu}(g) \odot w$ before $y$. With `learnable_init_states` each sequence starts from a
+    state $h_0$ that is learned, after a reset too, and not from zero.
+
+    The cache holds the convolution's window, `(conv_width - 1, ssm + 2 * groups * state)`, and the
     state, `(heads, head_dim, state)`.
 
     The steps are clipped to `dt_limit` wherever they are used. transformers does not clip them when
@@ -67,8 +73,9 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
     dt_bias: Float[Array, " heads"]
     A_log: Float[Array, " heads"]
     D: Float[Array, "heads *head_dim"]
-    norm_weight: Float[Array, " inner"] | None
+    norm_weight: Float[Array, " ssm"] | None
     out_proj: eqx.nn.Linear
+    initial_state: Float[Array, "heads head_dim state"] | None
     in_features: int = eqx.field(static=True)
     state_dim: int = eqx.field(static=True)
     num_groups: int = eqx.field(static=True)
@@ -78,7 +85,7 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
     dt_limit: tuple[float, float] = eqx.field(static=True)
     norm_eps: float = eqx.field(static=True)
 
-    recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias")
+    recurrent_parameters: ClassVar[tuple[str, ...]] = ("A_log", "D", "dt_bias", "initial_state")
 
     @keyed
     def __init__(
@@ -90,6 +97,7 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
         conv_width: int = 4,
         expand: int = 2,
         inner_dim: int | None = None,
+        ssm_dim: int | None = None,
         head_dim: int = 64,
         num_groups: int = 1,
         norm_groups: int | None = None,
@@ -101,6 +109,7 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
         dt_limit: tuple[float, float] = (0.0, math.inf),
         A_init_range: tuple[float, float] = (1.0, 16.0),
         D_has_hdim: bool = False,
+        learnable_init_states: bool = False,
         norm_eps: float = 1e-5,
         conv_bias: bool = True,
         use_bias: bool = False,
@@ -114,9 +123,12 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
         - `conv_width`: how many samples the convolution sees, its own included.
         - `expand`: the inner width is `expand * in_features`.
         - `inner_dim`: the inner width itself, in place of `expand`.
-        - `head_dim`: features per head; it divides the inner width.
+        - `ssm_dim`: how many of the inner features have a state, `d_ssm` in mamba_ssm; all if left
+            out.
+        - `head_dim`: features per head; it divides the number of features that have a state.
         - `num_groups`: of heads that share $B$ and $C$; it divides the number of heads.
-        - `norm_groups`: of features that the norm takes together; `num_groups` if left out.
+        - `norm_groups`: of features that the norm takes together; `num_groups` if left out, 1 for
+            one norm over all.
         - `gate_norm`: the norm `"after"` the gate, `"before"` it, or None for no norm.
         - `scales`: of $z$, $v$, $B$, $C$ and $d$.
         - `dt_min`, `dt_max`: the biases of the steps start such that without input $\Delta$ is
@@ -125,6 +137,8 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
         - `dt_limit`: the least and the largest step.
         - `A_init_range`: $-A$ starts uniform between these.
         - `D_has_hdim`: whether $D$ is `(heads, head_dim)` rather than `(heads,)`.
+        - `learnable_init_states`: whether the state before the first sample is learned. It starts
+            from zero.
         - `norm_eps`: added to the mean squares of the norm.
         - `conv_bias`: of the convolution.
         - `use_bias`: of $W_{in}$ and, unless `out_bias` says otherwise, of $W_{out}$.
@@ -145,20 +159,30 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
             check_positive(f"scales[{i}]", scale)
         width = "inner_dim" if inner_dim is not None else "the inner width, expand * in_features"
         inner = expand * in_features if inner_dim is None else check_size("inner_dim", inner_dim)
-        num_heads = divided(width, inner, "head_dim", head_dim)
+        mlp_dim = 0
+        if ssm_dim is not None:
+            mlp_dim = inner - check_size("ssm_dim", ssm_dim)
+            if mlp_dim < 0:
+                raise ValueError(f"`ssm_dim` must be at most {width}, {inner}; got {ssm_dim}.")
+            width = "ssm_dim"
+        ssm_dim = inner - mlp_dim
+        num_heads = divided(width, ssm_dim, "head_dim", head_dim)
         norm_groups = num_groups if norm_groups is None else check_size("norm_groups", norm_groups)
         heads = f"the number of heads, {width} / head_dim"
         divided(heads, num_heads, "num_groups", num_groups)
-        divided(width, inner, "norm_groups", norm_groups)
+        divided(width, ssm_dim, "norm_groups", norm_groups)
         if not 0 <= dt_limit[0] < dt_limit[1]:
             raise ValueError(
                 f"`dt_limit` must be (low, high) with 0 <= low < high; got {dt_limit}."
             )
         in_key, conv_key, bias_key, A_key, step_key, out_key = jr.split(key, 6)
-        convolved = inner + 2 * num_groups * state_dim
+        convolved = ssm_dim + 2 * num_groups * state_dim
 
         self.in_proj = eqx.nn.Linear(
-            in_features, inner + convolved + num_heads, use_bias=use_bias, key=in_key
+            in_features,
+            2 * mlp_dim + ssm_dim + convolved + num_heads,
+            use_bias=use_bias,
+            key=in_key,
         )
         self.conv_weight, self.conv_bias = short_convolution(
             conv_key, bias_key, convolved, conv_width, use_bias=conv_bias
@@ -166,9 +190,11 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
         self.dt_bias = step_bias(step_key, (num_heads,), dt_min, dt_max, dt_init_floor)
         self.A_log = log_rate(A_key, (num_heads,), *A_init_range)
         self.D = jnp.ones((num_heads, head_dim) if D_has_hdim else num_heads)
-        self.norm_weight = None if gate_norm is None else jnp.ones(inner)
+        self.norm_weight = None if gate_norm is None else jnp.ones(ssm_dim)
         out_bias = use_bias if out_bias is None else out_bias
         self.out_proj = eqx.nn.Linear(inner, in_features, use_bias=out_bias, key=out_key)
+        state_shape = (num_heads, head_dim, state_dim)
+        self.initial_state = jnp.zeros(state_shape) if learnable_init_states else None
         self.in_features = in_features
         self.state_dim = state_dim
         self.num_groups = num_groups
@@ -183,11 +209,17 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
     ) -> Mamba2Cache:
         del max_seqlen
         convolved, width = self.conv_weight.shape
-        heads, inner = self.A_log.shape[0], self.out_proj.weight.shape[1]
-        return Mamba2Cache(
-            window=zero_cache(batch_size, (width - 1, convolved), dtype),
-            state=zero_cache(batch_size, (heads, inner // heads, self.state_dim), dtype),
-        )
+        heads = self.A_log.shape[0]
+        shape = (heads, self.ssm_dim // heads, self.state_dim)
+        state = zero_cache(batch_size, shape, dtype)
+        if self.initial_state is not None:
+            state = state + jnp.broadcast_to(self.initial_state.astype(state.dtype), state.shape)
+        return Mamba2Cache(zero_cache(batch_size, (width - 1, convolved), dtype), state)
+
+    @property
+    def ssm_dim(self) -> int:
+        """How many of the inner features have a state."""
+        return self.conv_weight.shape[0] - 2 * self.num_groups * self.state_dim
 
     def mix(
         self,
@@ -198,43 +230,73 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
         resets: Resets | None,
     ) -> tuple[Values, Mamba2Cache]:
         refuse_timesteps(self, integration_timesteps, "its steps are the input's choice")
-        time, inner = x.shape[0], self.out_proj.weight.shape[1]
-        convolved = self.conv_weight.shape[0]
+        time, inner, ssm_dim = x.shape[0], self.out_proj.weight.shape[1], self.ssm_dim
+        mlp_dim, states = inner - ssm_dim, self.num_groups * self.state_dim
         dtype = accumulation_dtype(x, self.D)
-        states = self.num_groups * self.state_dim
         projected = linear(self.in_proj, x)
         if set(self.scales) != {1.0}:
-            sizes = np.array([inner, inner, states, states, len(self.A_log)])
-            projected = projected * jnp.asarray(np.repeat(self.scales, sizes), x.dtype)[None]
-        z, u, dt = jnp.split(projected, (inner, inner + convolved), axis=-1)
+            sizes = np.array([2 * mlp_dim, ssm_dim, ssm_dim, states, states, len(self.A_log)])
+            scales = np.repeat((1.0, *self.scales), sizes)
+            projected = projected * jnp.asarray(scales, x.dtype)[None]
+        ends = np.cumsum([mlp_dim, mlp_dim, ssm_dim, self.conv_weight.shape[0]])
+        gate, values, z, u, dt = jnp.split(projected, ends, axis=-1)
         u, window = depthwise_convolution(
             u, self.conv_weight, self.conv_bias, cache.window, length=length, resets=resets
         )
-        v, B, C = jnp.split(jax.nn.silu(u), (inner, inner + states), axis=-1)
+        v, B, C = jnp.split(jax.nn.silu(u), (ssm_dim, ssm_dim + states), axis=-1)
+        C = C.reshape(time, self.num_groups, self.state_dim)
+        dt = jax.nn.softplus(dt.astype(dtype) + self.dt_bias.astype(dtype)[None])
+        dt, A = jnp.clip(dt, *self.dt_limit), -jnp.exp(self.A_log.astype(dtype))
         y, state = ssd(
             v.reshape(time, *cache.state.shape[:2]),
-            jnp.clip(
-                jax.nn.softplus(dt.astype(dtype) + self.dt_bias.astype(dtype)[None]), *self.dt_limit
-            ),
-            -jnp.exp(self.A_log.astype(dtype)),
+            dt,
+            A,
             B.reshape(time, self.num_groups, self.state_dim),
-            C.reshape(time, self.num_groups, self.state_dim),
+            C,
             self.D,
             cache.state,
             length=length,
             resets=resets,
         )
-        y = y.reshape(time, inner).astype(dtype)
+        y = y.astype(dtype)
+        if self.initial_state is not None and resets is not None and time > 0:
+            started, left = _restarted(self.initial_state, dt * A[None], C, length, resets)
+            y, state = y + started, state + left.astype(state.dtype)
+        y = y.reshape(time, ssm_dim)
         if self.gate_norm == "before":
             y = self._normalise(y)
         y = y * jax.nn.silu(z.astype(dtype))
         if self.gate_norm == "after":
             y = self._normalise(y)
+        if mlp_dim:
+            mapped = jax.nn.silu(gate.astype(dtype)) * values.astype(dtype)
+            y = jnp.concatenate([mapped, y], axis=-1)
         y = linear(self.out_proj, y.astype(x.dtype))
         return y, Mamba2Cache(window, state)
 
-    def _normalise(self, y: Float[Array, "time inner"]) -> Float[Array, "time inner"]:
-        time, inner = y.shape
-        groups = y.reshape(time, self.norm_groups, inner // self.norm_groups)
-        y = rms_normalised(groups, self.norm_eps).reshape(time, inner)
+    def _normalise(self, y: Float[Array, "time ssm"]) -> Float[Array, "time ssm"]:
+        time, width = y.shape
+        groups = y.reshape(time, self.norm_groups, width // self.norm_groups)
+        y = rms_normalised(groups, self.norm_eps).reshape(time, width)
         return y if self.norm_weight is None else y * self.norm_weight.astype(y.dtype)[None]
+
+
+def _restarted(
+    h0: Float[Array, "heads head_dim state"],
+    log_decay: Float[Array, "time heads"],
+    C: Float[Array, "time groups state"],
+    length: Length | None,
+    resets: Resets,
+) -> tuple[Float[Array, "time heads head_dim"], Float[Array, "heads head_dim state"]]:
+    """What starting from `h0` instead of zero adds after the first reset: to the output and, in the end,
+    to the state. The recurrence is linear, hence it is `h0` times the decay since the last reset."""
+    (time, heads), h0 = log_decay.shape, h0.astype(log_decay.dtype)
+    if length is not None:
+        valid = valid_samples(time, length)
+        log_decay, resets = jnp.where(valid[:, None], log_decay, 0), resets & valid
+    decay = jnp.exp(log_decay)
+    remains = linear_recurrence(decay, jnp.where(resets[:, None], decay, 0), resets=resets)
+    grouped = h0.reshape(C.shape[1], -1, *h0.shape[1:])
+    read = jnp.einsum("gkpn,tgn->tgkp", grouped, C.astype(h0.dtype))
+    read = read.reshape(time, heads, -1)
+    return remains[..., None] * read, remains[-1][:, None, None] * h0
