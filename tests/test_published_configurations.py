@@ -16,7 +16,10 @@ from discretax.pretrained._checkpoint import _family
 
 # As transformers counts the parameters of the model that it builds.
 SIZES = {
+    "mamba-130m": 129_135_360,
     "mamba-130m-hf": 129_135_360,
+    "mamba2-130m": 128_989_632,
+    "mamba2-130m-hf": 128_989_632,
     "Mamba-Codestral-7B": 7_285_403_648,
     "falcon-mamba-7b": 7_272_665_088,
     "recurrentgemma-2b": 2_682_862_080,
@@ -58,4 +61,6 @@ def test_published_configurations(name):
         "ffn_round_up_to_multiple_of",
     ):  # a factor without rounding
         numbers.pop(of_the_mlp, None)
+    if "pad_vocab_size_multiple" in numbers:  # the vocabulary is written padded
+        del numbers["vocab_size"], numbers["pad_vocab_size_multiple"]
     assert numbers and {k: entries.get(k, v) for k, v in numbers.items()} == numbers
