@@ -10,7 +10,14 @@ from jaxtyping import PRNGKeyArray
 from discretax.architectures import LanguageModel
 from discretax.blocks import StandardBlock
 from discretax.channel_mixers import IdentityChannelMixer, MLPChannelMixer
-from discretax.pretrained._family import Config, Family, describe_sizes, rms_norm
+from discretax.pretrained._family import (
+    Config,
+    Family,
+    describe_residual_stream,
+    describe_sizes,
+    residual_stream,
+    rms_norm,
+)
 from discretax.pretrained._mamba2 import mixer_tensors
 from discretax.pretrained._mamba_hybrid import Names, describe_mamba2, mamba2_of
 from discretax.pretrained._transformer import (
@@ -37,7 +44,6 @@ NO_EFFECT = (
     "num_logits_to_keep",
     "output_router_logits",
     "rescale_prenorm_residual",
-    "residual_in_fp32",
     "use_mamba_kernels",
     # Of the steps before training. transformers raises those below `time_step_min` to it when it
     # reads a whole text, but not when it generates; the model was trained without that.
@@ -129,6 +135,7 @@ def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
         blocks=[ft.partial(block, **mixers[kind]) for kind in kinds],
         norm=rms_norm(eps),
         tie_embeddings=config.flag("tie_word_embeddings", False),
+        **residual_stream(config, "embeddings.weight", default=False),
     )
     absent = () if MAMBA in kinds else (*NAMES[:-1], "time_step_limit")
     absent = absent if MLP in kinds else (*absent, "intermediate_size", "mlp_bias")
@@ -188,7 +195,8 @@ def describe(model: Any) -> dict[str, Any] | None:
     kinds = [kind_of(block) for block in blocks]
     if None in kinds or set(kinds) == {MAMBA} or not isinstance(model.norm, eqx.nn.RMSNorm):
         return None
-    config = describe_sizes(model) | {"layer_norm_epsilon": model.norm.eps, LAYERS: kinds}
+    config = describe_sizes(model) | describe_residual_stream(model, default=False)
+    config |= {"layer_norm_epsilon": model.norm.eps, LAYERS: kinds}
     for kind, block in zip(kinds, blocks, strict=True):
         if kind == MAMBA:
             config |= describe_mamba2(block.sequence_mixer, NAMES)
