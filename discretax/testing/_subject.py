@@ -123,6 +123,13 @@ class Subject:
                 )
         return self._used[double]
 
+    def pull_empty_cache(self, mixer: Any, dcache: PyTree) -> PyTree:
+        """What the empty cache's product with a cotangent gives the mixer, which may have learned it."""
+        if not jax.tree.leaves(floats(dcache)):
+            return zeros(mixer)
+        product = lambda mixer: dot(self.empty_cache(mixer), dcache)
+        return jax.tree.map(np.asarray, eqx.filter_grad(product)(mixer))
+
     def pull_pieces(
         self,
         cotangent: Outcome,
@@ -153,6 +160,7 @@ class Subject:
             dmixer = jax.tree.map(np.add, dmixer, dpiece)
             dxs.append(dx)
             if start in fresh:
+                dmixer = jax.tree.map(np.add, dmixer, self.pull_empty_cache(mixer, dcache))
                 dcache = zeros(dcache)
         gradients = Gradients(dmixer, np.concatenate(dxs[::-1]), dcache)
         return Pulled(Outcome(np.concatenate(ys), cache), gradients)
