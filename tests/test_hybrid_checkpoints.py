@@ -164,9 +164,14 @@ def test_filters_cut_otherwise(folder):
 
     change_tensors(copy, ft.partial(cut, ends=(19, 38)))
     assert_equal(load(copy)[0], load(folder_of("olmo_hybrid"))[0])
-    change_tensors(copy, lambda arrays: arrays.update({names[2]: arrays[names[2]][1:]}))
+    change_tensors(copy, ft.partial(cut, ends=(28, 56)))
     with pytest.raises(
-        ValueError, match=r"q_conv1d.weight: got shape \(19, 1, 4\), expected \(16, "
+        ValueError, match=r"v_conv1d.weight: got shape \(0, 1, 4\), expected \(24, "
+    ):
+        load(copy)
+    change_tensors(copy, lambda arrays: arrays.update({names[0]: arrays[names[0]][1:]}))
+    with pytest.raises(
+        ValueError, match=r"q_conv1d.weight: got shape \(27, 1, 4\), expected \(16, "
     ):
         load(copy)
 

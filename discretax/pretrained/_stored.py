@@ -103,8 +103,9 @@ def cut_as_stored(
     cut = dict(tensors)
     for names in spread.values():
         leaf = tensors[names[0]].rows[0].leaf
-        ends = np.cumsum([(shapes.get(name) or (0,))[0] for name in names]).tolist()
-        if ends[-1] == leaf.shape[0]:
+        counts = [(shapes.get(name) or (0,))[0] for name in names]
+        if all(counts) and sum(counts) == leaf.shape[0]:
+            ends = np.cumsum(counts).tolist()
             for name, start, end in zip(names, [0, *ends], ends, strict=False):
                 cut[name] = tensors[name]._replace(parts=(Rows(leaf, start, end),))
     return cut
