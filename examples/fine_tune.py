@@ -172,7 +172,7 @@ def train(model, state, config: Config, seed: int, text: Text, file: Path, resum
 
     rest = arrays, state, windows(text, config, 0)
     step = run.lower(trained, opt_state, *rest).compile()
-    memory = step.memory_analysis().temp_size_in_bytes + sum(
+    memory = getattr(step.memory_analysis(), "temp_size_in_bytes", 0) + sum(
         leaf.nbytes for leaf in jax.tree.leaves((trained, opt_state))
     )
     seconds, losses, every = [], [], -(-config.steps // 6)
