@@ -92,7 +92,10 @@ def test_single_precision_and_the_way_back(name, tmp_path):
         if name == "qwen3_5_text":  # positions of images
             for of_images in ("mrope_interleaved", "mrope_section"):
                 del entries["rope_parameters"][of_images]
-        if name == "olmo_hybrid":  # which transformers would take for one that is not there
+        if name in (
+            "olmo_hybrid",
+            "lfm3",
+        ):  # which transformers would take for one that is not there
             entries["pad_token_id"] = None
         if name == "lfm2":  # whose width is rounded up, and written as it is
             entries |= {"intermediate_size": 24, "block_auto_adjust_ff_dim": False}
@@ -100,6 +103,22 @@ def test_single_precision_and_the_way_back(name, tmp_path):
             entries |= {"ffn_proj_factor": 3.0, "ffn_round_up_to_multiple_of": 1}
         assert {key: entries.get(key, value) for key, value in written.items()} == written
         assert_equal(load(tmp_path)[0], model)
+
+
+@every_family
+def test_transformers_reads_what_is_saved(name, tmp_path):
+    """With the numbers of the golden file, which are ours."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    if name not in transformers.CONFIG_MAPPING:
+        pytest.skip(f"transformers has no {name}")
+    save(load(folder_of(name))[0], tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    golden = Golden(f"hf/{name}/golden", "float32")
+    tokens = torch.asarray(np.asarray(golden["input_ids_L37"], int))
+    with torch.no_grad():
+        logits = model(tokens, use_cache=False).logits
+    assert_close(logits.numpy(), golden["logits_L37"], 1e-4)
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "qwen3_5_text_sharded"])

@@ -30,6 +30,7 @@ NO_EFFECT = (
     "conv_use_xavier_init",
     "max_position_embeddings",
 )
+PADDING = 124_893  # LFM3's in transformers, where a file has none
 FULL, SLIDING, CONVOLUTION = "full_attention", "sliding_attention", "conv"
 
 
@@ -212,6 +213,8 @@ def describe_lfm3(model: Any) -> dict[str, Any] | None:
     if kinds is None or model.backbone.blocks[0].sequence_branch_norm is None:
         return None
     config = describe_hybrid(model, kinds) | {"use_sandwich_norm": True, "rope_parameters": {}}
+    if config["vocab_size"] <= PADDING:  # transformers refuses what is no token
+        config["pad_token_id"] = None
     for kind in (FULL, SLIDING):
         if kind in kinds:
             mixer = model.backbone.blocks[kinds.index(kind)].sequence_mixer
