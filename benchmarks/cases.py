@@ -23,6 +23,7 @@ from discretax.sequence_mixers import (
 HEADS = 4  # blocks of RG-LRU's gates
 HEAD_DIM = 64  # of a matrix state
 PROMPT = 16
+READ = 2048  # tokens of a long prompt
 # Whether it erases, and the kind of its decay.
 MATRIX_OPS = {
     "gated_linear_attention": (False, "vector"),
@@ -59,9 +60,9 @@ class Case:
             "delta_rule, no decay": ("usual", "discretax_0_3"),
             "train LRU": ("discretax_0_3",),
             "train S5": ("discretax_0_3",),
-            "generate Mamba": ("transformers_torch",),
-            "generate Mamba-2": ("transformers_torch",),
         }
+        if self.op.startswith(("generate ", "read ")):
+            return "transformers_torch", "ours"
         alone = self.time == 2**20 or self.op.endswith((" scan", " remat"))
         return (*(() if alone else peers.get(self.op, ("usual",))), "ours")
 
@@ -75,11 +76,12 @@ class Case:
         return 4 if self.op.endswith("rank 4") else 1
 
     @property
-    def model(self) -> language_model.Sizes:
-        """Of the language model that generates."""
-        assert self.blocks is not None
-        mixer = self.op.removeprefix("generate ")
-        return language_model.Sizes(mixer, self.features, self.state, self.blocks)
+    def model(self) -> language_model.Sizes | str:
+        """Of the language model that generates, or the name of a published one."""
+        name = self.op.split(" ", 1)[1]
+        if self.blocks is None:
+            return name
+        return language_model.Sizes(name, self.features, self.state, self.blocks)
 
     def __str__(self) -> str:
         return f"{self.op} {self.time}x{self.features}x{self.state} batch {self.batch}"
@@ -100,6 +102,16 @@ def generation_cases() -> list[Case]:
         Case(f"generate {model}", 64, 768, state, batch, blocks=24)
         for model, state in (("Mamba", 16), ("Mamba-2", 128))
         for batch in (1, 4)
+    ]
+
+
+def published_cases() -> list[Case]:
+    """Models as they are published: 64 tokens of one text and of four, and a long prompt."""
+    names = ("Falcon-H1-Tiny-90M", "LFM2.5-230M", "Qwen3.5-0.8B")
+    return [
+        Case(f"{what} {name}", time, 0, 0, batch)
+        for name in names
+        for what, time, batch in (("generate", 64, 1), ("generate", 64, 4), ("read", 1, 1))
     ]
 
 
@@ -208,10 +220,12 @@ def draw(case: Case, key: jax.Array, folder: pathlib.Path) -> dict[str, np.ndarr
     For generation a prompt, and where in `folder` the checkpoint is.
     """
     mixer_key, weights_key, *keys = jr.split(key, 6)
-    if case.op.startswith("generate "):
-        checkpoint = folder / case.op
+    if case.op.startswith(("generate ", "read ")):
+        checkpoint = folder / case.op.split(" ", 1)[1]
         language_model.save(checkpoint, case.model)
-        prompt = jr.randint(keys[0], (case.sequences, PROMPT), 0, language_model.VOCABULARY)
+        length = READ if case.op.startswith("read ") else PROMPT
+        tokens = language_model.vocabulary(case.model)
+        prompt = jr.randint(keys[0], (case.sequences, length), 0, tokens)
         return {"prompt": np.asarray(prompt), "checkpoint": np.asarray(str(checkpoint))}
     if case.op.startswith("train "):
         x = jr.normal(keys[0], (case.sequences, case.time, 3))
@@ -308,12 +322,14 @@ def floor_seconds(case: Case, rates: dict[str, float]) -> float | None:
 
     The longest of: inputs, outputs and their gradients once through memory; the exponentials that
     differ from sample to sample; the matrix products, forward and twice as many backward. For
-    generation: all weights read once per token.
+    generation: all weights read once per token; for a prompt: a product with each for every token.
     """
     if case.op.startswith("train "):
         return None
     if case.op.startswith("generate "):
         return case.time * language_model.weight_bytes(case.model) / rates["read"]
+    if case.op.startswith("read "):
+        return READ * 2 * language_model.weight_bytes(case.model) / 4 / rates["products"]
     numbers = case.sequences * case.time * case.features
     arrays = {"linear_recurrence": 3, "selective_scan": 3, **dict.fromkeys(MATRIX_OPS, 4)}
     arrays |= {"trapezoidal_ssd": 4, "trapezoidal_ssd, rank 4": 16}
@@ -354,6 +370,7 @@ TABLES = {
     "choices": choice_cases,
     "steps": step_cases,
     "generation": generation_cases,
+    "published": published_cases,
     "training": training_cases,
     "long": long_cases,
     "accuracy": accuracy_cases,

@@ -1,6 +1,7 @@
 """The language models whose writing is compared: one checkpoint, for all who read it."""
 
 import functools as ft
+import json
 import math
 import pathlib
 from typing import NamedTuple
@@ -11,11 +12,14 @@ import jax.random as jr
 
 from discretax import pretrained
 from discretax.architectures import LanguageModel
+from discretax.pretrained._checkpoint import _family
 from discretax.sequence_mixers import Mamba2SequenceMixer, MambaSequenceMixer
 
 VOCABULARY = 50280
 # The checkpoint has one epsilon for all norms of Mamba-2, which is that of the language model.
 MIXERS = {"Mamba": MambaSequenceMixer, "Mamba-2": ft.partial(Mamba2SequenceMixer, norm_eps=1e-6)}
+# Configurations of published checkpoints.
+PUBLISHED = pathlib.Path(__file__).parent.parent / "tests" / "published"
 
 
 class Sizes(NamedTuple):
@@ -25,7 +29,11 @@ class Sizes(NamedTuple):
     blocks: int
 
 
-def build(sizes: Sizes, key: jax.Array) -> LanguageModel:
+def build(sizes: Sizes | str, key: jax.Array) -> LanguageModel:
+    """Of these sizes, or of a published configuration by its name."""
+    if isinstance(sizes, str):
+        entries = json.loads((PUBLISHED / f"{sizes}.json").read_text())
+        return _family(entries, sizes)[1](key)
     return LanguageModel(
         key,
         vocab_size=VOCABULARY,
@@ -37,14 +45,23 @@ def build(sizes: Sizes, key: jax.Array) -> LanguageModel:
     )
 
 
-def save(folder: pathlib.Path, sizes: Sizes) -> None:
+def shapes(sizes: Sizes | str) -> LanguageModel:
+    return eqx.filter_eval_shape(eqx.nn.make_with_state(build), sizes, jr.key(0))[0]
+
+
+def vocabulary(sizes: Sizes | str) -> int:
+    return shapes(sizes).encoder.embedding.weight.shape[0]
+
+
+def save(folder: pathlib.Path, sizes: Sizes | str) -> None:
     """With random weights; once per folder."""
     if not folder.exists():
         model, _ = eqx.nn.make_with_state(build)(sizes, jr.key(0))
         pretrained.save(model, folder)
 
 
-def weight_bytes(sizes: Sizes) -> int:
-    model, _ = eqx.filter_eval_shape(eqx.nn.make_with_state(build), sizes, jr.key(0))
-    leaves = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.ShapeDtypeStruct)]
+def weight_bytes(sizes: Sizes | str) -> int:
+    leaves = [
+        leaf for leaf in jax.tree.leaves(shapes(sizes)) if isinstance(leaf, jax.ShapeDtypeStruct)
+    ]
     return 4 * sum(math.prod(leaf.shape) for leaf in leaves)

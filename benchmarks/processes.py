@@ -18,7 +18,7 @@ REQUIREMENTS = {
     "memax_0_1": (None, ["memax[equinox]==0.1.1", JAX]),
     "mamba2_jax_1_1": (None, ["mamba2-jax==1.1.2", "equinox", JAX]),
     "ejkernel_0_0_78": (None, ["equinox", JAX]),
-    "transformers_torch": (None, ["torch==2.13.0", "transformers==5.23.0"]),
+    "transformers_torch": (None, ["torch==2.14.1", "transformers==5.24.0"]),
 }
 # Asks for another version of JAX, but what is measured here runs with this one.
 WITHOUT_DEPENDENCIES = {"ejkernel_0_0_78": ["ejkernel==0.0.78"]}

@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.cases import READ
 from discretax.sequence_mixers.ltv.rglru import CHUNK
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
@@ -60,6 +61,7 @@ COLUMNS = {
     "choices": f"{SIZE}| way | ms (quartiles) | takes | temporary MB | takes |",
     "steps": "| op | features = state | | us per step (quartiles) | takes | x floor |",
     "generation": "| model | batch | | ms per token (quartiles) | tokens/s | takes | x floor | temporary MB |",
+    "published": "| model | | batch | | ms per token (quartiles) | tokens/s | takes | x floor | temporary MB |",
     "training": "| model | blocks | | build s | compile s | step ms (quartiles) | temporary MB |",
     "long": f"{SIZE}| | s | temporary MB | x floor | error |",
     "accuracy": "| op | time | transition | | error |",
@@ -102,6 +104,13 @@ def _cells(name: str, outcome: dict, subject: str, result: dict, ours: dict) -> 
             model = case["op"].removeprefix("generate ")
             cells = [spread, rate, slower, floors, _megabytes(memory)]
             return [model, str(case["batch"]), who, *cells]
+        case "published":
+            what, model = case["op"].split(" ", 1)
+            tokens, verb = (READ, "reads") if what == "read" else (case["time"], "writes")
+            spread = quartiles(result, 1e3 / tokens)
+            rate = f"{case['batch'] * tokens / result['median']:.1f}"
+            cells = [spread, rate, slower, floors, _megabytes(memory)]
+            return [model, f"{verb} {tokens}", str(case["batch"]), who, *cells]
         case "steps":
             spread = quartiles(result, 1e6 / case["time"])
             return [case["op"], str(case["features"]), who, spread, slower, floors]

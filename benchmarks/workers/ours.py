@@ -46,7 +46,7 @@ MIXERS = {
 def prepare(case: dict, arrays: dict) -> Job:
     if case["op"].startswith("train "):
         return step_job(lambda key: model(case, key), arrays)
-    if case["op"].startswith("generate "):
+    if case["op"].startswith(("generate ", "read ")):
         return generation_job(case, arrays)
     params = parameters(arrays)
     match case["op"]:
