@@ -40,7 +40,7 @@ def out_features(layer: eqx.Module, in_features: int, **options: Any) -> int:
     leaves, kind = jax.tree.flatten((layer, samples, options))
     shapes = tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) if is_array(x) else x for x in leaves)
     try:
-        hash(shapes), hash(kind)
+        hash((shapes, kind))
     except TypeError:  # fields of a kind that has no hash, such as lists
         return _width.__wrapped__(kind, shapes)
     return _width(kind, shapes)
