@@ -114,6 +114,12 @@ class Case:
     def is_one_of_each(self) -> bool:
         return str(self) in ONE_OF_EACH
 
+    @property
+    def has_another_of_its_class(self) -> bool:
+        """Among `ONE_OF_EACH`, with other options."""
+        classes = [name.split(".")[0] for name in ONE_OF_EACH]
+        return self.name in classes and not self.is_one_of_each
+
     def __str__(self) -> str:
         return f"{self.name}.{self.variant}" if self.variant else self.name
 

@@ -1,3 +1,4 @@
+import gc
 import importlib.metadata
 import os
 import re
@@ -15,6 +16,9 @@ import jax
 jax.config.update("jax_disable_most_optimizations", True)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Of the many small objects that tracing makes, few are cycles.
+gc.set_threshold(200_000, 20, 50)
 
 _since_cleared = 0
 

@@ -18,7 +18,7 @@ FAST = (
     "timesteps",
 )
 # What is mostly a matter of the code that mixers share: tried on one mixer of each mechanism, and on
-# all of them with `--thorough`.
+# all of them with `--thorough`. Other options of the same class have the laws of `FAST`.
 SHARED = (
     "batched_cache_is_for_vmap",
     "length_ends_the_sequence-0",
@@ -43,7 +43,8 @@ def grouped(case, *values, id):
     marks = [pytest.mark.xdist_group(str(case))]
     if id not in FAST:
         marks.append(pytest.mark.slow)
-    if id in SHARED and not case.is_one_of_each:
+    is_shared = id in SHARED and not case.is_one_of_each
+    if is_shared or (case.has_another_of_its_class and id not in FAST):
         marks.append(pytest.mark.thorough)
     return pytest.param(*values, id=f"{case}-{id}", marks=marks)
 
