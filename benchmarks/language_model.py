@@ -12,7 +12,7 @@ import jax.random as jr
 
 from discretax import pretrained
 from discretax.architectures import LanguageModel
-from discretax.pretrained._checkpoint import _family
+from discretax.pretrained._families import family_of
 from discretax.sequence_mixers import Mamba2SequenceMixer, MambaSequenceMixer
 
 VOCABULARY = 50280
@@ -33,7 +33,7 @@ def build(sizes: Sizes | str, key: jax.Array) -> LanguageModel:
     """Of these sizes, or of a published configuration by its name."""
     if isinstance(sizes, str):
         entries = json.loads((PUBLISHED / f"{sizes}.json").read_text())
-        return _family(entries, sizes)[1](key)
+        return family_of(entries, sizes)[1](key)
     return LanguageModel(
         key,
         vocab_size=VOCABULARY,

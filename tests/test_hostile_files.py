@@ -14,7 +14,7 @@ from golden_file import FOLDER
 from safetensors.numpy import load_file, save_file
 
 from discretax.pretrained import load
-from discretax.pretrained._checkpoint import FAMILIES, _family
+from discretax.pretrained._families import FAMILIES, family_of
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,7 @@ def all_that_is_asked_for():
     tried = set()
     for name in FAMILIES:
         entries = Asked(entries_of(name))
-        _family(entries, CONFIG)
+        family_of(entries, CONFIG)
         fields = [field for field in dict.fromkeys(entries.names) if field not in tried]
         tried.update(fields if name in READ_ALIKE else ())
         yield from ((name, field) for field in fields)
@@ -73,7 +73,7 @@ def all_that_is_asked_for():
 @ft.cache
 def description(name):
     """Of the whole checkpoint."""
-    model = eqx.filter_eval_shape(_family(entries_of(name), CONFIG)[1], jr.key(0))
+    model = eqx.filter_eval_shape(family_of(entries_of(name), CONFIG)[1], jr.key(0))
     return FAMILIES[name].describe(model)
 
 

@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from discretax import generate, inference_state, streaming_mode
 from discretax.pretrained import load, save
-from discretax.pretrained._checkpoint import FAMILIES
+from discretax.pretrained._families import FAMILIES
 from discretax.pretrained._jamba import rhythm_of
 from discretax.sequence_mixers.rotary_scaling import Linear, Llama3, Proportional, Yarn
 

@@ -24,7 +24,7 @@ from discretax import generate, inference_state, streaming_mode
 from discretax.architectures import LanguageModel
 from discretax.models import scan_blocks
 from discretax.pretrained import load, save
-from discretax.pretrained._checkpoint import FAMILIES, _family
+from discretax.pretrained._families import FAMILIES, family_of
 from discretax.sequence_mixers import LRUSequenceMixer, MambaSequenceMixer
 
 pytestmark = pytest.mark.slow
@@ -292,7 +292,7 @@ def test_missing_packages(module, monkeypatch):
 
 
 def test_embeddings_are_scaled_by_a_root_in_bfloat16():
-    model = eqx.filter_eval_shape(_family(published("recurrentgemma-2b"), CONFIG)[1], jr.key(0))
+    model = eqx.filter_eval_shape(family_of(published("recurrentgemma-2b"), CONFIG)[1], jr.key(0))
     assert model.embedding_scale == 50.5
 
 
@@ -441,7 +441,7 @@ def test_what_is_not_loaded(tamper, error, message, folder):
 )
 def test_what_is_not_a_recurrent_gemma(entries, message):
     with pytest.raises(ValueError, match=message):
-        _family(published("recurrentgemma-2b") | entries, CONFIG)
+        family_of(published("recurrentgemma-2b") | entries, CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -455,7 +455,7 @@ def test_what_is_not_a_recurrent_gemma(entries, message):
 )
 def test_what_is_not_a_mamba2(entries, message):
     with pytest.raises(ValueError, match=message):
-        _family(published("Mamba-Codestral-7B") | entries, CONFIG)
+        family_of(published("Mamba-Codestral-7B") | entries, CONFIG)
 
 
 def test_limits_of_steps(tmp_path):

@@ -12,7 +12,7 @@ import jax.random as jr
 import pytest
 from published_file import FOLDER, published
 
-from discretax.pretrained._checkpoint import _family
+from discretax.pretrained._families import family_of
 
 # As transformers counts the parameters of the model that it builds.
 SIZES = {
@@ -48,7 +48,7 @@ def test_every_file_is_tried():
 def test_published_configurations(name):
     """The numbers among their entries are those that would be written again, too."""
     entries = published(name)
-    family, make = _family(entries, name)
+    family, make = family_of(entries, name)
     model = eqx.filter_eval_shape(make, jr.key(0))
     stored = family.stored(model).values()
     assert sum(math.prod(tensor.shape) for tensor in stored) == SIZES[name]

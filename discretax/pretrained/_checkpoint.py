@@ -1,7 +1,7 @@
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
 import equinox as eqx
@@ -14,9 +14,8 @@ from jax.sharding import Sharding
 from discretax._features import check_name
 from discretax.architectures import LanguageModel
 from discretax.pretrained._differences import differences
-from discretax.pretrained._falcon_h1 import FALCON_H1
-from discretax.pretrained._falcon_mamba import FALCON_MAMBA
-from discretax.pretrained._family import Config, Family, Layout
+from discretax.pretrained._families import FAMILIES, family_of
+from discretax.pretrained._family import Family, Layout
 from discretax.pretrained._files import (
     CONFIG,
     WEIGHTS,
@@ -27,44 +26,8 @@ from discretax.pretrained._files import (
     read_config,
     write,
 )
-from discretax.pretrained._granite import BAMBA, GRANITE
-from discretax.pretrained._jamba import JAMBA
-from discretax.pretrained._lfm2 import LFM2, LFM3
-from discretax.pretrained._mamba import MAMBA
-from discretax.pretrained._mamba2 import MAMBA2
-from discretax.pretrained._mamba_ssm import MAMBA_SSM
-from discretax.pretrained._nemotron_h import NEMOTRON_H
-from discretax.pretrained._olmo_hybrid import OLMO_HYBRID
-from discretax.pretrained._qwen3_5 import QWEN3_5, QWEN3_5_TEXT
-from discretax.pretrained._recurrent_gemma import RECURRENT_GEMMA
-from discretax.pretrained._rwkv7 import IN_EVERY_MODEL, RWKV7, RWKV7_NATIVE
 from discretax.pretrained._stored import Stored, cut_as_stored, gathered, leaves
-from discretax.pretrained._xlstm import XLSTM
 
-# A model is saved as the first that describes it: Nemotron-H, too, may begin with a Mamba-2.
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        MAMBA,
-        NEMOTRON_H,
-        MAMBA2,
-        FALCON_MAMBA,
-        MAMBA_SSM,
-        RECURRENT_GEMMA,
-        FALCON_H1,
-        GRANITE,
-        BAMBA,
-        JAMBA,
-        LFM2,
-        LFM3,
-        QWEN3_5_TEXT,
-        QWEN3_5,
-        OLMO_HYBRID,
-        XLSTM,
-        RWKV7,
-        RWKV7_NATIVE,
-    )
-}
 HEAD = "lm_head.weight"
 
 
@@ -138,7 +101,7 @@ def load(
         text = read_config(folder, is_needed=IN_EVERY_MODEL not in tensors.shapes)
         kind = lambda name: dtype or tensors.dtype(name)
         entries, where = parsed(text, folder / CONFIG), str(folder / CONFIG)
-        family, make = _family(entries, where, tensors.shapes, kind, ignore_entries)
+        family, make = family_of(entries, where, tensors.shapes, kind, ignore_entries)
         tensors.rename(family.names(tensors.shapes))
         model, state = eqx.filter_eval_shape(eqx.nn.make_with_state(make), jr.key(0))
         _check_pair(text, model, tensors, folder)
@@ -217,7 +180,7 @@ def save(
             f"`entries` may not hold {', '.join(clash)}: the model says what they are."
         )
     text = json.dumps(config | dict(entries or {}), indent=2, default=_plain) + "\n"
-    like = eqx.filter_eval_shape(_family(json.loads(text), "`save`")[1], jr.key(0))
+    like = eqx.filter_eval_shape(family_of(json.loads(text), "`save`")[1], jr.key(0))
     found = [
         f"{name}: {ours!r}, where the family has {theirs!r}"
         for name, ours, theirs in differences(model, like)
@@ -246,40 +209,12 @@ def _other_layout(model: LanguageModel, layout: Layout) -> str:
     return f"\n`layout={others[0]!r}` may hold it." if others else ""
 
 
-def _family(
-    entries: dict[str, Any],
-    where: str,
-    shapes: Mapping[str, tuple[int, ...]] | None = None,
-    dtypes: Callable[[str], np.dtype] | None = None,
-    ignored: Iterable[str] = (),
-) -> tuple[Family, Callable[..., LanguageModel]]:
-    config = Config(entries, where, shapes, dtypes, ignored)
-    if "model_type" not in entries:
-        if {"d_model", "n_layer"} <= entries.keys():
-            return MAMBA_SSM, MAMBA_SSM.build(config)
-        if IN_EVERY_MODEL in (shapes or ()) or {"n_embd", "n_layer"} <= entries.keys():
-            return RWKV7_NATIVE, RWKV7_NATIVE.build(config)
-    model_type = config.entry("model_type")
-    known = {name: f for name, f in FAMILIES.items() if f.layout == "huggingface"}
-    if not isinstance(model_type, str) or model_type not in known:
-        why = " Mixtures of experts are not supported." if "moe" in str(model_type) else ""
-        raise config.refused("model_type", model_type, f"one of {', '.join(known)}", why)
-    family = known[model_type]
-    if shapes is not None:
-        names = family.names(shapes)
-        config.shapes = {name: shapes[there] for name, there in names.items()}
-        config.dtypes = None if dtypes is None else lambda name: dtypes(names[name])
-    config.fixed(architectures=[family.architecture])
-    tensors = family.variant(config) or family.tensors
-    return family._replace(tensors=tensors), family.build(config)
-
-
 def _check_pair(text: str, model: LanguageModel, tensors: Tensors, folder: pathlib.Path) -> None:
     """The weights say with which configuration they were saved, if they were saved here."""
     if tensors.config in (None, text):
         return
     where = f"the metadata of {folder / WEIGHTS}"
-    _, make = _family(parsed(tensors.config, where), where, tensors.shapes)
+    _, make = family_of(parsed(tensors.config, where), where, tensors.shapes)
     saved = eqx.filter_eval_shape(make, jr.key(0))
     found = [
         f"{name}: {ours!r} by {CONFIG}, {theirs!r} when the weights were saved"
