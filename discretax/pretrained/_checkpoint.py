@@ -26,6 +26,7 @@ from discretax.pretrained._files import (
     read_config,
     write,
 )
+from discretax.pretrained._rwkv7 import IN_EVERY_MODEL
 from discretax.pretrained._stored import Stored, cut_as_stored, gathered, leaves
 
 HEAD = "lm_head.weight"
