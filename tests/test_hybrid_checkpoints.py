@@ -454,3 +454,12 @@ def rope(entries):
 def test_what_is_refused(name, entries, message, folder):
     with pytest.raises(ValueError, match=message):
         load(folder(name, **entries))
+
+
+def test_a_harmless_entry_of_a_part_is_ignored(folder):
+    text = json.loads((folder_of("qwen3_5") / CONFIG).read_text())["text_config"]
+    copy = folder("qwen3_5", text_config=text | {"checkpoint_date": "today"})
+    with pytest.raises(ValueError, match=r"text_config has entries .*: checkpoint_date='today'"):
+        load(copy)
+    ignoring = load(copy, ignore_entries=("checkpoint_date",))[0]
+    assert_equal(ignoring, load(folder_of("qwen3_5"))[0])

@@ -105,8 +105,8 @@ def build_multimodal(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
             f"begins with {TEXT!r}."
         )
     tied = config.flag("tie_word_embeddings", entries.get("tie_word_embeddings", False))
-    text = Config({"tie_word_embeddings": tied} | entries, f"{config.where}, text_config")
-    text.shapes = config.shapes
+    where = f"{config.where}, text_config"
+    text = Config({"tie_word_embeddings": tied} | entries, where, *config.context)
     text.fixed(model_type="qwen3_5_text", tie_word_embeddings=tied)
     config.done(OF_OTHER_PARTS)
     return build(text)
