@@ -12,7 +12,16 @@ from discretax._features import check_size
 from discretax.inference._generate import Generated
 from discretax.inference._streaming import live_model
 from discretax.inference._task import Reading, checked_task
-from discretax.inference._text import Past, Task, Text, TextState, alone, begin, outcome, read_last
+from discretax.inference._text import (
+    Past,
+    Task,
+    TextState,
+    alone,
+    begin,
+    outcome,
+    read_last,
+    written,
+)
 
 
 def beam_search(
@@ -94,7 +103,8 @@ def _search(model: PyTree, start: eqx.nn.State | Past, task: Task, num_beams: in
         )
         log_p = jnp.take_along_axis(log_p, token[:, None], axis=1)[:, 0]
         tokens, log_probs = tokens.at[:, step].set(token), log_probs.at[:, step].set(log_p)
-        return step + 1, _after(texts, token, task), scores, tokens, log_probs
+        texts = jax.vmap(written, in_axes=(0, 0, None))(texts, token, task)
+        return step + 1, texts, scores, tokens, log_probs
 
     shape = batch * num_beams, size
     carry = 0, texts, scores, jnp.zeros(shape, int), jnp.zeros(shape)
@@ -106,16 +116,6 @@ def _search(model: PyTree, start: eqx.nn.State | Past, task: Task, num_beams: in
     found = outcome(texts, tokens, log_probs, of_beams)
     return alone(
         jax.tree.map(lambda leaf: leaf.reshape(batch, num_beams, *leaf.shape[1:]), found), task
-    )
-
-
-def _after(texts: Text, token: Int[Array, " rows"], task: Task) -> Text:
-    mark = lambda seen, token: seen.at[token].set(True)
-    return texts._replace(
-        token=token,
-        length=jnp.where(texts.ended, texts.length, texts.length + 1),
-        ended=texts.ended | jnp.isin(token, task.stop_tokens),
-        seen=jax.vmap(mark)(texts.seen, token),
     )
 
 

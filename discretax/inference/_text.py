@@ -48,9 +48,7 @@ class Past(NamedTuple):
 
 
 class Task(eqx.Module):
-    prompt: Int[
-        Array, "batch time"
-    ]  # what is to be read, the last token of the text before included
+    prompt: Int[Array, "batch time"]  # to be read, the last token of the text before included
     length: Int[Array, " batch"]
     read: Int[Array, " batch"]  # tokens that the caches hold already
     keys: PRNGKeyArray | None  # one per row
@@ -152,16 +150,20 @@ def next_tokens(live: PyTree, texts: Text, task: Task) -> Text:
         key = None if key is None else jr.fold_in(key, text.length)
         token = draw_token(logits, key, task.sampling, text.seen)
         token = jnp.where(text.ended, text.token, token)
-        return Text(
-            caches,
-            token,
-            length=jnp.where(text.ended, text.length, text.length + 1),
-            ended=text.ended | jnp.isin(token, task.stop_tokens),
-            seen=text.seen.at[token].set(True),
-            log_p=jnp.where(text.ended, 0, log_probability(logits, token)),
-        )
+        log_p = jnp.where(text.ended, 0, log_probability(logits, token))
+        return written(text, token, task)._replace(caches=caches, log_p=log_p)
 
     return jax.vmap(advance)(caches, logits, texts, task.keys)
+
+
+def written(text: Text, token: Int[Array, ""], task: Task) -> Text:
+    """With one more token; a text that has ended is given its last one again."""
+    return text._replace(
+        token=token,
+        length=jnp.where(text.ended, text.length, text.length + 1),
+        ended=text.ended | jnp.isin(token, task.stop_tokens),
+        seen=text.seen.at[token].set(True),
+    )
 
 
 def with_room(model: PyTree, state: TextState, max_seqlen: int) -> eqx.nn.State:
@@ -191,9 +193,9 @@ def outcome(
     texts: Text, tokens: Int[Array, "batch new"], log_probs: Float[Array, "batch new"], task: Task
 ) -> tuple:
     """The fields of `Generated` and of its state; what stands behind a text repeats its last token."""
-    written = jnp.arange(tokens.shape[1])[None] < texts.length[:, None]
-    tokens = jnp.where(written, tokens, texts.token[:, None])
-    rows = tokens, texts.length, jnp.where(written, log_probs, 0)
+    is_new = jnp.arange(tokens.shape[1])[None] < texts.length[:, None]
+    tokens = jnp.where(is_new, tokens, texts.token[:, None])
+    rows = tokens, texts.length, jnp.where(is_new, log_probs, 0)
     return (*alone(rows, task), parts(texts, task))
 
 

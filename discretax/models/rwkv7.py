@@ -45,7 +45,8 @@ class RWKV7(AbstractBackbone):
         - `hidden_dim`: width of the residual stream.
         - `num_blocks`: how many blocks to stack.
         - `head_dim`, `decay_rank`, `strength_rank`, `value_rank`, `gate_rank`,
-            `intermediate_dim`, `drop_rate`, `norm_eps`, `head_norm_eps`: as in [`discretax.blocks.RWKV7Block`][].
+            `intermediate_dim`, `drop_rate`, `norm_eps`, `head_norm_eps`: as in
+            [`discretax.blocks.RWKV7Block`][].
         """
         num_blocks = check_size("num_blocks", num_blocks)
         self.blocks = tuple(

@@ -45,15 +45,18 @@ def load(
     `model.safetensors.index.json`. Of `config.json`, `model_type` must be `"mamba"`, `"mamba2"`,
     `"falcon_mamba"`, `"recurrent_gemma"`, `"falcon_h1"`, `"granitemoehybrid"` (without experts),
     `"bamba"`, `"jamba"` and `"nemotron_h"` (without experts), `"lfm2"`, `"lfm3"`, `"qwen3_5_text"`,
-    `"qwen3_5"`, `"olmo_hybrid"`, `"xlstm"` or `"rwkv7"`, and every other entry must be known: one that
-    might change what the model computes is never passed over. Of `"qwen3_5"` the text part is loaded:
-    skipped are tensors whose names begin with `model.visual.` (images and videos) or `mtp.` (heads that predict several tokens),
-    the latter of `"qwen3_5_text"`, too. Without a `model_type`, but with `d_model` and `n_layer`, the
-    folder is in the layout of mamba_ssm, of a Mamba or Mamba-2 such as `"state-spaces/mamba2-130m"`;
-    where the tensors are those of an RWKV-7 by its authors' names, `config.json` may be missing. Sizes
-    are compared to the tensors before anything is built from them. Tensors are read one by one, each
-    straight to its place, after all names and shapes have been found right: memory holds about one
-    copy. Pickled weights are not opened.
+    `"qwen3_5"`, `"olmo_hybrid"`, `"xlstm"` or `"rwkv7"`, and every other entry must be known: one
+    that might change what the model computes is never passed over. Of `"qwen3_5"` the text part is
+    loaded: skipped are tensors whose names begin with `model.visual.` (images and videos) or `mtp.`
+    (heads that predict several tokens), the latter of `"qwen3_5_text"`, too.
+
+    Without a `model_type`, but with `d_model` and `n_layer`, the folder is in the layout of mamba_ssm,
+    of a Mamba or Mamba-2 such as `"state-spaces/mamba2-130m"`; where the tensors are those of an
+    RWKV-7 by its authors' names, `config.json` may be missing.
+
+    Sizes are compared to the tensors before anything is built from them. Tensors are read one by one,
+    each straight to its place, after all names and shapes have been found right: memory holds about
+    one copy. Pickled weights are not opened.
 
     Numbers differ from transformers' by rounding alone. RecurrentGemma's embeddings are multiplied
     by the root of the width rounded to bfloat16, as they are there.
