@@ -8,7 +8,7 @@ The weights W of the maps within the blocks stay as they are; beside each, two t
 trained, W + U V (arXiv:2106.09685). `--rank 0` trains all weights instead, for comparison. The text
 is that of Python's `help("topics")`, of which every eighth topic is held out; reported are the bits
 that a byte of those costs, the memory and the time of a step. The low-rank part alone is saved, in
-`factors.eqx`, and the whole model with it, in the layout that it was loaded from.
+`factors.eqx`, and the whole model with it, in Hugging Face's layout.
 
 FOLDER is in Hugging Face's layout. Its `tokenizer.json` is used if there is one (`pip install
 tokenizers`); without it, a model of 256 tokens reads bytes. With `--resume`, a run goes on from
@@ -74,10 +74,8 @@ def read_text(texts: list[str], tokenizer: Any) -> Text:
 
 def load_texts(tokenizer: Any) -> tuple[Text, Text]:
     """To train with, and every eighth to validate with."""
-    texts = language_model.distinct_topics()
-    validation = texts[::8]
-    del texts[::8]
-    return read_text(texts, tokenizer), read_text(validation, tokenizer)
+    train, validation = language_model.parted(language_model.distinct_topics())
+    return read_text(train, tokenizer), read_text(validation, tokenizer)
 
 
 def maps(model) -> list[Array]:
