@@ -12,7 +12,7 @@ from discretax.blocks import ResidualBlock
 from discretax.channel_mixers import SwiGLU
 from discretax.pretrained._family import Config, Family, describe_sizes, rms_norm, told
 from discretax.pretrained._mamba2 import mixer_tensors
-from discretax.pretrained._mamba_hybrid import describe_mamba2, mamba2
+from discretax.pretrained._mamba_hybrid import describe_mixer, mamba2
 from discretax.pretrained._transformer import (
     Tensors,
     attention,
@@ -124,7 +124,7 @@ def describe_block(block: Any) -> dict[str, Any]:
     ssm_in, attention_in = mixer.in_scales
     ssm_out, attention_out = mixer.out_scales
     return {
-        **describe_mamba2(mamba),
+        **describe_mixer(mamba),
         "mamba_d_ssm": mamba.out_proj.weight.shape[1],
         "mamba_rms_norm": mamba.gate_norm is not None,
         "mamba_norm_before_gate": mamba.gate_norm == "before",

@@ -73,6 +73,11 @@ class Config:
         other.unasked = self.unasked
         return other
 
+    def with_defaults(self, entries: Mapping[str, Any]) -> "Config":
+        """The same file with those that it has not."""
+        missing = {k: v for k, v in entries.items() if k not in self.entries}
+        return self.with_entries(**missing) if missing else self
+
     def entry(self, name: str, default: Any = REQUIRED) -> Any:
         self.unasked.pop(name, None)
         value = self.entries.get(name, default)

@@ -9,7 +9,7 @@ from jaxtyping import Array, PRNGKeyArray
 from discretax.architectures import LanguageModel
 from discretax.channel_mixers import SwiGLU
 from discretax.pretrained._family import Config, Family
-from discretax.pretrained._mamba import mixer_tensors
+from discretax.pretrained._mamba import Names, describe_mamba, mamba_of, mixer_tensors
 from discretax.pretrained._mamba_hybrid import TENSORS, describe_hybrid, hybrid, tensors
 from discretax.pretrained._transformer import mlp_tensors, prefixed
 from discretax.sequence_mixers import MambaSequenceMixer
@@ -28,7 +28,20 @@ NO_EFFECT = (
     "expert_layer_period",
     "num_experts_per_tok",
 )
-OF_MAMBA = ("mamba_conv_bias", "mamba_d_conv", "mamba_d_state", "mamba_dt_rank", "mamba_expand")
+NAMES = Names(
+    state_dim="mamba_d_state",
+    conv_width="mamba_d_conv",
+    dt_rank="mamba_dt_rank",
+    conv_bias="mamba_conv_bias",
+    use_bias="mamba_proj_bias",
+    tensors="mamba.",
+)
+DEFAULTS = {
+    "mamba_d_state": 16,
+    "mamba_d_conv": 4,
+    "mamba_conv_bias": True,
+    "mamba_proj_bias": False,
+}
 
 
 def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
@@ -43,7 +56,7 @@ def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
         config,
         kinds,
         ft.partial(SwiGLU, intermediate_dim=width),
-        no_effect=NO_EFFECT if "mamba" in kinds else (*NO_EFFECT, *OF_MAMBA, "mamba_proj_bias"),
+        no_effect=NO_EFFECT if "mamba" in kinds else (*NO_EFFECT, *NAMES[:-1], "mamba_expand"),
         mamba=mamba,
         has_positions=False,
     )
@@ -69,24 +82,12 @@ def layer_kinds(config: Config) -> list[str]:
 def mamba(config: Config, hidden: int, *, eps: float) -> Callable[..., MambaSequenceMixer]:
     expand = config.size("mamba_expand", 2)
     config.fits("mamba.A_log", 0, expand * hidden, mamba_expand=expand, hidden_size=hidden)
-    rank = config.entry("mamba_dt_rank", "auto")
-    if rank != "auto":
-        rank = config.size("mamba_dt_rank", of=("mamba.dt_proj.weight", 1))
-    return ft.partial(
-        MambaSequenceMixer,
-        state_dim=config.size("mamba_d_state", 16, of=("mamba.A_log", 1)),
-        conv_width=config.size("mamba_d_conv", 4, of=("mamba.conv1d.weight", 2)),
-        expand=expand,
-        dt_rank=rank,
-        conv_bias=config.flag("mamba_conv_bias", True, of="mamba.conv1d.bias"),
-        use_bias=config.flag("mamba_proj_bias", False, of="mamba.in_proj.bias"),
-        b_c_dt_rms_eps=eps,
-        b_c_dt_weights=True,
-    )
+    config = config.with_defaults(DEFAULTS)
+    return mamba_of(config, NAMES, expand=expand, b_c_dt_rms_eps=eps, b_c_dt_weights=True)
 
 
 def describe(model: Any) -> dict[str, Any] | None:
-    found = describe_hybrid(model, MambaSequenceMixer, describe_mamba)
+    found = describe_hybrid(model, MambaSequenceMixer, ft.partial(describe_mamba, names=NAMES))
     rhythm = None if found is None else rhythm_of(found[1])
     if found is None or rhythm is None:
         return None
@@ -108,16 +109,6 @@ def rhythm_of(kinds: Sequence[str]) -> tuple[int, int] | None:
     period = at[1] - at[0] if len(at) > 1 else max(count, at[0] + 1)
     regular = at[0] < period and at == list(range(at[0], count, period))
     return (period, at[0]) if regular else None
-
-
-def describe_mamba(mixer: MambaSequenceMixer) -> dict[str, Any]:
-    return {
-        "mamba_d_state": mixer.A_log.shape[1],
-        "mamba_d_conv": mixer.conv_weight.shape[1],
-        "mamba_dt_rank": mixer.dt_rank,
-        "mamba_conv_bias": mixer.conv_bias is not None,
-        "mamba_proj_bias": mixer.in_proj.bias is not None,
-    }
 
 
 def mamba_tensors(mixer: MambaSequenceMixer) -> dict[str, Array | None]:

@@ -2,7 +2,7 @@
 
 import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 from jaxtyping import Array, PRNGKeyArray
@@ -74,22 +74,43 @@ def expansion(config: Config) -> int:
     return inner // hidden
 
 
+class Names(NamedTuple):
+    """What a family calls the entries about its Mamba, and what its tensors begin with."""
+
+    state_dim: str = "state_size"
+    conv_width: str = "conv_kernel"
+    dt_rank: str = "time_step_rank"
+    conv_bias: str = "use_conv_bias"
+    use_bias: str = "use_bias"
+    tensors: str = "mixer."
+
+
+NAMES = Names()
+
+
+def mamba_of(
+    config: Config, names: Names = NAMES, **options: Any
+) -> Callable[..., MambaSequenceMixer]:
+    """But for its inner width, unless that is in the `options`."""
+    tensors, rank = names.tensors, config.entry(names.dt_rank, "auto")
+    if rank != "auto":
+        rank = config.size(names.dt_rank, of=(f"{tensors}dt_proj.weight", 1))
+    return ft.partial(
+        MambaSequenceMixer,
+        state_dim=config.size(names.state_dim, of=(f"{tensors}A_log", 1)),
+        conv_width=config.size(names.conv_width, of=(f"{tensors}conv1d.weight", 2)),
+        dt_rank=rank,
+        conv_bias=config.flag(names.conv_bias, of=f"{tensors}conv1d.bias"),
+        use_bias=config.flag(names.use_bias, of=f"{tensors}in_proj.bias"),
+        **options,
+    )
+
+
 def build_with(
     config: Config, *, b_c_dt_rms_eps: float | None
 ) -> Callable[[PRNGKeyArray], LanguageModel]:
-    rank = config.entry("time_step_rank", "auto")
-    mixer = ft.partial(
-        MambaSequenceMixer,
-        state_dim=config.size("state_size", of=("mixer.A_log", 1)),
-        conv_width=config.size("conv_kernel", of=("mixer.conv1d.weight", 2)),
-        expand=expansion(config),
-        dt_rank=rank
-        if rank == "auto"
-        else config.size("time_step_rank", of=("mixer.dt_proj.weight", 1)),
-        conv_bias=config.flag("use_conv_bias", of="mixer.conv1d.bias"),
-        use_bias=config.flag("use_bias", of="mixer.in_proj.bias"),
-        b_c_dt_rms_eps=b_c_dt_rms_eps,
-    )
+    mixer = mamba_of(config, b_c_dt_rms_eps=b_c_dt_rms_eps)
+    mixer = ft.partial(mixer, expand=expansion(config))
     make = backbone_options(config, mixer, tie_word_embeddings=True)
     config.done(NO_EFFECT)
     return make
@@ -114,17 +135,20 @@ def describe_backbone(model: Any) -> dict[str, Any]:
     )
 
 
-def describe_mixer(mixer: MambaSequenceMixer) -> dict[str, Any]:
-    inner, state_dim = mixer.A_log.shape
+def describe_mamba(mixer: MambaSequenceMixer, names: Names = NAMES) -> dict[str, Any]:
     return {
-        "state_size": state_dim,
-        "conv_kernel": mixer.conv_weight.shape[1],
-        "intermediate_size": inner,
-        "expand": inner // mixer.in_features,
-        "time_step_rank": mixer.dt_rank,
-        "use_conv_bias": mixer.conv_bias is not None,
-        "use_bias": mixer.in_proj.bias is not None,
+        names.state_dim: mixer.A_log.shape[1],
+        names.conv_width: mixer.conv_weight.shape[1],
+        names.dt_rank: mixer.dt_rank,
+        names.conv_bias: mixer.conv_bias is not None,
+        names.use_bias: mixer.in_proj.bias is not None,
     }
+
+
+def describe_mixer(mixer: MambaSequenceMixer) -> dict[str, Any]:
+    inner = mixer.A_log.shape[0]
+    widths = {"intermediate_size": inner, "expand": inner // mixer.in_features}
+    return describe_mamba(mixer) | widths
 
 
 def describe(model: LanguageModel) -> dict[str, Any] | None:

@@ -1,9 +1,8 @@
 """What families share whose blocks are a Mamba or attention, and a gated MLP: the blocks, and Mamba-2's entries."""
 
 import functools as ft
-import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import equinox as eqx
 from jaxtyping import Array, PRNGKeyArray
@@ -12,7 +11,7 @@ from discretax.architectures import LanguageModel
 from discretax.blocks import ResidualBlock
 from discretax.channel_mixers import SwiGLU
 from discretax.pretrained._family import Config, describe_sizes, rms_norm
-from discretax.pretrained._mamba2 import INFINITY, mixer_tensors, step_limit
+from discretax.pretrained._mamba2 import Names, describe_mamba2, mamba2_of, mixer_tensors
 from discretax.pretrained._transformer import (
     Tensors,
     attention,
@@ -25,21 +24,17 @@ from discretax.sequence_mixers import AttentionSequenceMixer, Mamba2SequenceMixe
 TENSORS = {"mamba": "mamba.", "attention": "self_attn."}
 
 
-class Names(NamedTuple):
-    """What a family calls the entries about its Mamba-2, and what its tensors begin with."""
-
-    state_dim: str = "mamba_d_state"
-    conv_width: str = "mamba_d_conv"
-    num_heads: str = "mamba_n_heads"
-    head_dim: str = "mamba_d_head"
-    num_groups: str = "mamba_n_groups"
-    conv_bias: str = "mamba_conv_bias"
-    use_bias: str = "mamba_proj_bias"
-    tensors: str = "mamba."
-
-
-NAMES = Names()
-OF_MAMBA2 = (*NAMES[:-1], "mamba_expand", "time_step_limit")
+NAMES = Names(
+    state_dim="mamba_d_state",
+    conv_width="mamba_d_conv",
+    num_heads="mamba_n_heads",
+    head_dim="mamba_d_head",
+    num_groups="mamba_n_groups",
+    conv_bias="mamba_conv_bias",
+    use_bias="mamba_proj_bias",
+    tensors="mamba.",
+)
+OF_MAMBA2 = (*NAMES[:-1], "mamba_expand")
 
 
 def mamba2(
@@ -55,46 +50,12 @@ def mamba2(
         raise config.refused("mamba_n_heads", num_heads, f"a divisor of the inner width {width}")
     if config.entry("mamba_d_head", "auto") != "auto":
         config.fixed(mamba_d_head=width // num_heads)
-    return mamba2_of(config, num_heads, width // num_heads, norm_eps=eps, **options)
+    options |= {"inner_dim": width, "norm_eps": eps}
+    return mamba2_of(config, num_heads, width // num_heads, NAMES, **options)
 
 
-def mamba2_of(
-    config: Config, num_heads: int, head_dim: int, *, names: Names = NAMES, **options: Any
-) -> Callable[..., Mamba2SequenceMixer]:
-    """Of heads that are known."""
-    width = num_heads * head_dim
-    state_dim, num_groups = config.size(names.state_dim), config.size(names.num_groups)
-    if num_heads % num_groups:
-        raise config.refused(names.num_groups, num_groups, f"a divisor of the {num_heads} heads")
-    convolved = width + 2 * num_groups * state_dim
-    told: dict[str, float] = {names.num_groups: num_groups, names.state_dim: state_dim}
-    config.fits(f"{names.tensors}conv1d.weight", 0, convolved, **told)
-    return ft.partial(
-        Mamba2SequenceMixer,
-        state_dim=state_dim,
-        conv_width=config.size(names.conv_width, of=(f"{names.tensors}conv1d.weight", 2)),
-        inner_dim=width,
-        head_dim=head_dim,
-        num_groups=num_groups,
-        dt_limit=step_limit(config),
-        conv_bias=config.flag(names.conv_bias, of=f"{names.tensors}conv1d.bias"),
-        use_bias=config.flag(names.use_bias, of=f"{names.tensors}in_proj.bias"),
-        **options,
-    )
-
-
-def describe_mamba2(mixer: Mamba2SequenceMixer, names: Names = NAMES) -> dict[str, Any]:
-    num_heads, inner = mixer.A_log.shape[0], mixer.out_proj.weight.shape[1]
-    return {
-        names.state_dim: mixer.state_dim,
-        names.conv_width: mixer.conv_weight.shape[1],
-        names.num_heads: num_heads,
-        names.head_dim: inner // num_heads,
-        names.num_groups: mixer.num_groups,
-        "time_step_limit": [INFINITY if v == math.inf else v for v in mixer.dt_limit],
-        names.conv_bias: mixer.conv_bias is not None,
-        names.use_bias: mixer.in_proj.bias is not None,
-    }
+def describe_mixer(mixer: Mamba2SequenceMixer) -> dict[str, Any]:
+    return describe_mamba2(mixer, NAMES)
 
 
 def hybrid(
@@ -153,7 +114,7 @@ def hybrid(
 def describe_hybrid(
     model: Any,
     mamba: type = Mamba2SequenceMixer,
-    describe_mamba: Callable[[Any], dict[str, Any]] = describe_mamba2,
+    describe_mamba: Callable[[Any], dict[str, Any]] = describe_mixer,
 ) -> tuple[dict[str, Any], list[str]] | None:
     """What the families have, and the kind of each block; None for other models."""
     blocks = model.backbone.blocks

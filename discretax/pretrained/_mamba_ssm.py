@@ -18,8 +18,18 @@ from discretax.pretrained._family import (
     residual_stream,
     rms_norm,
 )
-from discretax.pretrained._mamba import mixer_tensors as mamba_tensors
-from discretax.pretrained._mamba2 import mixer_tensors as mamba2_tensors, step_limit
+from discretax.pretrained._mamba import (
+    Names as MambaNames,
+    describe_mamba as mamba_entries,
+    mamba_of,
+    mixer_tensors as mamba_tensors,
+)
+from discretax.pretrained._mamba2 import (
+    Names as Mamba2Names,
+    describe_mamba2 as mamba2_entries,
+    mamba2_of,
+    mixer_tensors as mamba2_tensors,
+)
 from discretax.pretrained._stored import Stored
 from discretax.pretrained._transformer import Tensors, prefixed
 from discretax.sequence_mixers import Mamba2SequenceMixer, MambaSequenceMixer
@@ -38,6 +48,30 @@ NO_EFFECT_MAMBA2 = (
     "use_mem_eff_path",
 )
 
+# What holds where `ssm_cfg` does not say it.
+MAMBA = {"d_state": 16, "d_conv": 4, "expand": 2, "conv_bias": True, "bias": False}
+MAMBA2 = MAMBA | {
+    "d_state": 128,
+    "headdim": 64,
+    "ngroups": 1,
+    "rmsnorm": True,
+    "norm_before_gate": False,
+    "D_has_hdim": False,
+    # An option of Mamba2Simple, which is no layer of the package's language models.
+    "learnable_init_states": False,
+    "dt_limit": [0.0, math.inf],
+}
+MAMBA_NAMES = MambaNames("d_state", "d_conv", "dt_rank", "conv_bias", "bias")
+MAMBA2_NAMES = Mamba2Names(
+    "d_state",
+    "d_conv",
+    head_dim="headdim",
+    num_groups="ngroups",
+    conv_bias="conv_bias",
+    use_bias="bias",
+    step_limit="dt_limit",
+)
+
 
 def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
     indices = config.entry("attn_layer_idx", None)
@@ -53,7 +87,8 @@ def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
     layer = ssm.entry("layer", "Mamba1")
     if layer not in ("Mamba1", "Mamba2"):
         raise ssm.refused("layer", layer, "'Mamba1' or 'Mamba2'")
-    mixer = mamba(ssm, hidden) if layer == "Mamba1" else mamba2(ssm, hidden)
+    whole = ssm.with_defaults(MAMBA if layer == "Mamba1" else MAMBA2)
+    mixer = mamba(whole, hidden) if layer == "Mamba1" else mamba2(whole, hidden)
     ssm.done(NO_EFFECT_MAMBA if layer == "Mamba1" else NO_EFFECT_MAMBA2)
     make = ft.partial(
         LanguageModel,
@@ -89,57 +124,40 @@ def channel_mixer(config: Config) -> Callable[..., SwiGLU] | None:
 
 
 def mamba(ssm: Config, hidden: int) -> Callable[..., MambaSequenceMixer]:
-    expand = ssm.size("expand", 2)
+    expand = ssm.size("expand")
     ssm.fits("mixer.A_log", 0, expand * hidden, expand=expand, d_model=hidden)
-    rank = ssm.entry("dt_rank", "auto")
-    rank = math.ceil(hidden / 16) if rank == "auto" else ssm.size("dt_rank")
-    ssm.fits("mixer.dt_proj.weight", 1, rank, dt_rank=rank)
-    return ft.partial(
-        MambaSequenceMixer,
-        state_dim=ssm.size("d_state", 16, of=("mixer.A_log", 1)),
-        conv_width=ssm.size("d_conv", 4, of=("mixer.conv1d.weight", 2)),
-        expand=expand,
-        dt_rank=rank,
-        conv_bias=ssm.flag("conv_bias", True, of="mixer.conv1d.bias"),
-        use_bias=ssm.flag("bias", False, of="mixer.in_proj.bias"),
-    )
+    if ssm.entry("dt_rank", "auto") == "auto":
+        ssm.fits("mixer.dt_proj.weight", 1, math.ceil(hidden / 16), dt_rank="auto")
+    return mamba_of(ssm, MAMBA_NAMES, expand=expand)
 
 
 def mamba2(ssm: Config, hidden: int) -> Callable[..., Mamba2SequenceMixer]:
-    expand = ssm.size("expand", 2)
+    expand = ssm.size("expand")
     inner = expand * hidden
     ssm.fits("mixer.out_proj.weight", 1, inner, expand=expand, d_model=hidden)
     width = inner if ssm.entry("d_ssm", None) is None else ssm.size("d_ssm")
     if width > inner:
         raise ssm.refused("d_ssm", width, f"at most expand * d_model = {inner}")
-    head_dim, state_dim = ssm.size("headdim", 64), ssm.size("d_state", 128)
+    head_dim = ssm.size("headdim")
     if width % head_dim:
         raise ssm.refused("headdim", head_dim, f"a divisor of d_ssm = {width}")
-    num_heads, num_groups = width // head_dim, ssm.size("ngroups", 1)
+    num_heads = width // head_dim
     ssm.fits("mixer.A_log", 0, num_heads, headdim=head_dim, d_ssm=width)
-    if num_heads % num_groups:
-        raise ssm.refused("ngroups", num_groups, f"a divisor of the {num_heads} heads")
-    convolved = width + 2 * num_groups * state_dim
-    ssm.fits("conv1d.weight", 0, convolved, ngroups=num_groups, d_state=state_dim)
-    has_norm = ssm.flag("rmsnorm", True, of="mixer.norm.weight")
-    norm_first = ssm.flag("norm_before_gate", False)
-    per_feature = ssm.flag("D_has_hdim", False)
+    has_norm = ssm.flag("rmsnorm", of="mixer.norm.weight")
+    norm_first = ssm.flag("norm_before_gate")
+    per_feature = ssm.flag("D_has_hdim")
     ssm.fits("mixer.D", 0, width if per_feature else num_heads, D_has_hdim=per_feature)
-    return ft.partial(
-        Mamba2SequenceMixer,
-        state_dim=state_dim,
-        conv_width=ssm.size("d_conv", 4, of=("mixer.conv1d.weight", 2)),
-        expand=expand,
+    return mamba2_of(
+        ssm,
+        num_heads,
+        head_dim,
+        MAMBA2_NAMES,
+        inner_dim=inner,
         ssm_dim=width,
-        head_dim=head_dim,
-        num_groups=num_groups,
         gate_norm=("before" if norm_first else "after") if has_norm else None,
         D_has_hdim=per_feature,
-        learnable_init_states=ssm.flag("learnable_init_states", False, of="mixer.init_states"),
-        dt_limit=step_limit(ssm, "dt_limit"),
+        learnable_init_states=ssm.flag("learnable_init_states", of="mixer.init_states"),
         norm_eps=EPS,
-        conv_bias=ssm.flag("conv_bias", True, of="mixer.conv1d.bias"),
-        use_bias=ssm.flag("bias", False, of="mixer.in_proj.bias"),
     )
 
 
@@ -175,44 +193,29 @@ def describe(model: Any) -> dict[str, Any] | None:
     }
 
 
-def described(entries: dict[str, tuple[Any, Any]]) -> dict[str, Any]:
-    """Each value that is not the other one, the default: published files have no more."""
-    return {name: value for name, (value, default) in entries.items() if value != default}
+def others_than(defaults: dict[str, Any], entries: dict[str, Any]) -> dict[str, Any]:
+    """Published files have no more."""
+    return {k: entries[k] for k, default in defaults.items() if entries[k] != default}
 
 
 def describe_mamba(mixer: MambaSequenceMixer) -> dict[str, Any]:
-    inner, state_dim = mixer.A_log.shape
-    return described(
-        {
-            "d_state": (state_dim, 16),
-            "d_conv": (mixer.conv_weight.shape[1], 4),
-            "expand": (inner // mixer.in_features, 2),
-            "dt_rank": (mixer.dt_rank, math.ceil(mixer.in_features / 16)),
-            "conv_bias": (mixer.conv_bias is not None, True),
-            "bias": (mixer.in_proj.bias is not None, False),
-        }
-    )
+    rank = {"dt_rank": math.ceil(mixer.in_features / 16)}
+    expand = {"expand": mixer.A_log.shape[0] // mixer.in_features}
+    return others_than(MAMBA | rank, mamba_entries(mixer, MAMBA_NAMES) | expand)
 
 
 def describe_mamba2(mixer: Mamba2SequenceMixer) -> dict[str, Any]:
     inner = mixer.out_proj.weight.shape[1]
-    options = {
-        "d_state": (mixer.state_dim, 128),
-        "d_conv": (mixer.conv_weight.shape[1], 4),
-        "expand": (inner // mixer.in_features, 2),
-        "d_ssm": (mixer.ssm_dim, inner),
-        "headdim": (mixer.ssm_dim // mixer.A_log.shape[0], 64),
-        "ngroups": (mixer.num_groups, 1),
-        "rmsnorm": (mixer.gate_norm is not None, True),
-        "norm_before_gate": (mixer.gate_norm == "before", False),
-        "D_has_hdim": (mixer.D.ndim == 2, False),
-        # An option of Mamba2Simple, which is no layer of the package's language models.
-        "learnable_init_states": (mixer.initial_state is not None, False),
-        "dt_limit": (list(mixer.dt_limit), [0.0, math.inf]),
-        "conv_bias": (mixer.conv_bias is not None, True),
-        "bias": (mixer.in_proj.bias is not None, False),
+    entries = mamba2_entries(mixer, MAMBA2_NAMES) | {
+        "expand": inner // mixer.in_features,
+        "d_ssm": mixer.ssm_dim,
+        "rmsnorm": mixer.gate_norm is not None,
+        "norm_before_gate": mixer.gate_norm == "before",
+        "D_has_hdim": mixer.D.ndim == 2,
+        "learnable_init_states": mixer.initial_state is not None,
+        "dt_limit": list(mixer.dt_limit),
     }
-    return {"layer": "Mamba2", **described(options)}
+    return {"layer": "Mamba2", **others_than(MAMBA2 | {"d_ssm": inner}, entries)}
 
 
 def tensors(model: Any) -> Tensors:

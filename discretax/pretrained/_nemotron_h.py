@@ -18,8 +18,7 @@ from discretax.pretrained._family import (
     residual_stream,
     rms_norm,
 )
-from discretax.pretrained._mamba2 import mixer_tensors
-from discretax.pretrained._mamba_hybrid import Names, describe_mamba2, mamba2_of
+from discretax.pretrained._mamba2 import Names, describe_mamba2, mamba2_of, mixer_tensors
 from discretax.pretrained._transformer import (
     Tensors,
     attention,
@@ -74,16 +73,7 @@ LETTERS = {"M": MAMBA, "*": ATTENTION, "-": MLP, "E": EXPERTS}
 KINDS = {kind: kind for kind in LETTERS.values()} | {"mamba": MAMBA, "attention": ATTENTION}
 TENSORS = {MAMBA: "mixer.A_log", ATTENTION: "mixer.q_proj.", MLP: "mixer.up_proj."}
 LAYERS, PATTERN = "layers_block_type", "hybrid_override_pattern"
-NAMES = Names(
-    state_dim="ssm_state_size",
-    conv_width="conv_kernel",
-    num_heads="mamba_num_heads",
-    head_dim="mamba_head_dim",
-    num_groups="n_groups",
-    conv_bias="use_conv_bias",
-    use_bias="use_bias",
-    tensors="mixer.",
-)
+NAMES = Names("ssm_state_size", num_heads="mamba_num_heads", head_dim="mamba_head_dim")
 
 
 def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
@@ -137,7 +127,7 @@ def build(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
         tie_embeddings=config.flag("tie_word_embeddings", False),
         **residual_stream(config, "embeddings.weight", default=False),
     )
-    absent = () if MAMBA in kinds else (*NAMES[:-1], "time_step_limit")
+    absent = () if MAMBA in kinds else NAMES[:-1]
     absent = absent if MLP in kinds else (*absent, "intermediate_size", "mlp_bias")
     config.done((*NO_EFFECT, *absent))
     return make
@@ -166,9 +156,9 @@ def layer_kinds(config: Config) -> list[str]:
 def mamba2(config: Config, eps: float) -> Callable[..., Mamba2SequenceMixer]:
     num_heads = config.size(NAMES.num_heads, of=("mixer.A_log", 0))
     head_dim = config.size(NAMES.head_dim)
-    told = {NAMES.num_heads: num_heads, NAMES.head_dim: head_dim}
-    config.fits("mixer.norm.weight", 0, num_heads * head_dim, **told)
-    return mamba2_of(config, num_heads, head_dim, names=NAMES, norm_eps=eps)
+    sizes, inner = {NAMES.num_heads: num_heads, NAMES.head_dim: head_dim}, num_heads * head_dim
+    config.fits("mixer.norm.weight", 0, inner, **sizes)
+    return mamba2_of(config, num_heads, head_dim, NAMES, inner_dim=inner, norm_eps=eps)
 
 
 def mlp(config: Config) -> Callable[..., MLPChannelMixer]:

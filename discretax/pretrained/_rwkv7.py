@@ -94,8 +94,7 @@ def intermediate_size(config: Config, hidden: int) -> int:
 def build_native(config: Config) -> Callable[[PRNGKeyArray], LanguageModel]:
     """Releases have no configuration: what an entry does not say, the tensors do."""
     if config.shapes is not None:
-        sizes = stored_sizes(config.shapes)
-        config = config.with_entries(**{k: v for k, v in sizes.items() if k not in config.entries})
+        config = config.with_defaults(stored_sizes(config.shapes))
     num_layers = config.layers("n_layer", "blocks.")
     hidden = config.size("n_embd", of=("emb.weight", 1))
 
