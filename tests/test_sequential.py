@@ -103,7 +103,7 @@ def test_streams_have_a_state_each(named):
         with pytest.raises(ValueError, match=r"each of the 3 streams.*batch_size=3\)"):
             batched(streaming)(x, one)
     with pytest.raises(ValueError, match="streaming mode is called within this function"):
-        batched(lambda x, state, key: live(x, state))(x, streams)
+        batched(lambda x, state: live(x, state))(x, streams)
 
 
 def test_parts_by_name_and_place(named):
