@@ -15,6 +15,7 @@ from discretax import (
     ops as ops,
     optim as optim,
     pretrained as pretrained,
+    rates as rates,
     sequence_mixers as sequence_mixers,
     sharding as sharding,
 )

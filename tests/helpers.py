@@ -222,3 +222,47 @@ def leaky(mixer, x, timesteps=None):
         h = np.exp(-rate * (1 if timesteps is None else float(timesteps[t]))) * h + sample
         ys.append(h)
     return np.stack(ys)
+
+
+def downsampled(layer, x, resets=None):
+    """`Downsample` of valid samples alone, window by window: which samples count is said by a loop."""
+    x, ys = numbers(x), []
+    for start in range(0, len(x), layer.stride):
+        rows = samples_that_count(start, min(start + layer.stride, len(x)), resets)
+        if layer.how == "linear":  # the samples in their places
+            y = np.zeros((layer.stride, x.shape[1]))
+            y[[row - start for row in rows]] = x[rows]
+            y = y.ravel()
+        else:
+            pool = {
+                "mean": lambda u: u.mean(0),
+                "max": lambda u: u.max(0),
+                "stride": lambda u: u[-1],
+            }
+            y = pool[layer.how](x[rows])
+        ys.append(y if layer.linear is None else linear(layer.linear, y))
+    return np.stack(ys)
+
+
+def samples_that_count(start, end, resets=None):
+    """Those from the last reset in the window on."""
+    last = max((t for t in range(start, end) if resets is not None and resets[t]), default=start)
+    return list(range(last, end))
+
+
+def upsampled(layer, x, time, resets=None):
+    """`Upsample` to `time` valid samples, sample by sample."""
+    x, ys, s = numbers(x), [], layer.stride
+    resets = np.zeros(time, bool) if resets is None else resets[:time]
+    for t in range(time):
+        window, place = divmod(t, s)
+        if layer.causal:
+            parted = resets[window * s : t + 1].any() or window == 0
+            value = np.zeros(x.shape[1]) if parted else x[window - 1]
+        else:
+            parted = resets[t + 1 : (window + 1) * s].any()
+            value = np.zeros(x.shape[1]) if parted else x[window]
+        if layer.linear is not None:
+            value = linear(layer.linear, value)
+        ys.append(value.reshape(-1, layer.out_features)[place if layer.how == "linear" else 0])
+    return np.stack(ys)

@@ -21,7 +21,7 @@ from discretax.sequence_mixers import LRUSequenceMixer
 
 pytestmark = pytest.mark.slow
 
-ROOMS = ("architectures", "blocks", "encoder", "heads", "models")
+ROOMS = ("architectures", "blocks", "encoder", "heads", "models", "rates")
 
 
 def stateful_layers():

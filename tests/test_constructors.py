@@ -9,7 +9,16 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from discretax import architectures, blocks, channel_mixers, encoder, heads, models, sequence_mixers
+from discretax import (
+    architectures,
+    blocks,
+    channel_mixers,
+    encoder,
+    heads,
+    models,
+    rates,
+    sequence_mixers,
+)
 from discretax.channel_mixers import GLU, HalfGLU, IdentityChannelMixer, MLPChannelMixer, SwiGLU
 from discretax.encoder import EmbeddingEncoder, LinearEncoder
 from discretax.models import BlockStack
@@ -20,7 +29,7 @@ small = ft.partial(LRUSequenceMixer, state_dim=2)
 make_block = ft.partial(
     blocks.StandardBlock, sequence_mixer=IdentitySequenceMixer, channel_mixer=IdentityChannelMixer
 )
-ROOMS = (architectures, blocks, channel_mixers, encoder, heads, models, sequence_mixers)
+ROOMS = (architectures, blocks, channel_mixers, encoder, heads, models, rates, sequence_mixers)
 OF_ROOMS = {cls for room in ROOMS for cls in vars(room).values() if inspect.isclass(cls)}
 WITH_KEY = {
     cls: inspect.signature(cls).parameters["key"]
@@ -61,6 +70,8 @@ def test_without_a_key():
         IdentityChannelMixer,
         IdentitySequenceMixer,
         Bidirectional,
+        rates.Downsample,
+        rates.Upsample,
     }
     assert len(is_needed) > 60
     for cls in is_needed:

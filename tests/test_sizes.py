@@ -9,12 +9,21 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from discretax import architectures, channel_mixers, encoder, heads, models, sequence_mixers
+from discretax import (
+    architectures,
+    channel_mixers,
+    encoder,
+    heads,
+    models,
+    rates,
+    sequence_mixers,
+)
 from discretax._features import check_size
 from discretax.sequence_mixers import LRUSequenceMixer
 
 # What has no default.
 GIVEN = {"in_features": 8, "out_features": 6, "num_classes": 5, "hidden_dim": 8, "vocab_size": 7}
+GIVEN |= {"stride": 2, "patch_size": 3}
 GIVEN |= {"num_blocks": 2, "sequence_mixer": LRUSequenceMixer, "pattern": (LRUSequenceMixer,)}
 OPTIONS = {
     "Bidirectional": {"forward": LRUSequenceMixer},
@@ -38,7 +47,7 @@ OPTIONS = {
     "S5SequenceMixer": {"ssm_blocks": 2},
     "SwiGLU": {"intermediate_dim": 9},
 }
-ROOMS = (architectures, channel_mixers, encoder, heads, models, sequence_mixers)
+ROOMS = (architectures, channel_mixers, encoder, heads, models, rates, sequence_mixers)
 
 
 def built_from_sizes():

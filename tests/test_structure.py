@@ -54,7 +54,8 @@ MAY_SEE = {
     "sequence_mixers": (*_COMMON, "ops", "init"),
     "channel_mixers": (*_COMMON, "ops", "init"),
     "blocks": (*_COMMON, "ops", "init", "sequence_mixers", "channel_mixers"),
-    "encoder": _COMMON,
+    "rates": _COMMON,
+    "encoder": (*_COMMON, "rates"),
     "heads": _COMMON,
     "models": (*_COMMON, "ops", "init", "sequence_mixers", "channel_mixers", "blocks"),
     "architectures": (
@@ -63,6 +64,7 @@ MAY_SEE = {
         "sequence_mixers",
         "channel_mixers",
         "blocks",
+        "rates",
         "encoder",
         "heads",
         "models",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
+from discretax._features import check_size
 from discretax._sequential import Sequential
 from discretax._stateful import AbstractStreamingLayer, found_within
 from discretax._timeseries import Timeseries, values_of
@@ -33,22 +34,23 @@ class SoFar(NamedTuple):
 
 
 class Stream:
-    """A model in inference mode, its state, and samples to send."""
+    """A model in inference mode, its state, and samples to send, in multiples of some."""
 
-    def __init__(self, model: PyTree, state: eqx.nn.State, x: Samples, rtol: float):
+    def __init__(self, model: PyTree, state: eqx.nn.State, x: Samples, rtol: float, multiple: int):
         self.model = eqx.nn.inference_mode(model)
         self.live = streaming_mode(self.model)
         self.state = state
         self.rtol = rtol
+        self.multiple = multiple
         self.values = np.asarray(values_of(x))
         self.timesteps = None
         if isinstance(x, Timeseries) and x.timesteps is not None:
             self.timesteps = np.asarray(x.timesteps)
         self.time = len(self.values)
-        # Pieces are of this length, of one sample, and of the rest: what is compiled, for each
-        # length and each kind of input anew, takes most of the time.
-        self.half = (self.time - 1) // 2
-        edges = (0, self.half, self.half + 1, self.time)
+        # Pieces are of this length, of one sample, or as few as may be, and of the rest: what is
+        # compiled, for each length and each kind of input anew, takes most of the time.
+        self.half = (self.time // multiple - 1) // 2 * multiple
+        edges = (0, self.half, self.half + multiple, self.time)
         self.spans = list(itertools.pairwise(edges))
         self.resets = np.isin(np.arange(self.time), edges[1:-1])
         self.call = eqx.filter_jit(lambda model, x, state: model(x, state))
@@ -56,14 +58,20 @@ class Stream:
             values_of(eqx.filter_eval_shape(self.model, self.part(0, end), state)[0]).shape
             for end in (self.half, self.time)
         ]
-        # A head that pools gives one answer for all samples.
-        self.per_sample = [shape[:1] for shape in shapes] == [(self.half,), (self.time,)]
+        # A head that pools gives one answer for all samples. What downsamples gives fewer than there
+        # are samples, and in proportion.
+        self.outputs = math.prod(shapes[1][:1])
+        self.per_sample = shapes[0][:1] == (self.half * self.outputs / self.time,)
 
     def precision(self) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext()  # that of the model
 
     def fresh(self, batch_size: int | None = None) -> eqx.nn.State:
         return inference_state(self.model, self.state, batch_size, self.time)
+
+    def outputs_of(self, samples: int) -> int:
+        """How many come of so many samples; of windows that are not full, too."""
+        return -(-samples * self.outputs // self.time)
 
     def part(self, start: int, end: int) -> Samples:
         values = jnp.asarray(self.values[start:end])
@@ -107,7 +115,7 @@ class Stream:
         self, values: np.ndarray | None = None
     ) -> tuple[list[np.ndarray], dict[str, PyTree]]:
         """In two chunks: a reset within the first, and one where the second begins."""
-        cut = self.half + 1
+        cut = self.half + self.multiple
         spans = (0, cut), (cut, self.time)
         return self.send(*(self.padded(*span, self.resets, values) for span in spans))
 
@@ -121,7 +129,7 @@ class Stream:
 
     def valid(self, y: Samples, x: Samples) -> np.ndarray:
         length = x.length if isinstance(x, Timeseries) and self.per_sample else None
-        return np.asarray(values_of(y))[: None if length is None else int(length)]
+        return np.asarray(values_of(y))[: None if length is None else self.outputs_of(int(length))]
 
     def same(self, sent: Any, expected: Any, after: dict[str, PyTree], *, of: str, to: str) -> None:
         """`sent`: outputs and caches; `expected`: outputs of as many samples or of as many chunks."""
@@ -150,10 +158,11 @@ def chunks_are_the_whole(stream: Stream):
 
 @law()
 def steps_are_the_whole(stream: Stream):
-    """Chunks of one sample do."""
-    ys, after = stream.send(*(stream.part(t, t + 1) for t in range(stream.time)))
+    """Chunks of one sample do, or of as few as may be."""
+    step = stream.multiple
+    ys, after = stream.send(*(stream.part(t, t + step) for t in range(0, stream.time, step)))
     if not stream.per_sample:
-        ys = [ys[end - 1] for _, end in stream.spans]
+        ys = [ys[end // step - 1] for _, end in stream.spans]
     expected = stream.expected()
     stream.same((ys, after), expected, stream.caches_of_the_whole, of="steps", to="the whole")
 
@@ -199,7 +208,7 @@ def nan_before_a_reset_does_not_leak(stream: Stream):
     broken = stream.values.copy()
     broken[0] = np.nan
     (y, last), caches = stream.send_with_resets(broken)
-    sent = [y[stream.half :] if stream.per_sample else y, last], caches
+    sent = [y[stream.outputs_of(stream.half) :] if stream.per_sample else y, last], caches
     alone = [stream.alone(*span) for span in stream.spans[1:]]
     what = "what follows a NaN and a reset"
     stream.same(sent, alone, stream.caches_of_the_last, of=what, to="it alone")
@@ -232,7 +241,9 @@ def inference_state_starts_over(stream: Stream):
 LAWS = [entry for entry in list(globals().values()) if isinstance(entry, Law)]
 
 
-def check_streaming(model: PyTree, state: eqx.nn.State, x: Samples, *, rtol: float = 1e-5) -> None:
+def check_streaming(
+    model: PyTree, state: eqx.nn.State, x: Samples, *, rtol: float = 1e-5, multiple: int = 1
+) -> None:
     """Checks that a model that streams answers as one that is given whole sequences.
 
     Chunks, single samples, padding, resets, and streams side by side are compared with the whole,
@@ -241,40 +252,49 @@ def check_streaming(model: PyTree, state: eqx.nn.State, x: Samples, *, rtol: flo
 
     **Arguments:**
 
-    - `model`: `(x, state) -> (y, state)`, from `(time, ...)` to one answer per sample, or to one
-        for all of them so far. Inference mode and streaming mode are switched on here.
+    - `model`: `(x, state) -> (y, state)`, from `(time, ...)` to one answer per sample, or per window
+        of them, or to one for all of them so far. Inference mode and streaming mode are switched on
+        here.
     - `state`: the model's, as for [`discretax.inference_state`][].
     - `x`: samples to try, an array or a [`discretax.Timeseries`][] with timesteps: some ten, for
         most of the time goes into compiling.
     - `rtol`: what may differ, relative to the largest number of each output and cache.
+    - `multiple`: of how many samples every chunk must be a multiple, for models that change the rate:
+        the product of their strides.
 
     **Raises:**
 
     `AssertionError` that lists every broken law, with the numbers and where they part, and says at
     which layer of a sequence of them it begins.
-    `ValueError` for fewer than five samples, and for samples with padding or resets of their own;
-    and what `inference_state` raises.
+    `ValueError` for fewer than five samples, or five times `multiple`, for another number of them than
+    a multiple, and for samples with padding or resets of their own; and what `inference_state` raises.
     """
+    multiple = check_size("multiple", multiple)
     if isinstance(x, Timeseries) and (x.length is not None or x.resets is not None):
         raise ValueError(
             "`x` must be whole samples; got a `Timeseries` with a length or resets. Give its values "
             "and timesteps alone: padding and resets are put in here."
         )
-    if values_of(x).shape[0] < 5:
-        raise ValueError(f"`x` must be at least 5 samples; got {values_of(x).shape[0]}.")
-    stream = Stream(model, state, x, rtol)
+    time = values_of(x).shape[0]
+    if time < 5 * multiple or time % multiple:
+        whole = f", and a multiple of {multiple}" if multiple > 1 else ""
+        raise ValueError(f"`x` must be at least {5 * multiple} samples{whole}; got {time}.")
+    stream = Stream(model, state, x, rtol, multiple)
     stream.fresh()  # where this fails, no law is to blame
     try:
         hold([bound for law in LAWS for bound in law.of(stream)])
     except AssertionError as broken:
-        raise AssertionError(f"{broken}\n\n{_advice(model, state, x, rtol)}") from broken.__cause__
+        raise AssertionError(
+            f"{broken}\n\n{_advice(model, state, x, rtol, multiple)}"
+        ) from broken.__cause__
 
 
-def _advice(model: PyTree, state: eqx.nn.State, x: Samples, rtol: float) -> str:
+def _advice(model: PyTree, state: eqx.nn.State, x: Samples, rtol: float, multiple: int) -> str:
     """Which layer is the first to break a law, and what it may lack."""
     layers = model.layers if isinstance(model, Sequential | eqx.nn.Sequential) else (model,)
     parts = [model[: i + 1] for i in range(len(layers) - 1)] if len(layers) > 1 else []
-    i = next((i for i, part in enumerate(parts) if not _holds(part, state, x, rtol)), len(parts))
+    broken = (i for i, part in enumerate(parts) if not _holds(part, state, x, rtol, multiple))
+    i = next(broken, len(parts))
     layer, name = layers[i], f"`{type(layers[i]).__name__}`"
     where = f"{name}, `model[{i}]`, is" if parts else f"{name} is"
     if found_within(layer, AbstractStreamingLayer):
@@ -289,8 +309,8 @@ def _advice(model: PyTree, state: eqx.nn.State, x: Samples, rtol: float) -> str:
     )
 
 
-def _holds(model: PyTree, state: eqx.nn.State, x: Samples, rtol: float) -> bool:
-    stream = Stream(model, state, x, rtol)
+def _holds(model: PyTree, state: eqx.nn.State, x: Samples, rtol: float, multiple: int) -> bool:
+    stream = Stream(model, state, x, rtol, multiple)
     try:
         for law in (chunks_are_the_whole, resets_are_separate_runs, padding_is_without_effect):
             law.check(stream)
