@@ -11,6 +11,7 @@ from helpers import assert_close, draw, linear, numbers
 from discretax import inference_state, streaming_mode
 from discretax.blocks import ResidualBlock
 from discretax.channel_mixers import IdentityChannelMixer
+from discretax.ops import _attention
 from discretax.sequence_mixers import AttentionSequenceMixer
 
 FEATURES, TIME = 8, 11
@@ -45,6 +46,26 @@ def attention(mixer, x):
             weights = np.exp(np.array(scores) / np.sqrt(q.shape[-1]))
             y[t, n] = weights @ v[first : t + 1, nu] / weights.sum()
     return linear(mixer.out_proj, y.reshape(len(x), -1))
+
+
+def test_blocks_of_queries_are_all_at_once(monkeypatch):
+    """In three blocks, the last of which is not full, behind a cache, with a reset and a NaN."""
+    time = 2 * _attention.SHORTEST + 5
+    mixer = AttentionSequenceMixer(FEATURES, num_heads=4, num_kv_heads=2, key=jr.key(0))
+    x, resets = draw(time, FEATURES), jnp.arange(time) == 3
+    cache = mixer(draw(2, FEATURES), mixer.allocate_inference_cache(max_seqlen=time + 2))[1]
+
+    def loss(mixer, x):
+        y, after = mixer(x.at[20].set(jnp.nan), cache)
+        resumed, _ = mixer(x, cache, resets=resets)
+        return jnp.sin(y[:20]).sum() + jnp.sin(resumed).sum(), (jnp.nan_to_num(y, nan=9), resumed, after)
+
+    gradients = lambda: eqx.filter_value_and_grad(loss, has_aux=True)(mixer, x)
+    whole = gradients()
+    monkeypatch.setattr(_attention, "SCORES", (1, 1))
+    jax.clear_caches()
+    assert_close(gradients(), whole)
+    np.testing.assert_array_equal((np.asarray(whole[0][1][0]) == 9).all(1), np.arange(time) >= 20)
 
 
 @pytest.mark.parametrize(

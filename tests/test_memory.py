@@ -19,6 +19,7 @@ from discretax.ops import (
     ssd,
 )
 from discretax.sequence_mixers import (
+    AttentionSequenceMixer,
     LinOSSSequenceMixer,
     LRUSequenceMixer,
     RGLRUSequenceMixer,
@@ -160,6 +161,13 @@ def test_matrix_state_of_a_batch(name):
     batched = jax.vmap(lambda length, *arrays: run(*arrays, length=length))
     whole = lambda _, *arrays: batched(jnp.arange(8), *arrays)
     assert megabytes(whole, *((8, 1024, *shape) for shape in shapes)) < 8 * bound
+
+
+def test_attention():
+    """All scores, kept for the gradient, would fill 4 * 4096 * 4096 * 4 bytes = 256 MB."""
+    run = lambda mixer, x: mixer(x)[0]
+    mixer = AttentionSequenceMixer(16, num_heads=4, key=jr.key(0))
+    assert megabytes(run, (4096, 16), params=mixer) < 28
 
 
 def test_remat():

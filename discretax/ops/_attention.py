@@ -15,10 +15,27 @@ def masked_attention(
     """Softmax attention of each query to the keys it has `seen`, whose scores are scaled."""
     # `jax.nn.dot_product_attention` takes the softmax in float32 even of float64, and its derivative in
     # bfloat16 does not run under strict dtype promotion.
-    time, heads, head_dim = q.shape
+    time, _, head_dim = q.shape
+    keys, kv_heads = k.shape[:2]
     dtype = accumulation_dtype(q)
-    grouped = q.reshape(time, k.shape[1], -1, head_dim)
-    scores = jnp.einsum("tkgd,skd->kgts", grouped, k).astype(dtype) * scale
+    # Heads in front, where the products leave them: no scores are copied from one order into another.
+    grouped = q.reshape(time, kv_heads, -1, head_dim).transpose(1, 2, 0, 3)
+    scores = jnp.einsum("kid,skd->kis", grouped.reshape(kv_heads, -1, head_dim), k).astype(dtype)
     # Not -inf: a query that sees nothing, as padding may, would be NaN, and so all gradients.
-    weights = jax.nn.softmax(jnp.where(seen, scores, jnp.finfo(dtype).min), axis=-1)
-    return jnp.einsum("kgts,skd->tkgd", weights.astype(v.dtype), v).reshape(time, heads, head_dim)
+    scores = jnp.where(seen, scores.reshape(*grouped.shape[:3], -1) * scale, jnp.finfo(dtype).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    narrow = weights.reshape(kv_heads, -1, keys).astype(v.dtype)
+    y = jnp.einsum("kis,skd->kid", narrow, v).reshape(grouped.shape).astype(dtype)
+    y = y / weights.sum(-1, keepdims=True)
+    return y.astype(v.dtype).transpose(2, 0, 1, 3).reshape(q.shape)
+
+
+def queries_at_a_time(heads: int, keys: int) -> int:
+    """So many that their scores stay in the processor's caches."""
+    return max(SHORTEST, SCORES[jax.default_backend() == "cpu"] // (heads * keys))
+
+
+# Of all heads, elsewhere and on a CPU: 128 queries of eight heads to 2048 keys take 31 ms on two
+# cores, 64 of them 42 ms, all 512 together 78 ms.
+SCORES = 2**25, 2**21
+SHORTEST = 16

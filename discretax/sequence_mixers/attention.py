@@ -24,7 +24,7 @@ from discretax._features import (
 )
 from discretax._timeseries import known
 from discretax._types import Length, Resets, Sample, Timesteps, Values, widened
-from discretax.ops._attention import masked_attention
+from discretax.ops._attention import masked_attention, queries_at_a_time
 from discretax.ops._rotary import frequencies, rotated
 from discretax.ops._running.chunks import scan_chunks
 from discretax.sequence_mixers._attention_cache import AttentionCache, moved, moved_by_one, past
@@ -291,14 +291,25 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
                 for old, new in zip(past(cache), (k, v, broken, positions, sequence), strict=True)
             )
         keys, values, of_broken, key_positions, key_sequence = samples
-        distance = positions[:, None] - key_positions[None]
-        seen = (
-            (key_sequence[None] == sequence[:, None]) & (distance >= 0) & (key_positions[None] >= 0)
-        )
-        if self.window is not None:
-            seen &= distance < self.window
-        y = masked_attention(q, keys.astype(q.dtype), values.astype(q.dtype), seen, self.scale)
-        unknown = (seen & of_broken[None]).any(1)
+
+        def attend(state, queries, left):
+            """In training the scores are computed again, so that memory grows with time alone."""
+            del left
+            q, positions, sequence = queries
+            distance = positions[:, None] - key_positions[None]
+            seen = (
+                (key_sequence[None] == sequence[:, None])
+                & (distance >= 0)
+                & (key_positions[None] >= 0)
+            )
+            if self.window is not None:
+                seen &= distance < self.window
+            y = masked_attention(q, keys, values, seen, self.scale)
+            return state, (y, (seen & of_broken[None]).any(1))
+
+        keys, values = keys.astype(q.dtype), values.astype(q.dtype)
+        block = queries_at_a_time(self.num_heads, len(keys))
+        _, (y, unknown) = scan_chunks(attend, (), (q, positions, sequence), None, block)
         if self.window is None:
             unknown |= positions >= slots
         # Counted on, the position would reach the end of its integers.
