@@ -58,7 +58,11 @@ def test_blocks_of_queries_are_all_at_once(monkeypatch):
     def loss(mixer, x):
         y, after = mixer(x.at[20].set(jnp.nan), cache)
         resumed, _ = mixer(x, cache, resets=resets)
-        return jnp.sin(y[:20]).sum() + jnp.sin(resumed).sum(), (jnp.nan_to_num(y, nan=9), resumed, after)
+        return jnp.sin(y[:20]).sum() + jnp.sin(resumed).sum(), (
+            jnp.nan_to_num(y, nan=9),
+            resumed,
+            after,
+        )
 
     gradients = lambda: eqx.filter_value_and_grad(loss, has_aux=True)(mixer, x)
     whole = gradients()
