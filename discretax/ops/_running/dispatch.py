@@ -62,6 +62,15 @@ def _too_old(kernel: str) -> str | None:
     return f"it runs on {DEVICES[kernel]}; got {capability}" if float(capability) < 9 else None
 
 
+_FORMS: dict[Primitive, Callable[..., Sequence[Array]]] = {}
+
+
+def plain_form(primitive: Primitive) -> Callable[..., Sequence[Array]] | None:
+    """How an operation of this kind is computed without a kernel; None for another primitive."""
+    form = _FORMS.get(primitive)
+    return None if form is None else functools.partial(form, "cpu")
+
+
 def operation(
     name: str,
     form: Callable[..., Sequence[Array]],
@@ -76,6 +85,7 @@ def operation(
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
+    _FORMS[primitive] = form
 
     @primitive.def_abstract_eval
     def _(*avals, **options):
