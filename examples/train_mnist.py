@@ -11,13 +11,12 @@ a stream, its memory carried from pixel to pixel, and a figure shows its opinion
 """
 
 import dataclasses
-import json
 import math
-import os
 import time
 from pathlib import Path
 
 import arguments
+import checkpoints
 import drawing
 import equinox as eqx
 import jax
@@ -150,9 +149,10 @@ def train(config: Config, data, checkpoint: Path, resume: bool):
     model_key, train_key = jr.split(jr.key(config.seed))
     model, state = make_model(config, model_key)
     opt_state = make_optimiser(config).init(eqx.filter(model, eqx.is_inexact_array))
-    history: list[dict[str, float]] = []
+    settings, history = dataclasses.asdict(config), []
     if resume:
-        history, (model, state, opt_state) = load(checkpoint, config, (model, state, opt_state))
+        trees = model, state, opt_state
+        history, (model, state, opt_state) = checkpoints.load(checkpoint, settings, trees)
 
     (images, labels), (test_images, test_labels) = data
     test_x = to_sequences(test_images, config)
@@ -176,38 +176,8 @@ def train(config: Config, data, checkpoint: Path, resume: bool):
             accuracy = float(np.mean(answers == test_labels))
             history.append({"train_loss": float(np.mean(losses)), "test_accuracy": accuracy})
             bar.set_postfix(history[-1])
-        save(checkpoint, config, history, (model, state, opt_state))
+        checkpoints.save(checkpoint, settings, history, (model, state, opt_state))
     return model, state, history
-
-
-def save(path: Path, config: Config, history, trees) -> None:
-    """A line of JSON, then the arrays."""
-    header = {"epoch": len(history), "config": dataclasses.asdict(config), "history": history}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "wb") as file:
-        file.write((json.dumps(header) + "\n").encode())
-        eqx.tree_serialise_leaves(file, trees)
-    os.replace(unfinished, path)  # in one go: an interruption leaves the old file or the new one
-
-
-def load(path: Path, config: Config, trees):
-    if not path.exists():
-        raise SystemExit(
-            f"--resume needs a checkpoint; found none at {path}. Leave --resume out to start "
-            "anew, or name the folder of the earlier run with --out."
-        )
-    with open(path, "rb") as file:
-        header = json.loads(file.readline())
-        saved, given = header["config"], dataclasses.asdict(config)
-        changed = [k for k in given if given[k] != saved.get(k)]
-        if changed:
-            changes = ", ".join(f"{k}={given[k]} for {k}={saved.get(k)}" for k in changed)
-            raise SystemExit(
-                f"--resume needs the settings of the checkpoint {path}; got {changes}. Give the "
-                "same ones, or leave --resume out to start anew."
-            )
-        return header["history"], eqx.tree_deserialise_leaves(file, trees)
 
 
 def draw_stream(path: Path, images, labels, log_p, unit: str) -> None:
