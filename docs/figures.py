@@ -1,4 +1,4 @@
-"""Draws the figures of `inspection.md` by running its code: `python docs/figures.py`."""
+"""Draws the figures of `inspection.md` and `images.md` by running their code: `python docs/figures.py`."""
 
 import os
 import pathlib
@@ -13,6 +13,6 @@ BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 os.environ["SOURCE_DATE_EPOCH"] = "0"
 matplotlib.rcParams.update({"svg.hashsalt": "discretax", "svg.fonttype": "none"})
 
-page = (DOCS / "inspection.md").read_text()
 os.chdir(DOCS / "figures")
-exec("\n".join(BLOCK.findall(page)))
+for page in ("inspection.md", "images.md"):
+    exec("\n".join(BLOCK.findall((DOCS / page).read_text())), {})
