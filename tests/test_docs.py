@@ -20,8 +20,9 @@ pytestmark = pytest.mark.slow
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGES.remove(ROOT / "docs" / "examples.md")  # tells of scripts that have tests of their own
-BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(?:python| \{ \.python \})\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 TIME = 24
+SNIPPET = re.compile(r'^--8<-- "(.*):(.*)"$', re.MULTILINE)
 SHAPES = re.compile(r"([a-z][\w.]*(?:, [a-z][\w.]*)*): (\([^)]*\))")  # x, y: (time, 64)
 
 
@@ -31,14 +32,23 @@ def test_code_runs(page, tmp_path, monkeypatch):
     text = page.read_text()
     blocks = list(BLOCK.finditer(text))
     assert blocks
-    assert len(blocks) == text.count("```py"), "a block that this test would leave out"
+    assert len(blocks) == text.count("```py") + text.count("``` {"), (
+        "a block that this test would leave out"
+    )
     monkeypatch.chdir(tmp_path)  # what a page saves
     namespace = {"__name__": "__main__"}
     with jax.numpy_dtype_promotion("standard"):  # as readers have it; optax needs it
         for block in blocks:
             # Tracebacks show the line of the page.
             line = text.count("\n", 0, block.start(1))
-            exec(compile("\n" * line + block[1], str(page), "exec"), namespace)
+            code = SNIPPET.sub(section, block[1])
+            exec(compile("\n" * line + code, str(page), "exec"), namespace)
+
+
+def section(snippet: re.Match) -> str:
+    """What mkdocs puts in its place: a part of a file."""
+    _, text = (ROOT / snippet[1]).read_text().split(f"[start:{snippet[2]}]\n")
+    return re.split(rf"#.*\[end:{snippet[2]}\]", text)[0]
 
 
 def with_examples():

@@ -8,6 +8,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from helpers import assert_close
+from jax import export
 
 from discretax.ops import diagonal_ssm, linear_recurrence, oscillator_ssm
 from discretax.ops._recurrence.linear_recurrence import recurrence
@@ -355,3 +356,13 @@ def test_what_does_not_fit_between_projections(kind):
     for name, (value, message) in {**REFUSED, **wrong}.items():
         with pytest.raises(ValueError, match=message):
             call(**{**given, name: value})
+
+
+def test_an_export_leaves_the_batch_open():
+    """For platforms with kernels too, which are launched with numbers."""
+    (batch,) = export.symbolic_shape("batch")
+    shape = jax.ShapeDtypeStruct((batch, TIME, *STATE), jnp.float32)
+    program = export.export(jax.jit(jax.vmap(linear_recurrence)), platforms=["cpu", "cuda", "tpu"])
+    a, b, _ = jax.vmap(lambda seed: draw("float32", False, seed))(jnp.arange(3))
+    h = jnp.stack([loop(*each, jnp.zeros(STATE), None, False) for each in zip(a, b, strict=True)])
+    assert_close(program(shape, shape).call(a, b), h)

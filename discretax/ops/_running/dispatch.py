@@ -8,7 +8,7 @@ split that call over a mesh.
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -89,12 +89,17 @@ def operation(
 
     @primitive.def_abstract_eval
     def _(*avals, **options):
-        batch = max(aval.shape[0] for aval in avals)
+        batch = _shared(aval.shape[0] for aval in avals)
         like = results(*avals, **options)
         return [aval.update(shape=(batch, *aval.shape[1:])) for aval in like]
 
+    def form_on(platform, *arrays, **options):
+        # A kernel is launched with numbers. Where `jax.export` leaves a size open, there are none.
+        is_open = not all(isinstance(size, int) for x in arrays for size in x.shape)
+        return form(None if is_open and platform in KERNELS else platform, *arrays, **options)
+
     for platform in PLATFORMS:
-        lowered = mlir.lower_fun(functools.partial(form, platform), multiple_results=True)
+        lowered = mlir.lower_fun(functools.partial(form_on, platform), multiple_results=True)
         mlir.register_lowering(primitive, lowered, platform=platform)
 
     @primitive.def_impl
@@ -118,7 +123,7 @@ def operation(
 
         @batch.def_vmap
         def _(size, is_batched, *arrays):
-            inner = max(x.shape[int(b)] for x, b in zip(arrays, is_batched, strict=True))
+            inner = _shared(x.shape[int(b)] for x, b in zip(arrays, is_batched, strict=True))
 
             def merge(x, is_batched):
                 if not is_batched and x.shape[0] == 1:
@@ -143,6 +148,11 @@ def operation(
         return [x[0] for x in run(*arrays)]
 
     return call
+
+
+def _shared(sizes: Iterable[int]) -> int:
+    """The size that all have but for those of 1. It may be symbolic, of which none is the larger."""
+    return next((size for size in sizes if size != 1), 1)
 
 
 def over_batch(function: Callable[..., Sequence[Array]], *arrays: Array) -> Sequence[Array]:
@@ -199,7 +209,7 @@ def _over_mesh(
     alone = itertools.count()
 
     def name_all(letters, values):
-        name = lambda axis, size: axis if size > 1 else f"one{next(alone)}"
+        name = lambda axis, size: axis if size != 1 else f"one{next(alone)}"
         return [[*map(name, axes, x.shape)] for axes, x in zip(letters, values, strict=True)]
 
     named = [name_all(inputs, arrays), name_all(outputs, jax.eval_shape(kernel, *arrays))]
