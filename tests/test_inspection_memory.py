@@ -98,6 +98,7 @@ def test_mamba_that_is_given_one_sample_over_and_over():
     np.testing.assert_array_equal(along.half_lives.window[:, 0], [1, 0])
 
 
+@pytest.mark.thorough
 def test_rg_lru_by_the_product_of_its_gates():
     mixer, x, start = rg_lru(), draw(TIME, FEATURES), 3
     along = memory(mixer, x, start=start)

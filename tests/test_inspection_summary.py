@@ -11,11 +11,12 @@ import pytest
 from cases import CASES, FEATURES
 
 from discretax import Sequential, Timeseries, discretized, inference_state, models
-from discretax.architectures import LanguageModel
+from discretax.architectures import LanguageModel, UNet
 from discretax.channel_mixers import GLU
 from discretax.encoder import EmbeddingEncoder, LinearEncoder
 from discretax.heads import ClassificationHead
 from discretax.inspection import summary
+from discretax.rates import Downsample
 from discretax.sequence_mixers import (
     AttentionSequenceMixer,
     LRUSequenceMixer,
@@ -213,6 +214,19 @@ def test_of_a_model_that_cannot_stream():
     assert all(line.cache_bytes == 2 * 3 * 4 for line in both)
     assert mixer.operations >= sum(line.operations for line in both)
     assert "cannot stream" in str(summary(model))
+
+
+def test_layers_behind_a_downsample_are_called_less_often():
+    def make(key):
+        windows = [Downsample(4, stride, how="stride") for stride in (2, 3)]
+        return Sequential([*windows, LinearEncoder(4, 6, key=key)])
+
+    found = summary(shapes(make))
+    assert found.samples == found.max_seqlen == 6  # a window of windows
+    assert found.layers[-2].path == ".layers[2]"
+    assert found.layers[-2].operations == 2 * 4 * 6 / 6
+    net = shapes(UNet, 2, 3, widths=(4, 4), strides=(2,), sequence_mixer=LRUSequenceMixer)
+    assert summary(net).total.parameters == size(net)
 
 
 class Two(eqx.Module):

@@ -71,7 +71,7 @@ MAY_SEE = {
     ),
     "inference": (*_COMMON, "ops", "sequence_mixers", "blocks", "encoder", "heads", "models"),
     "pretrained": ("_features", "architectures", "blocks", "channel_mixers", "sequence_mixers"),
-    "inspection": (*_COMMON, "ops", "sequence_mixers", "blocks", "inference"),
+    "inspection": (*_COMMON, "ops", "sequence_mixers", "blocks", "rates", "inference"),
     "optim": (*_COMMON, "sequence_mixers"),
     "sharding": ("_features",),
     "testing": (*_COMMON, "_sequential", "ops", "sequence_mixers", "inference"),

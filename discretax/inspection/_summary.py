@@ -14,6 +14,7 @@ from discretax.inference import inference_state, streaming_mode
 from discretax.inspection._layers import Layer, named
 from discretax.inspection._operations import MOVING, Origin, operations_by_layer
 from discretax.inspection._table import LayerSummary, Summary
+from discretax.rates import Downsample
 from discretax.sequence_mixers import AbstractSequenceMixer
 
 
@@ -55,10 +56,10 @@ def summary(
     - `x`: an example of what the model is called with, such as `(time, features)`, `(time,)` tokens or a
         [`discretax.Timeseries`][]; its numbers do not matter. Operations are then those of the call,
         divided by its samples: many at once are mixed in another way than one by one. If left out,
-        one sample of what the first layer takes that says so.
+        one sample, or one window of a model that downsamples, of what the first layer takes that says so.
     - `state`: the model's, where layers that are not of the library keep something in it.
     - `max_seqlen`: length of the streams, for caches that grow with time, and what is done with them; the
-        samples of `x` if left out.
+        samples of the call if left out.
     - `dtype`: of the caches; float32 by default.
     - `depth`: how many levels of layers within layers to list; all if left out.
 
@@ -77,19 +78,16 @@ def summary(
             mixer,
             "summary(jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, models))",
         )
-    example = None if x is None else _shapes(x)
-    if max_seqlen is None:
-        max_seqlen = 1 if example is None else _number_of_samples(example)
-    max_seqlen = check_size("max_seqlen", max_seqlen)
     levels = math.inf if depth is None else check_size("depth", depth, least=0)
     inference = eqx.nn.inference_mode(model)
     layers = named(eqx.nn.delete_init_state(inference)).layers
+    example = _first_input(layers) if x is None else _shapes(x)
+    samples = _number_of_samples(example)
+    max_seqlen = samples if max_seqlen is None else check_size("max_seqlen", max_seqlen)
     caches = [_cache(layer.module, max_seqlen, dtype) for layer in layers]
     sizes = [_bytes_within(i, layers, caches) for i in range(len(layers))]
     streams = sizes[0] is not None
     live = streaming_mode(inference) if streams else inference
-    example = _first_input(layers) if example is None else example
-    samples = _number_of_samples(example)
     before = caches[0] if streams and isinstance(model, AbstractSequenceMixer) else None
     if _is_stateful(model):
         before = _state(live, state, max_seqlen, dtype, streams)
@@ -112,8 +110,10 @@ def summary(
         )
         for i, layer in enumerate(layers)
     ]
-    has_any = lambda line: line.depth == 0 or any(line[3:])
-    listed = tuple(line for line in lines if line.depth <= levels and has_any(line))
+    costs = lambda line: (line.parameters, line.cache_bytes, line.operations) != (0, 0, 0)
+    listed = tuple(
+        line for line in lines if line.depth <= levels and (line.depth == 0 or costs(line))
+    )
     return Summary(listed, samples, max_seqlen)
 
 
@@ -144,13 +144,15 @@ def _bytes_within(i: int, layers: list[Layer], caches: list[PyTree]) -> int | No
 
 
 def _first_input(layers: list[Layer]) -> jax.ShapeDtypeStruct:
-    """One sample, of the first layer that says what it takes."""
+    """As little as may come of a stream, of what the first layer takes that says so."""
+    windows = (layer.module for layer in layers if isinstance(layer.module, Downsample))
+    time = math.prod(window.stride for window in windows)
     for layer in layers:
         if isinstance(layer.module, eqx.nn.Embedding):
-            return jax.ShapeDtypeStruct((1,), jnp.result_type(int))
+            return jax.ShapeDtypeStruct((time,), jnp.result_type(int))
         features = getattr(layer.module, "in_features", None)
         if isinstance(features, int):
-            return jax.ShapeDtypeStruct((1, features), jnp.result_type(float))
+            return jax.ShapeDtypeStruct((time, features), jnp.result_type(float))
     raise ValueError(
         f"`summary` must know what the model takes, and none of its layers says so by an "
         f"`in_features`; got {type(layers[0].module).__name__}. Give it an example, "
