@@ -196,11 +196,17 @@ def roll(model, state, known: np.ndarray, past: int) -> np.ndarray:
     return np.stack(rolled)
 
 
+@eqx.filter_jit
+def read(model, state, known):
+    """(time, answers): after every hour, all read in one pass."""
+    return eqx.nn.inference_mode(model)(known, state)[0]
+
+
 def forecast(model, state, hours: Hours, past: int, origins: np.ndarray):
     """Forecasts in GW, (origins, horizon, quantiles), and how far the stream is off the whole pass."""
     known = features(hours, past)[: origins[-1] + 1]
     answers = roll(model, state, known, past)
-    whole, _ = eqx.filter_jit(eqx.nn.inference_mode(model))(jnp.asarray(known), state)
+    whole = read(model, state, jnp.asarray(known))
     error = float(np.abs(answers - whole[past - 1 :]).max())
     if not error <= 1e-3:  # so that NaN does not pass
         raise RuntimeError(f"streamed answers must be those of the whole pass; off by {error}")
