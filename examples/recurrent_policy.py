@@ -223,7 +223,7 @@ def draw(path: Path, results: dict, config: Config) -> None:
         top.plot(steps, returns.mean(0), color=color)
         ends.append((name, returns.mean(0)[-1], color))
     best = config.task.memoryless
-    for limit, said in ((1.0, "all right"), (best, "best without memory")):
+    for limit, said in ((1.0, "best possible"), (best, "best without memory")):
         top.axhline(limit, **drawing.GUESS)
         ends.append((said, limit, drawing.GUESS["color"]))
     top.set(title="mean return of an episode", ylim=(-0.65, 1.1))
