@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import arguments
+import checkpoints
 import equinox as eqx
 import generate_pretrained
 import jax
@@ -158,9 +159,11 @@ def train(model, state, config: Config, seed: int, text: Text, file: Path, resum
         put_in, trained = with_lora, start_lora(model, config.rank, jr.key(seed))
     else:
         put_in, trained = with_all, eqx.filter(model, eqx.is_inexact_array)
-    opt_state, first = make_optimiser(config).init(trained), 0
-    if resume and file.exists():
-        trained, opt_state, first = eqx.tree_deserialise_leaves(file, (trained, opt_state, 0))
+    opt_state = make_optimiser(config).init(trained)
+    settings, losses = {**dataclasses.asdict(config), "seed": seed}, []
+    if resume:
+        losses, (trained, opt_state) = checkpoints.load(file, settings, (trained, opt_state))
+    first = len(losses)
     arrays, static = eqx.partition(model, eqx.is_array)
 
     @ft.partial(jax.jit, donate_argnums=(0, 1))
@@ -173,8 +176,7 @@ def train(model, state, config: Config, seed: int, text: Text, file: Path, resum
     memory = getattr(step.memory_analysis(), "temp_size_in_bytes", 0) + sum(
         leaf.nbytes for leaf in jax.tree.leaves((trained, opt_state))
     )
-    seconds, losses, every = [], [], -(-config.steps // 6)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    seconds, every = [], -(-config.steps // 6)
     with tqdm(total=config.steps, initial=first, ncols=100) as bar:
         for i in range(first, config.steps):
             window, start = windows(text, config, i), time.perf_counter()
@@ -184,7 +186,7 @@ def train(model, state, config: Config, seed: int, text: Text, file: Path, resum
             bar.update()
             if (i + 1) % every == 0 or i + 1 == config.steps:
                 bar.set_postfix(loss=np.mean(losses[-every:]))
-                eqx.tree_serialise_leaves(file, (trained, opt_state, i + 1))
+                checkpoints.save(file, settings, losses, (trained, opt_state))
     told = {
         "parameters": training.count(trained),
         "megabytes": memory / 1e6,
