@@ -41,15 +41,22 @@ def name_of(model, state) -> str:
     return f"model {digest.hexdigest()[:12]}"
 
 
-def exported(model, state, sample) -> export.Exported:
+def exported(model, state, sample, max_seqlen: int | None = None) -> export.Exported:
     """`answers, state = run(samples, state)`: samples (batch, time, ...) of the kind of `sample`, and
     the answers after each of them.
 
     The state is one dictionary of one list of arrays, under the name of the model. Zeros are a stream
-    before its first sample.
+    before its first sample. A cache that grows with time, as that of attention without a window, has
+    room for `max_seqlen` samples; the answers past them are NaN.
     """
     live = discretax.discretized(discretax.streaming_mode(eqx.nn.inference_mode(model)))
-    first, structure = jax.tree.flatten(discretax.inference_state(model, state))
+    streams = [discretax.inference_state(model, state, max_seqlen=n) for n in (max_seqlen or 1, 2)]
+    if max_seqlen is None and len({str(jax.tree.map(jnp.shape, each)) for each in streams}) > 1:
+        raise ValueError(
+            "the model keeps every sample of a stream, so that its file needs to know of how many; got "
+            "none. Give the length of the longest stream, `exported(..., max_seqlen=1000)`."
+        )
+    first, structure = jax.tree.flatten(streams[0])
     name = name_of(model, state)
 
     def read(arrays, sample):

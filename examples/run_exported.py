@@ -65,8 +65,20 @@ class StreamFile:
         return {self.name: list(map(zeros, self.arrays))}
 
     def restarted(self, state: State, streams: Any) -> State:
-        """Where the `streams`, an index, start over and all others go on."""
+        """Where the `streams` start over and all others go on: a number, several of them, or a mask.
+
+        **Raises:** `ValueError` for the state of another model; `TypeError` for what is no index, and
+        `IndexError` for one that there is not.
+        """
+        self._check_state(state)
         begun, *arrays = state[self.name]
+        streams = np.asarray(streams)
+        if streams.dtype != bool and not np.issubdtype(streams.dtype, np.integer):
+            raise TypeError(f"`streams` must be whole numbers or a mask; got {streams.dtype}.")
+        size = len(begun)
+        is_there = (-size <= streams) & (streams < size)
+        if streams.shape != (size,) if streams.dtype == bool else not is_there.all():
+            raise IndexError(f"`streams` must be among the {size} of the state; got {streams}.")
         return {self.name: [begun.at[streams].set(False), *arrays]}
 
     def __call__(self, samples: Any, state: State) -> tuple[jax.Array, State]:
@@ -77,7 +89,7 @@ class StreamFile:
         """
         return self._step(samples, state)
 
-    def _checked(self, samples: Any, state: Any) -> tuple[jax.Array, State]:
+    def _check_state(self, state: Any) -> None:
         if not isinstance(state, dict) or list(state) != [self.name]:
             received = f"that of {list(state)}" if isinstance(state, dict) else type(state).__name__
             raise ValueError(
@@ -92,6 +104,10 @@ class StreamFile:
                 f"`state` must have arrays of the shapes {shapes} for each stream; got {received}. "
                 "Take what `start` or the last call gave."
             )
+
+    def _checked(self, samples: Any, state: Any) -> tuple[jax.Array, State]:
+        self._check_state(state)
+        arrays = state[self.name]
         dtype, takes = self.samples.dtype, ", ".join(["batch", "time", *map(str, self.features)])
         if samples.ndim < 2 or samples.shape[2:] != self.features or samples.dtype != dtype:
             raise ValueError(

@@ -5,7 +5,9 @@ import importlib.metadata
 import re
 import subprocess
 import types
+from functools import partial
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
@@ -13,6 +15,9 @@ import numpy as np
 import pytest
 from helpers import changed, imported_example
 from jax import export
+
+from discretax.models import Backbone
+from discretax.sequence_mixers import AttentionSequenceMixer
 
 pytestmark = pytest.mark.slow
 
@@ -124,6 +129,34 @@ def test_streams_start_over_one_by_one(step):
     assert np.abs(later - first).min(axis=-1).max() > 1e-3
     again, _ = step(x, step.restarted(state, 1))
     np.testing.assert_array_equal(again, [later[0], first[1]])
+    for streams in ([1], [-1], [False, True]):
+        same, _ = step(x, step.restarted(state, streams))
+        np.testing.assert_array_equal(same, again)
+    for streams, error in (
+        (2, IndexError),
+        (-3, IndexError),
+        ([True], IndexError),
+        (0.5, TypeError),
+    ):
+        with pytest.raises(error, match="`streams` must be"):
+            step.restarted(state, streams)
+    with pytest.raises(ValueError, match="The state of another model"):
+        step.restarted({"model 0": state}, 0)
+
+
+def test_caches_that_grow(example, tmp_path):
+    mixer = partial(AttentionSequenceMixer, num_heads=2)
+    model, state = eqx.nn.make_with_state(Backbone)(
+        jr.key(0), hidden_dim=4, num_blocks=1, sequence_mixer=mixer, norm="layer"
+    )
+    x = jr.normal(jr.key(1), (5, 4))
+    with pytest.raises(ValueError, match=r"keeps every sample of a stream.*`exported"):
+        example.exported(model, state, x[0])
+    (tmp_path / "file").write_bytes(example.exported(model, state, x[0], 5).serialize())
+    step = example.run_exported.StreamFile(tmp_path / "file")
+    answers, _ = step(x[None], step.start())
+    whole, _ = eqx.nn.inference_mode(model)(x, state)
+    np.testing.assert_allclose(answers[0], whole, atol=1e-5)
 
 
 def test_what_does_not_fit_is_refused(step):

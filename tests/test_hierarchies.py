@@ -293,8 +293,13 @@ def test_what_is_saved_is_read_again(make, unet, classifier):
         ({"strides": 2}, TypeError, r"`strides` must be a sequence .*`\(4, 4\)`; got 2"),
         ({"widths": "345"}, TypeError, "`widths` must be a sequence .*; got '345'"),
         ({"blocks_per_stage": 0}, ValueError, "`blocks_per_stage` must be .*; got 0"),
-        ({"downsample": "sum"}, ValueError, "`how` must be one of 'stride', .*; got 'sum'"),
+        (
+            {"downsample": "sum", "widths": (3,), "strides": ()},
+            ValueError,
+            "`downsample` must be one of 'stride', .*; got 'sum'",
+        ),
         ({"encoder": None}, TypeError, "`encoder` must be a function .*; got None"),
+        ({"encoder": lambda *_, key: 3}, TypeError, "`encoder` must be .*; it made 3"),
         ({"sequence_mixer": None}, TypeError, "`sequence_mixer` must be a function .*; got None"),
     ],
 )
@@ -307,6 +312,8 @@ def test_what_makes_no_model(others, error, message):
 def test_skips_that_are_refused():
     with pytest.raises(ValueError, match="`skip` must be one of 'add', 'concat'; got 'sum'"):
         make_unet(skip="sum")
+    with pytest.raises(ValueError, match="`upsample` must be one of 'repeat', 'linear'; got 'sum'"):
+        make_unet(upsample="sum", widths=(3,), strides=())
 
 
 @pytest.mark.parametrize("make, name", [(make_unet, "UNet"), (make_classifier, "Classifier")])
@@ -318,6 +325,8 @@ def test_chunks_that_do_not_fit(make, name):
         match=rf"a multiple of 4 samples for `{name}` with strides of \(2, 2\); got 6. Gather 8 ",
     ):
         live(draw(6, FEATURES), stream)
+    with pytest.raises(ValueError, match=r"takes one sequence.*\(4, 8, .*`jax.vmap`"):
+        live(draw(4, 8, FEATURES), stream)
     with pytest.raises(ValueError, match=f"`{name}` needs the model's state"):
         model(draw(6, FEATURES), None)
     with pytest.raises(ValueError, match="at least one sample"):

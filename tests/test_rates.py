@@ -315,6 +315,8 @@ def test_chunks_that_do_not_fit():
     [
         (jnp.zeros((9, 1)), ValueError, r"samples of 2 windows of 4.*; got \(9, 1\)"),
         (jnp.zeros((4, 1)), ValueError, r"samples of 2 windows of 4.*; got \(4, 1\)"),
+        (jnp.zeros(8), ValueError, r"\(time, features\); got \(8,\)"),
+        (10, TypeError, "an array or a `Timeseries`; got int"),
         (Timeseries(jnp.zeros((8, 1))), TypeError, "both arrays or both `Timeseries`; got Timese"),
     ],
 )
@@ -322,3 +324,9 @@ def test_finer_series_that_do_not_fit(like, error, message):
     layer = up()
     with pytest.raises(error, match=message):
         layer(jnp.zeros((2, FEATURES)), eqx.nn.State(layer), like=like)
+
+
+def test_a_finer_length_that_does_not_fit():
+    layer, x = up(), Timeseries(jnp.zeros((2, FEATURES)), length=1)
+    with pytest.raises(ValueError, match=r"valid windows of 4 as .*, 1; got a length of 5"):
+        layer(x, eqx.nn.State(layer), like=Timeseries(jnp.zeros((8, 1)), length=5))

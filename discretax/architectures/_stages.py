@@ -7,7 +7,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 
-from discretax._features import check_maker, check_size, described
+from discretax._features import check_maker, check_size, described, is_layer
 from discretax._stateful import check_state, found_within
 from discretax._timeseries import Timeseries
 from discretax.encoder import AbstractEncoder
@@ -36,7 +36,13 @@ def _sizes(name: str, sizes: Any) -> tuple[int, ...]:
 
 def make_encoder(maker: Callable[..., AbstractEncoder], *sizes: int, key: Any) -> AbstractEncoder:
     check_maker("encoder", maker, AbstractEncoder)
-    return maker(*sizes, key=key)
+    encoder = maker(*sizes, key=key)
+    if not (is_layer(encoder) and callable(encoder)):
+        raise TypeError(
+            "`encoder` must be a function `(in_features, out_features, *, key)` that makes an encoder; "
+            f"it made {described(encoder)}. Give the class, or `functools.partial` of it."
+        )
+    return encoder
 
 
 def check_call(model: eqx.Module, x: Any, state: eqx.nn.State, layers: Any) -> None:
@@ -44,7 +50,10 @@ def check_call(model: eqx.Module, x: Any, state: eqx.nn.State, layers: Any) -> N
     check_state(state, model)
     downsamples = found_within(layers, Downsample).values()
     if any(layer.streaming for layer in downsamples):
-        shape = jnp.shape(x.values if isinstance(x, Timeseries) else x)
+        values = x.values if isinstance(x, Timeseries) else x
+        one_sequence = 2 if jnp.issubdtype(jnp.result_type(values), jnp.inexact) else 1
+        if jnp.ndim(values) != one_sequence:
+            return  # which the encoder refuses
         strides = tuple(layer.stride for layer in downsamples)
         what = f"`{type(model).__name__}` with strides of {strides}"
-        check_chunk(what, math.prod(shape[:1]), math.prod(strides))
+        check_chunk(what, jnp.shape(values)[0], math.prod(strides))

@@ -7,7 +7,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._constructors import keyed
-from discretax._features import check_size
+from discretax._features import check_name, check_size
 from discretax._timeseries import Timeseries
 from discretax.architectures._stages import check_call, check_stages, make_encoder
 from discretax.blocks._parts import Activation, ChannelMixerMaker, Norm, SequenceMixerMaker
@@ -97,11 +97,13 @@ class Classifier(eqx.nn.StatefulLayer):
         - `drop_rate`, `prenorm`, `norm`, `channel_mixer`, `activation`, `bidirectional`: as in
             [`discretax.models.Backbone`][].
 
-        **Raises:** `ValueError` for sizes below one and strides that are not one fewer than the widths;
+        **Raises:** `ValueError` for sizes below one and strides that are not one fewer than the widths,
+        and an unknown `downsample`;
         `TypeError` for mixers or an encoder that are made already.
         """
         num_classes = check_size("num_classes", num_classes)
         widths, strides = check_stages(widths, strides)
+        check_name("downsample", downsample, Downsampling)
         stage = ft.partial(
             Backbone,
             sequence_mixer=sequence_mixer,

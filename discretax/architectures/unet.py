@@ -121,10 +121,12 @@ class UNet(eqx.nn.StatefulLayer):
             [`discretax.models.Backbone`][].
 
         **Raises:** `ValueError` for sizes below one, strides that are not one fewer than the widths, and
-        an unknown `skip`; `TypeError` for mixers or an encoder that are made already.
+        an unknown `skip`, `downsample` or `upsample`; `TypeError` for mixers or an encoder that are made already.
         """
         widths, strides = check_stages(widths, strides)
         check_name("skip", skip, Skip)
+        check_name("downsample", downsample, Downsampling)
+        check_name("upsample", upsample, Upsampling)
         stage = ft.partial(
             Backbone,
             sequence_mixer=sequence_mixer,

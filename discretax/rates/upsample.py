@@ -1,14 +1,16 @@
 from typing import Any, Literal
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._broken import each_sample
 from discretax._constructors import check_key, keyed
 from discretax._features import check_name, check_size
 from discretax._stateful import AbstractStreamingLayer, check_cache, samples_of
-from discretax._timeseries import Timeseries, length_of, values_of, with_values
+from discretax._timeseries import Timeseries, known, length_of, values_of, with_values
 from discretax._types import Values
 from discretax.rates._windows import (
     check_chunk,
@@ -118,7 +120,7 @@ class Upsample(AbstractStreamingLayer):
         **Returns:** the same kind as `x`, with values `(stride * time, out_features)`, or as many as
         `like` has, and the state.
 
-        **Raises:** `ValueError` for no samples, for a `like` of another number of windows, and while
+        **Raises:** `ValueError` for no samples, for a `like` of another number of windows or another length, and while
         streaming for one whose time is no multiple of the stride; `TypeError` for a `like` of another
         kind.
         """
@@ -159,11 +161,31 @@ class Upsample(AbstractStreamingLayer):
                 "`like` must be of the kind of `x`, both arrays or both `Timeseries`; got "
                 f"{type(like).__name__} and {type(x).__name__}."
             )
+        if not isinstance(like, Timeseries | jax.Array | np.ndarray):
+            raise TypeError(
+                f"`like` must be an array or a `Timeseries`; got {type(like).__name__}. Give what the "
+                "`Downsample` was given."
+            )
+        if isinstance(like, np.ndarray):
+            like = jnp.asarray(like)
         shape = values_of(like).shape
-        if shape == () or num_windows(shape[0], self.stride) != values.shape[0]:
+        if len(shape) != 2 or num_windows(shape[0], self.stride) != values.shape[0]:
             raise ValueError(
                 f"`like` must have the samples of {values.shape[0]} windows of {self.stride}, one for "
-                f"each sample of `x`; got {shape}. Give what the `Downsample` was given."
+                f"each sample of `x`, (time, features); got {shape}. Give what the `Downsample` was given."
+            )
+        coarse, fine = (
+            known(n if length_of(u) is None else length_of(u))
+            for u, n in ((x, values.shape[0]), (like, shape[0]))
+        )
+        if (
+            coarse is not None
+            and fine is not None
+            and num_windows(int(fine), self.stride) != coarse
+        ):
+            raise ValueError(
+                f"`like` must have as many valid windows of {self.stride} as `x` has valid samples, "
+                f"{coarse}; got a length of {fine}. Give what the `Downsample` was given."
             )
         if self.streaming:
             check_chunk(f"`Upsample(stride={self.stride})`", shape[0], self.stride)
