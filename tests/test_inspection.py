@@ -1,5 +1,7 @@
 """Eigenvalues, impulse and frequency response, against sums written out and against the DFT."""
 
+import re
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -119,17 +121,28 @@ def test_output_and_input_are_not_mixed_up():
 
 
 @pytest.mark.parametrize(
-    ("make", "name"),
+    ("make", "name", "within"),
     [
-        (lambda: Leaky(FEATURES, jr.key(0)), "Leaky"),
-        (lambda: Bidirectional(lru(), lru()), "Bidirectional"),
-        (lambda: BidirectionalS5(FEATURES, jr.key(0), state_dim=4), "BidirectionalS5"),
-        (lambda: LRU(jr.key(0), hidden_dim=FEATURES, num_blocks=1, state_dim=3), "LRU"),
+        (lambda: Leaky(FEATURES, jr.key(0)), "Leaky", ""),
+        (
+            lambda: Bidirectional(lru(), lru()),
+            "Bidirectional",
+            "; of this mixer, `mixer.forward` or `mixer.backward`",
+        ),
+        (
+            lambda: BidirectionalS5(FEATURES, jr.key(0), state_dim=4),
+            "BidirectionalS5",
+            "; of this mixer, `mixer.forward`",
+        ),
+        (lambda: LRU(jr.key(0), hidden_dim=FEATURES, num_blocks=1, state_dim=3), "LRU", ""),
     ],
 )
-def test_what_is_not_time_invariant_is_refused(make, name):
+def test_what_is_not_time_invariant_is_refused(make, name, within):
     layer = make()
-    remedy = rf"time-invariant mixer.*got {name}\. .*`model\.blocks\[0\]\.sequence_mixer`.*forward"
+    remedy = (
+        rf"time-invariant mixer.*got {name}\. "
+        rf".*`model\.blocks\[0\]\.sequence_mixer`{re.escape(within)}\.$"
+    )
     for look in (eigenvalues, lambda m: impulse_response(m, 5), lambda m: frequency_response(m, 0)):
         with pytest.raises(TypeError, match=remedy):
             look(layer)

@@ -8,11 +8,14 @@ import numpy as np
 import pytest
 from helpers import FEATURES, assert_close, draw, linear, numbers, sigmoid
 
+from discretax import Timeseries
 from discretax.inspection import memory
 from discretax.models import LRU
 from discretax.sequence_mixers import (
     Bidirectional,
+    BidirectionalS5,
     GatedDeltaNetSequenceMixer,
+    HydraSequenceMixer,
     IdentitySequenceMixer,
     LinOSSSequenceMixer,
     LRUSequenceMixer,
@@ -33,6 +36,10 @@ def lru():
 @eqx.filter_jit
 def rg_lru():
     return RGLRUSequenceMixer(FEATURES, jr.key(0), num_heads=2, a_min=0.3, a_max=0.9)
+
+
+def shapes(make, **options):
+    return eqx.filter_eval_shape(lambda key: make(FEATURES, key, **options), jr.key(0))
 
 
 def softplus(x):
@@ -136,6 +143,29 @@ def test_delta_rule_by_the_product_of_its_matrices():
 X = jnp.ones((5, FEATURES))
 
 
+def test_of_numbers_that_are_not_known_yet():
+    """As outside, where the input is finite; from a broken sample on, nothing is known."""
+    mixer, x = lru(), draw(5, FEATURES)
+    found = eqx.filter_jit(jax.vmap(lambda x: memory(mixer, x)))(
+        jnp.stack([x, x.at[3].set(jnp.nan)])
+    )
+    whole, broken = (jax.tree.map(lambda leaf, i=i: leaf[i], found) for i in range(2))
+    for actual, expected in zip(whole, memory(mixer, x), strict=True):
+        assert_close(actual, expected)
+    np.testing.assert_array_equal(np.isnan(broken.kept).all((1, 2)), [0, 0, 0, 1, 1])
+    np.testing.assert_array_equal(broken.kept[:3], whole.kept[:3])
+    # What has been forgotten by then is known.
+    early = np.asarray(whole.half_lives) <= 2
+    assert 0 < early.sum() < early.size
+    np.testing.assert_array_equal(broken.half_lives[early], whole.half_lives[early])
+    assert np.isnan(broken.half_lives[~early]).all()
+
+
+def test_eigenvalues_that_are_nan():
+    mixer = eqx.tree_at(lambda m: m.nu_log, lru(), jnp.array([0.0, jnp.nan, -100.0]))
+    np.testing.assert_allclose(memory(mixer).time_constants, [1, np.nan, np.inf], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "rule"),
     [
@@ -148,11 +178,30 @@ X = jnp.ones((5, FEATURES))
         (lambda: memory(rg_lru(), X[:, :3]), ValueError, r"size 4; got float32\(5, 3\)"),
         (lambda: memory(rg_lru(), X[0]), ValueError, r"takes one sequence, .* got \(4,\)"),
         (lambda: memory(rg_lru(), X, start=4), ValueError, r"from 0 to 3; got start=4 and 5"),
-        (lambda: memory(rg_lru(), X, start=-1), ValueError, r"from 0 to 3; got start=-1"),
+        (lambda: memory(rg_lru(), X, start=-1), ValueError, r"`start` must .* least 0; got -1"),
+        (lambda: memory(rg_lru(), X, start=2.5), ValueError, r"`start` must .* got 2\.5"),
+        (lambda: memory(rg_lru(), X, start="a"), ValueError, r"`start` must .* got 'a'"),
+        (lambda: memory(rg_lru(), X, start=True), ValueError, r"`start` must .* got True"),
+        (lambda: memory(lru(), start=3), ValueError, r"`start` is .* got start=3 and no `x`"),
+        (lambda: memory(rg_lru(), X[:1]), ValueError, r"at least two samples.* got \(1, 4\)"),
+        (lambda: memory(rg_lru(), X.at[2, 1].set(jnp.nan)), ValueError, r"x\[2, 1\] = nan\. Put"),
+        (lambda: memory(rg_lru(), X.at[0, 3].set(-jnp.inf)), ValueError, r"x\[0, 3\] = -inf\. Put"),
+        (lambda: memory(rg_lru(), Timeseries(X)), TypeError, r"an array.*`x\.values\[:length\]`"),
+        (lambda: memory(rg_lru(), [[1.0] * 4] * 5), TypeError, r"`x` must be an array"),
         (
             lambda: memory(Bidirectional(lru(), lru()), X),
             ValueError,
-            r"`Bidirectional` keeps no state.*its `forward` or `backward`",
+            r"`Bidirectional`, .* Take `mixer\.forward` or `mixer\.backward`\.$",
+        ),
+        (
+            lambda: memory(shapes(BidirectionalS5, state_dim=4), X),
+            ValueError,
+            r"`BidirectionalS5`, .* Take `mixer\.forward`\.$",
+        ),
+        (
+            lambda: memory(shapes(HydraSequenceMixer, head_dim=2), X),
+            ValueError,
+            r"`HydraSequenceMixer`, .* Take a mixer that streams\.$",
         ),
         (lambda: memory(IdentitySequenceMixer(FEATURES), X), ValueError, "nothing of the past"),
         (

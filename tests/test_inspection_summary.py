@@ -216,6 +216,21 @@ def test_of_a_model_that_cannot_stream():
     assert "cannot stream" in str(summary(model))
 
 
+def test_a_call_may_be_of_any_number_of_samples():
+    """With an example, it is the model that is called, which takes more than its streaming form does."""
+    net = shapes(UNet, 2, 3, widths=(4, 4), strides=(4,), sequence_mixer=LRUSequenceMixer)
+    some, full = (lines(net, jnp.ones((time, 2))) for time in (10, 12))
+    assert some[".head"].operations == full[".head"].operations > 0
+    coarse, of_full = some[".bottleneck"].operations, full[".bottleneck"].operations
+    np.testing.assert_allclose(10 * coarse, 12 * of_full)  # three windows each
+    assert coarse > 0
+    with pytest.raises(ValueError, match=r"takes one sequence.*got \(3, 12, 2\)"):
+        summary(net, jnp.ones((3, 12, 2)))
+    windows = Downsample(2, 4)
+    padded = summary(windows, Timeseries(jnp.ones((10, 2)), length=3))
+    assert padded.total.operations > 0 and padded.total.cache_bytes == 1
+
+
 def test_layers_behind_a_downsample_are_called_less_often():
     def make(key):
         windows = [Downsample(4, stride, how="stride") for stride in (2, 3)]
@@ -259,10 +274,29 @@ def test_of_models_of_others():
 
 
 def test_an_example_with_timesteps():
-    mixer = shapes(models.S5, hidden_dim=4, num_blocks=1, state_dim=4)
+    model = shapes(models.S5, hidden_dim=4, num_blocks=1, state_dim=4)
     x = Timeseries(jnp.ones((8, 4)), timesteps=jnp.ones(8))
     # The step changes from sample to sample, and is no longer made of parameters alone.
-    assert summary(mixer, x).total.operations > summary(mixer, x.values).total.operations
+    for layer in (model, shapes(S5SequenceMixer, 4, state_dim=4)):
+        assert summary(layer, x).total.operations > summary(layer, x.values).total.operations
+
+
+def test_of_the_state_of_the_model():
+    make = ft.partial(models.S5, hidden_dim=4, num_blocks=1, state_dim=4)  # with a batch norm
+    model, state = shapes(eqx.nn.make_with_state(make))
+    x = jnp.ones((7, 4))
+    assert summary(model, x, state) == summary(model, x)
+    live = eqx.filter_eval_shape(inference_state, model, state, batch_size=3)
+    assert summary(model, x, live) == summary(model, x)
+    nothing = shapes(eqx.nn.make_with_state(GLU), 4)
+    assert summary(nothing[0], state=nothing[1]) == summary(nothing[0])
+    with pytest.raises(ValueError, match=r"knows no layer of this `GLU`, which keeps nothing"):
+        summary(nothing[0], state=state)
+    other, _ = shapes(eqx.nn.make_with_state(models.LRU), hidden_dim=4, num_blocks=1)
+    with pytest.raises(ValueError, match=r"knows no layer of this `LRU`\. "):
+        summary(other, state=state)
+    with pytest.raises(TypeError, match=r"`summary\(model, state=state\)`"):
+        summary(model, state)
 
 
 def ensemble():
@@ -282,6 +316,11 @@ def ensemble():
         ),
         (lambda: summary(shapes(GLU, 4), jnp.ones(())), ValueError, r"at least one .* got \(\)"),
         (lambda: summary(shapes(GLU, 4), jnp.ones((0, 4))), ValueError, r"got \(0, 4\)"),
+        (lambda: summary(shapes(GLU, 4), [1, 2]), TypeError, r"`x` must be .*got \[1, 2\]"),
+        (lambda: summary(shapes(GLU, 4), 3), TypeError, r"`x` must be .*got 3\."),
+        (lambda: summary(shapes(GLU, 4), []), TypeError, r"`x` must be .*got \[\]"),
+        (lambda: summary(shapes(GLU, 4), state=3), TypeError, r"`eqx\.nn\.State`; got 3"),
+        (lambda: summary(shapes(GLU, 4), dtype="foo"), TypeError, "`dtype` must .*got 'foo'"),
         (lambda: summary(shapes(GLU, 4), max_seqlen=0), ValueError, "`max_seqlen` must be"),
         (lambda: summary(shapes(GLU, 4), depth=-1), ValueError, "`depth` must be"),
         (

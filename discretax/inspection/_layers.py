@@ -1,5 +1,6 @@
 """The layers of a model, and the same model made so that its traced program says which of them computes."""
 
+import dataclasses
 import functools as ft
 import re
 from typing import Any, NamedTuple
@@ -7,6 +8,8 @@ from typing import Any, NamedTuple
 import equinox as eqx
 import jax
 from jaxtyping import PyTree
+
+from discretax.sequence_mixers import AbstractSequenceMixer
 
 SCOPE = re.compile(r"discretax_layer_(\d+)")
 LEAF = jax.tree.structure(0)
@@ -87,3 +90,15 @@ def _of_kind(kind: type, module: eqx.Module) -> eqx.Module:
     for name, value in vars(module).items():
         object.__setattr__(instance, name, value)
     return instance
+
+
+def mixers_within(mixer: Any) -> str:
+    """How to take the mixers that a mixer is made of, for an error; nothing, if it is made of none."""
+    if not isinstance(mixer, AbstractSequenceMixer):
+        return ""
+    names = [field.name for field in dataclasses.fields(mixer)]
+    return " or ".join(
+        f"`mixer.{name}`"
+        for name in names
+        if isinstance(getattr(mixer, name), AbstractSequenceMixer)
+    )

@@ -1,7 +1,7 @@
 import itertools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -11,8 +11,10 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from discretax._ensembles import check_one_member
-from discretax._features import check_samples, described
+from discretax._features import check_samples, check_size, described
+from discretax._timeseries import known
 from discretax._types import Values
+from discretax.inspection._layers import mixers_within
 from discretax.sequence_mixers import AbstractLTIMixer, AbstractSequenceMixer
 
 
@@ -61,16 +63,19 @@ def memory(mixer: AbstractSequenceMixer, x: Values | None = None, *, start: int 
     **Arguments:**
 
     - `mixer`: without `x` a time-invariant one, otherwise any that streams.
-    - `x`: what the mixer is given, `(time, features)`; in a model, what stands before it makes it.
-    - `start`: the sample behind which the state is followed, from 0.
+    - `x`: what the mixer is given, an array `(time, features)`; in a model, what stands before it makes
+        it.
+    - `start`: the sample of `x` behind which the state is followed, from 0.
 
     **Returns:** the numbers: one for each eigenvalue, or, with `x`, in the form of the cache, for each of
     its numbers; None for those that are not floating. Time constants and half lives are then where
     `kept` falls below $1/e$ and $1/2$ for the first time, between two samples as an exponential does.
+    NaN where the state is NaN, and for eigenvalues that are.
 
-    **Raises:** `TypeError` for what is no mixer; `ValueError` for one that is not time-invariant, without
-    `x`, for one that cannot stream or keeps nothing, for an ensemble of mixers, for an `x` of other features,
-    and for a `start` that leaves no sample behind it.
+    **Raises:** `TypeError` for what is no mixer, and an `x` that is no array; `ValueError` for one that is
+    not time-invariant, without `x`, for one that cannot stream or keeps nothing, for an ensemble of mixers,
+    for an `x` of other features or, where its numbers are known (outside `jax.jit`), that is not finite, and
+    for a `start` without `x`, or one that leaves no sample behind it.
     """
     if not isinstance(mixer, AbstractSequenceMixer):
         raise TypeError(
@@ -79,8 +84,14 @@ def memory(mixer: AbstractSequenceMixer, x: Values | None = None, *, start: int 
         )
     call = "memory(mixer)" if x is None else "memory(mixer, x)"
     check_one_member(mixer, f"eqx.filter_vmap(lambda mixer: {call})(mixers)")
+    start = check_size("start", start, least=0)
     if x is not None:
-        return _along(mixer, jnp.asarray(x), start)
+        return _along(mixer, _checked(mixer, x, start), start)
+    if start:
+        raise ValueError(
+            f"`start` is a sample of `x`; got start={start} and no `x`. Leave it out, or give the samples: "
+            "`memory(mixer, x, start=start)`."
+        )
     if not isinstance(mixer, AbstractLTIMixer):
         raise ValueError(
             f"how long a `{type(mixer).__name__}` remembers depends on its input, unlike a "
@@ -88,7 +99,7 @@ def memory(mixer: AbstractSequenceMixer, x: Values | None = None, *, start: int 
             f"features) = (time, {mixer.in_features}): `memory(mixer, x)`."
         )
     size = jnp.abs(mixer.discretize().eigenvalues())
-    time_constants = jnp.where(size < 1, -1 / jnp.log(jnp.minimum(size, 1)), jnp.inf)
+    time_constants = jnp.where(size >= 1, jnp.inf, -1 / jnp.log(jnp.minimum(size, 1)))
     return Memory(time_constants, math.log(2) * time_constants, None)
 
 
@@ -99,20 +110,44 @@ class Along(NamedTuple):
     cache: PyTree
 
 
-def _along(mixer: AbstractSequenceMixer, x: Values, start: int) -> Memory:
+def _checked(mixer: AbstractSequenceMixer, x: Any, start: int) -> Values:
+    if not isinstance(x, jax.Array | np.ndarray):
+        raise TypeError(
+            f"`x` must be an array, (time, features) = (time, {mixer.in_features}); got {described(x)}. "
+            "Of one sequence of a `discretax.Timeseries`, give the valid samples, `x.values[:length]`: "
+            "`memory` takes them to be one interval apart."
+        )
+    x = jnp.asarray(x)
     check_samples(mixer, x, mixer.in_features)
     time = x.shape[0]
-    if not 0 <= start < time - 1:
+    if time < 2:
+        raise ValueError(
+            f"`x` must have at least two samples, to follow what is kept; got {x.shape}."
+        )
+    if start > time - 2:
         raise ValueError(
             f"`start` must be a sample of `x` with another behind it, from 0 to {time - 2}; got "
             f"start={start} and {time} samples."
         )
-    try:
-        cache = mixer.allocate_inference_cache(max_seqlen=time)
-    except ValueError as error:
+    numbers = known(x)
+    if numbers is not None and not (finite := np.isfinite(numbers)).all():
+        t, feature = np.argwhere(~finite)[0]
         raise ValueError(
-            f"`{type(mixer).__name__}` keeps no state from sample to sample. Of a bidirectional mixer, "
-            "take its `forward` or `backward`."
+            f"`x` must be finite, since a broken sample breaks the state that is followed; got "
+            f"x[{t}, {feature}] = {numbers[t, feature]}. Put a number in its place: "
+            "`jnp.where(jnp.isfinite(x), x, 0)`."
+        )
+    return x
+
+
+def _along(mixer: AbstractSequenceMixer, x: Values, start: int) -> Memory:
+    try:
+        cache = mixer.allocate_inference_cache(max_seqlen=x.shape[0])
+    except ValueError as error:
+        within = mixers_within(mixer)
+        raise ValueError(
+            f"`memory` follows a state from sample to sample; got `{type(mixer).__name__}`, which keeps "
+            f"none. Take {within or 'a mixer that streams'}."
         ) from error
     leaves, structure = jax.tree.flatten(eqx.filter(cache, eqx.is_inexact_array))
     if not any(leaf.size for leaf in leaves):
@@ -134,7 +169,7 @@ def _bases(along: Along, leaves: list[Array]) -> list[Array]:
     changes = [jnp.asarray(rng.normal(size=half.shape) * half, float) for half in halves]
     reached = _reached(along, changes, [jnp.asarray(~half) for half in halves])
     return [
-        _basis(leaf.shape, _coupled(leaf.shape, np.asarray(flags)))
+        _basis(leaf.shape, _coupled(leaf.shape, known(flags)))
         for leaf, flags in zip(leaves, reached, strict=True)
     ]
 
@@ -157,8 +192,10 @@ def _bits(shape: tuple[int, ...]) -> list[tuple[int, int]]:
     ]
 
 
-def _coupled(shape: tuple[int, ...], reached: np.ndarray) -> list[int]:
-    """The axes of which a change of one half has reached the other."""
+def _coupled(shape: tuple[int, ...], reached: np.ndarray | None) -> list[int]:
+    """The axes of which a change of one half has reached the other; all, where that is not known yet."""
+    if reached is None:
+        return list(range(len(shape)))
     axes = [axis for axis, _ in _bits(shape) for _ in range(2)]
     return sorted({axis for axis, flag in zip(axes, reached, strict=True) if flag})
 
@@ -174,7 +211,7 @@ def _basis(shape: tuple[int, ...], axes: list[int]) -> Array:
 @eqx.filter_jit
 def _reached(along, changes, outside):
     """Of each change of an array, whether anything `outside` has ever moved."""
-    moves = lambda i, moved: jnp.any((moved != 0) & outside[i], tuple(range(1, moved.ndim)))
+    moves = lambda i, moved: jnp.any((jnp.abs(moved) > 0) & outside[i], tuple(range(1, moved.ndim)))
     return [flags.any(0) for flags in _followed(along, changes, moves)]
 
 
@@ -210,9 +247,11 @@ def _followed(
 
         floating, push, rest = jax.linearize(step, floating, has_aux=True)
         moved = jax.tree.map(lambda a, b: jnp.where(t == start, a, b), made, jax.vmap(push)(moved))
+        now = zip(jax.tree.leaves(floating), jax.tree.leaves(moved), own, strict=True)
         recorded = [
-            record(i, m[rows])
-            for i, (m, rows) in enumerate(zip(jax.tree.leaves(moved), own, strict=True))
+            # A broken state is NaN whatever it was before: the derivative, zero, says nothing of it.
+            record(i, jnp.where(jnp.isnan(leaf)[None], jnp.nan, m[rows]))
+            for i, (leaf, m, rows) in enumerate(now)
         ]
         return (eqx.combine(floating, rest), moved), recorded
 
@@ -221,7 +260,7 @@ def _followed(
 
 
 def _first_below(level: float, kept: Float[Array, "lag ..."]) -> Float[Array, "..."]:
-    below = kept < level
+    below = ~(kept >= level)  # with NaN, of which the share is NaN
     lag = jnp.argmax(below, axis=0)
     at = lambda lag: jnp.take_along_axis(kept, lag[None], axis=0)[0]
     before, after = at(jnp.maximum(lag - 1, 0)), at(lag)

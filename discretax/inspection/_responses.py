@@ -9,6 +9,7 @@ from jaxtyping import Array, Complex, Float
 
 from discretax._ensembles import check_one_member
 from discretax._features import check_size
+from discretax.inspection._layers import mixers_within
 from discretax.sequence_mixers import AbstractLTIMixer
 
 
@@ -74,10 +75,10 @@ def frequency_response(
 
 def _check_time_invariant(mixer: Any, call: str) -> None:
     if not isinstance(mixer, AbstractLTIMixer):
+        within = mixers_within(mixer)
         raise TypeError(
             "only a time-invariant mixer (`AbstractLTIMixer`), such as an LRU or S5, has one "
             f"response to all signals; got {type(mixer).__name__}. Of a model, take "
-            "`model.blocks[0].sequence_mixer`; of a bidirectional mixer, its `forward` or "
-            "`backward`."
+            f"`model.blocks[0].sequence_mixer`{f'; of this mixer, {within}' if within else ''}."
         )
     check_one_member(mixer, f"eqx.filter_vmap(lambda mixer: {call})(mixers)")

@@ -9,6 +9,8 @@ from jaxtyping import PyTree
 from discretax._ensembles import check_one_member
 from discretax._features import check_size, described
 from discretax._stateful import AbstractStreamingLayer, found, found_within
+from discretax._timeseries import Timeseries
+from discretax._types import check_floating
 from discretax.blocks import BatchNorm
 from discretax.inference import inference_state, streaming_mode
 from discretax.inspection._layers import Layer, named
@@ -55,18 +57,21 @@ def summary(
         shapes, as of `eqx.filter_eval_shape`.
     - `x`: an example of what the model is called with, such as `(time, features)`, `(time,)` tokens or a
         [`discretax.Timeseries`][]; its numbers do not matter. Operations are then those of the call,
-        divided by its samples: many at once are mixed in another way than one by one. If left out,
-        one sample, or one window of a model that downsamples, of what the first layer takes that says so.
+        divided by its samples, on the whole sequence: many at once are mixed in another way than one by
+        one. If left out, one sample, or one window of a model that downsamples, of what the first layer
+        takes that says so.
     - `state`: the model's, where layers that are not of the library keep something in it.
-    - `max_seqlen`: length of the streams, for caches that grow with time, and what is done with them; the
-        samples of the call if left out.
+    - `max_seqlen`: length of the streams, for caches that grow with time, and for what the next sample does
+        with them; the samples of the call if left out.
     - `dtype`: of the caches; float32 by default.
     - `depth`: how many levels of layers within layers to list; all if left out.
 
     **Returns:** the lines of the table, `summary(model).layers`; `print(summary(model))` prints it.
 
-    **Raises:** `TypeError` for what is no layer; `ValueError` for an ensemble of models, for a model whose
-    input cannot be known without `x` or its state without `state`, and for an `x` without samples.
+    **Raises:** `TypeError` for what is no layer, an `x` that is not of arrays, a `state` that is none and a
+    `dtype` that is not floating; `ValueError` for an ensemble of models, for a model whose input cannot be
+    known without `x` or its state without `state`, for an `x` without samples, and for another model's
+    `state`.
     """
     if not (isinstance(model, eqx.Module) and callable(model)):
         raise TypeError(
@@ -78,6 +83,8 @@ def summary(
             mixer,
             "summary(jax.tree.map(lambda leaf: leaf[0] if eqx.is_array(leaf) else leaf, models))",
         )
+    check_floating("dtype", dtype)
+    _check_state(model, state)
     levels = math.inf if depth is None else check_size("depth", depth, least=0)
     inference = eqx.nn.inference_mode(model)
     layers = named(eqx.nn.delete_init_state(inference)).layers
@@ -87,12 +94,13 @@ def summary(
     caches = [_cache(layer.module, max_seqlen, dtype) for layer in layers]
     sizes = [_bytes_within(i, layers, caches) for i in range(len(layers))]
     streams = sizes[0] is not None
-    live = streaming_mode(inference) if streams else inference
-    before = caches[0] if streams and isinstance(model, AbstractSequenceMixer) else None
+    is_next_sample = streams and x is None
+    called = streaming_mode(inference) if is_next_sample else inference
+    before = caches[0] if is_next_sample and isinstance(model, AbstractSequenceMixer) else None
     if _is_stateful(model):
-        before = _state(live, state, max_seqlen, dtype, streams)
+        before = _state(called, state, max_seqlen, dtype, streams)
     try:
-        parameters, operations = _counted(live, example, before)
+        parameters, operations = _counted(called, example, before)
     except Exception as error:
         shapes = ", ".join(f"{leaf.dtype}{leaf.shape}" for leaf in jax.tree.leaves(example))
         guess = ", which its first layers seem to take: give it an example, `summary(model, x)`"
@@ -161,6 +169,14 @@ def _first_input(layers: list[Layer]) -> jax.ShapeDtypeStruct:
 
 
 def _shapes(x: Any) -> PyTree[jax.ShapeDtypeStruct]:
+    leaves = jax.tree.leaves(x)
+    is_array = lambda leaf: hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+    if isinstance(x, eqx.nn.State) or not leaves or not all(map(is_array, leaves)):
+        raise TypeError(
+            "`x` must be what the model is called with, such as an array (time, features) or a "
+            f"`discretax.Timeseries`; got {described(x)}. A state is given by its name, "
+            "`summary(model, state=state)`; of numbers make an array, `jnp.asarray(x)`."
+        )
     dtype = lambda leaf: jax.dtypes.canonicalize_dtype(leaf.dtype)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype(leaf)), x)
 
@@ -175,6 +191,24 @@ def _number_of_samples(x: PyTree[jax.ShapeDtypeStruct]) -> int:
     return shape[0]
 
 
+def _check_state(model: eqx.Module, state: Any) -> None:
+    if state is None:
+        return
+    if not isinstance(state, eqx.nn.State):
+        raise TypeError(
+            f"`state` must be the model's, an `eqx.nn.State`; got {described(state)}. Leave it out, or "
+            "take it from `model, state = eqx.nn.make_with_state(Model)(...)`."
+        )
+    _, known = state.tree_flatten()
+    markers = {index.marker for index in found(model, eqx.nn.StateIndex).values()}
+    if known and markers.isdisjoint(known):
+        raise ValueError(
+            f"`state` must be the model's; got one that knows no layer of this `{type(model).__name__}`"
+            f"{'' if markers else ', which keeps nothing in a state'}. Leave it out, or take model and "
+            "state from one call, `model, state = eqx.nn.make_with_state(Model)(...)`."
+        )
+
+
 def _is_stateful(model: eqx.Module) -> bool:
     is_layer = isinstance(model, eqx.nn.StatefulLayer) and model.is_stateful()
     return is_layer or bool(found(model, eqx.nn.StateIndex))
@@ -183,7 +217,7 @@ def _is_stateful(model: eqx.Module) -> bool:
 def _state(
     model: PyTree, state: eqx.nn.State | None, max_seqlen: int, dtype: Any, streams: bool
 ) -> eqx.nn.State:
-    """By shapes, what the model is called with in a stream, or, where it cannot stream, on a whole."""
+    """By shapes, what the model is called with: with caches, which a call on a whole leaves alone."""
 
     def make(model, state):
         state = _initial_state(model) if state is None else state
@@ -253,6 +287,15 @@ def _origins(model: PyTree, before: Any) -> list[Origin]:
 
 
 def _call(model: Any, before: Any, x: Any) -> Any:
+    if isinstance(model, AbstractSequenceMixer) and isinstance(x, Timeseries):
+        # As a block gives it.
+        return model(
+            x.values,
+            before,
+            integration_timesteps=x.timesteps,
+            length=x.length,
+            resets=x.resets,
+        )
     if isinstance(model, AbstractSequenceMixer) or isinstance(before, eqx.nn.State):
         return model(x, before)
     takes_sequences = found(model, AbstractSequenceMixer)
