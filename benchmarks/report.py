@@ -290,6 +290,12 @@ def _draw_lines(axes: Axes, lines: dict[str, np.ndarray], better: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-if __name__ == "__main__":
-    record = {name: json.loads(RECORD.read_text())[name] for name in COLUMNS}
+def redraw() -> None:
+    """The tables and the figure once more, of what has been measured."""
+    record = json.loads(RECORD.read_text())
+    record = {name: record[name] for name in COLUMNS if name in record}
     write(record, {name: page(name, table) for name, table in record.items()})
+
+
+if __name__ == "__main__":
+    redraw()

@@ -50,13 +50,14 @@ def exported(model, state, sample, max_seqlen: int | None = None) -> export.Expo
     room for `max_seqlen` samples; the answers past them are NaN.
     """
     live = discretax.discretized(discretax.streaming_mode(eqx.nn.inference_mode(model)))
-    streams = [discretax.inference_state(model, state, max_seqlen=n) for n in (max_seqlen or 1, 2)]
-    if max_seqlen is None and len({str(jax.tree.map(jnp.shape, each)) for each in streams}) > 1:
+    room = lambda n: discretax.inference_state(model, state, max_seqlen=n)
+    shapes = lambda n: [leaf.shape for leaf in jax.tree.leaves(room(n))]
+    if max_seqlen is None and shapes(1) != shapes(2):
         raise ValueError(
             "the model keeps every sample of a stream, so that its file needs to know of how many; got "
             "none. Give the length of the longest stream, `exported(..., max_seqlen=1000)`."
         )
-    first, structure = jax.tree.flatten(streams[0])
+    first, structure = jax.tree.flatten(room(1 if max_seqlen is None else max_seqlen))
     name = name_of(model, state)
 
     def read(arrays, sample):

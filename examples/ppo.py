@@ -118,9 +118,8 @@ def act(policy, stream, envs, key: jax.Array, task: Any, steps: int, choose=jr.c
 
 def advantages_of(rewards, values, ends, last_value, config: Settings) -> jax.Array:
     """Generalised advantage estimates (arXiv:1506.02438), (time,): a linear recurrence backwards."""
-    discounts = jnp.where(
-        ends, 0.0, config.discount
-    )  # nothing is to come once an episode has ended
+    # Nothing is to come once an episode has ended.
+    discounts = jnp.where(ends, 0.0, config.discount)
     errors = rewards + discounts * jnp.append(values[1:], last_value) - values
     return linear_recurrence(config.gae_lambda * discounts, errors, reverse=True)
 

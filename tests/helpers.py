@@ -34,6 +34,20 @@ def imported_example(name):
         sys.modules.pop(path.stem, None)
 
 
+@contextlib.contextmanager
+def interrupted_at_the_first(checkpoints):
+    """What runs within is interrupted, as by Ctrl-C, once it has written a checkpoint."""
+    save = checkpoints.save
+
+    def save_and_interrupt(*args):
+        save(*args)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoints, "save", save_and_interrupt)
+        yield
+
+
 def assert_can_be_trained(training, config, make_model, loss_fn):
     """By shapes alone, which compiles nothing; `training` is that of `examples/`."""
     optimiser, keys = training.make_optimiser(config), jr.split(jr.key(0), 3)

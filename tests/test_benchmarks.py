@@ -66,3 +66,16 @@ def test_floors(kernels, a, few, arrays):
     assert tuple(kernels.floor_bytes(case, b, "gpu") // array for b in (False, True)) == arrays
     once = case._replace(few=False)
     assert kernels.floor_bytes(case, True, "tpu") == kernels.floor_bytes(once, True, "gpu")
+
+
+def test_the_page_has_what_was_measured(kernels, monkeypatch, tmp_path):
+    """Drawn once more, of the record, it is the same."""
+    from benchmarks import report
+
+    for name in ("PAGE", "RECORD", "FIGURE"):
+        copy = tmp_path / getattr(report, name).name
+        copy.write_bytes(getattr(report, name).read_bytes())
+        monkeypatch.setattr(report, name, copy)
+    before = report.PAGE.read_text()
+    report.redraw()
+    assert report.PAGE.read_text() == before

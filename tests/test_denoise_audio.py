@@ -5,7 +5,7 @@ import wave
 import jax
 import numpy as np
 import pytest
-from helpers import imported_example
+from helpers import imported_example, interrupted_at_the_first
 
 pytestmark = pytest.mark.slow
 
@@ -85,21 +85,15 @@ def test_every_method_is_tested_at_every_level(unbroken, example):
         assert min(methods["Wiener"] + methods["best fixed filter"]) > level + gain
 
 
-def test_interrupted_and_resumed_equals_unbroken(example, data, unbroken, tmp_path, monkeypatch):
+def test_interrupted_and_resumed_equals_unbroken(example, data, unbroken, tmp_path):
     speech, _, noises = data
     voices, noises = example.joined(speech), list(example.makers(noises, test=False).values())
-    save, file = example.checkpoints.save, tmp_path / "checkpoint.eqx"
+    file = tmp_path / "checkpoint.eqx"
     _, config = example.parse([*SMALL])
 
-    def save_and_interrupt(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
     with jax.numpy_dtype_promotion("standard"):
-        with monkeypatch.context() as patch:
-            patch.setattr(example.checkpoints, "save", save_and_interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                example.train(config, voices, noises, file, resume=False)
+        with interrupted_at_the_first(example.checkpoints):
+            example.train(config, voices, noises, file, resume=False)
         halfway = file.read_bytes()
         *_, history = example.train(config, voices, noises, file, resume=True)
     out, result = unbroken

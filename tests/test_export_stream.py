@@ -152,6 +152,8 @@ def test_caches_that_grow(example, tmp_path):
     x = jr.normal(jr.key(1), (5, 4))
     with pytest.raises(ValueError, match=r"keeps every sample of a stream.*`exported"):
         example.exported(model, state, x[0])
+    with pytest.raises(ValueError, match=r"`max_seqlen` must be .*; got 0"):
+        example.exported(model, state, x[0], 0)
     (tmp_path / "file").write_bytes(example.exported(model, state, x[0], 5).serialize())
     step = example.run_exported.StreamFile(tmp_path / "file")
     answers, _ = step(x[None], step.start())

@@ -9,7 +9,7 @@ import jax.random as jr
 import numpy as np
 import pandas as pd
 import pytest
-from helpers import assert_equal, imported_example
+from helpers import assert_equal, imported_example, interrupted_at_the_first
 from statsmodels.tsa.exponential_smoothing.ets import ETSModel
 
 pytestmark = pytest.mark.slow
@@ -119,23 +119,15 @@ def test_nothing_of_the_future_enters(example, hours, origins):
     assert (features[1][begin:, :2] != features[0][begin:, :2]).all()
 
 
-def test_interrupted_and_resumed_equals_unbroken(
-    example, config, hours, run, tmp_path, monkeypatch
-):
-    checkpoint, save = tmp_path / "seed3.eqx", example.checkpoints.save
+def test_interrupted_and_resumed_equals_unbroken(example, config, hours, run, tmp_path):
+    checkpoint = tmp_path / "seed3.eqx"
 
     def train(resume):
         with jax.numpy_dtype_promotion("standard"):
             return example.train(config, 3, hours, PAST, checkpoint, resume)
 
-    def save_and_interrupt(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(example.checkpoints, "save", save_and_interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(resume=False)
+    with interrupted_at_the_first(example.checkpoints):
+        train(resume=False)
     unbroken = (run[0] / "seed3.eqx").read_bytes()
     assert checkpoint.read_bytes() != unbroken
     *_, history = train(resume=True)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import assert_close, assert_equal, imported_example
+from helpers import assert_close, assert_equal, imported_example, interrupted_at_the_first
 from jax import lax
 
 pytestmark = pytest.mark.slow
@@ -192,7 +192,7 @@ def test_the_objective_is_clipped_on_the_side_of_gain(example, config, monkeypat
 
 
 def test_it_tells_what_it_learned_and_goes_on_after_an_interruption(
-    example, config, tmp_path, capsys, monkeypatch
+    example, config, tmp_path, capsys
 ):
     run = lambda out, *more: example.main([*SMALL, *more, f"--out={out}"])
     with jax.numpy_dtype_promotion("standard"):  # which Optax relies on
@@ -206,16 +206,8 @@ def test_it_tells_what_it_learned_and_goes_on_after_an_interruption(
         assert (whole / "returns.png").read_bytes().startswith(b"\x89PNG")
         assert f" {50 * told['return'] + 50:.1f} " in capsys.readouterr().out
 
-        save = example.checkpoints.save
-
-        def save_and_interrupt(*args):
-            save(*args)
-            raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch:
-            patch.setattr(example.checkpoints, "save", save_and_interrupt)
-            with pytest.raises(KeyboardInterrupt):
-                example.train("lru", config, 0, broken, resume=False)
+        with interrupted_at_the_first(example.checkpoints):
+            example.train("lru", config, 0, broken, resume=False)
         half = broken.read_bytes()
         assert json.loads(half.split(b"\n", 1)[0])["history"] == told["history"][:1]
         _, history = example.train("lru", config, 0, broken, resume=True)

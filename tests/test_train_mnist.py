@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from helpers import imported_example
+from helpers import imported_example, interrupted_at_the_first
 
 pytestmark = pytest.mark.slow
 
@@ -55,17 +55,9 @@ def test_streamed_answer_equals_the_parallel_one(unbroken):
     assert result["stream_error"] < 1e-5
 
 
-def test_interrupted_and_resumed_equals_unbroken(example, run, unbroken, tmp_path, monkeypatch):
-    save = example.checkpoints.save
-
-    def save_and_interrupt(*args):
-        save(*args)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(example.checkpoints, "save", save_and_interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            run(tmp_path)
+def test_interrupted_and_resumed_equals_unbroken(example, run, unbroken, tmp_path):
+    with interrupted_at_the_first(example.checkpoints):
+        run(tmp_path)
     first_epoch = (tmp_path / "checkpoint.eqx").read_bytes()
     assert len(json.loads(first_epoch.split(b"\n", 1)[0])["history"]) == 1
     assert not (tmp_path / "stream.png").exists()

@@ -97,9 +97,8 @@ class Classifier(eqx.nn.StatefulLayer):
         - `drop_rate`, `prenorm`, `norm`, `channel_mixer`, `activation`, `bidirectional`: as in
             [`discretax.models.Backbone`][].
 
-        **Raises:** `ValueError` for sizes below one and strides that are not one fewer than the widths,
-        and an unknown `downsample`;
-        `TypeError` for mixers or an encoder that are made already.
+        **Raises:** `ValueError` for sizes below one, strides that are not one fewer than the widths, and
+        an unknown `downsample`; `TypeError` for mixers or an encoder that are made already.
         """
         num_classes = check_size("num_classes", num_classes)
         widths, strides = check_stages(widths, strides)

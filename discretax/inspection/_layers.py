@@ -37,9 +37,8 @@ def named(model: PyTree) -> Named:
     owners = []
 
     def visit(node, path, depth, owner):
-        if isinstance(
-            node, eqx.nn.StateIndex
-        ):  # without its initial value, of which it has no leaves
+        # Without its initial value, a place in the state has no leaves.
+        if isinstance(node, eqx.nn.StateIndex):
             return node
         is_layer = isinstance(node, eqx.Module)
         number = owner

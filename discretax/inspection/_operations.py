@@ -208,12 +208,8 @@ def _operations(equation: JaxprEqn) -> float:
         return arrays[2].size
     if name == "fft":
         size = math.prod(equation.params["fft_lengths"])
-        of_each = (
-            5
-            * size
-            * math.log2(max(size, 2))
-            * (0.5 if "RFFT" in str(equation.params["fft_type"]) else 1)
-        )
+        is_real = "RFFT" in str(equation.params["fft_type"])
+        of_each = (2.5 if is_real else 5) * size * math.log2(max(size, 2))
         return of_each * max(first.size, result.size) / size
     if name == "triangular_solve":
         return result.size * first.shape[-1]
