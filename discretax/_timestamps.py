@@ -117,7 +117,8 @@ def _unit(interval: Any, times: np.ndarray) -> Any:
             f"`interval` must be {needed} for timestamps of {times.dtype}; got {interval!r}."
         )
     unit: Any = np.timedelta64(interval) if is_span else float(interval)
-    if not (unit > 0 and (is_span or np.isfinite(unit))):
+    zero = 0 * unit  # in its unit; not a number if it is infinite or not a time
+    if not unit > zero:
         raise ValueError(f"`interval` must be positive and finite; got {interval!r}.")
     if is_span:
         _check_units(unit, times)
