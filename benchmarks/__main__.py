@@ -14,7 +14,7 @@ import datetime
 import pathlib
 import platform
 
-from benchmarks import kernels, report
+from benchmarks import first_use, kernels, report
 from benchmarks.cases import TABLES, Case
 from benchmarks.comparing import compare
 from benchmarks.processes import Subject, UnavailableError, scratch
@@ -78,14 +78,17 @@ def measure(name: str, cases: list[Case], options: argparse.Namespace) -> dict:
         }
         print(f"\n## {name}\n\n{report.heading(about)}\n\n{report.table_head(name)}", flush=True)
         for case in cases:
-            outcome = compare(
-                case,
-                subjects,
-                folder,
-                about["rates"],
-                repeats=options.repeats,
-                seconds=options.seconds,
-            )
+            if name == "first_use":
+                outcome = first_use.compare(case, list(subjects))
+            else:
+                outcome = compare(
+                    case,
+                    subjects,
+                    folder,
+                    about["rates"],
+                    repeats=options.repeats,
+                    seconds=options.seconds,
+                )
             outcomes.append(outcome)
             print("\n".join(report.rows(name, outcome)), flush=True)
     table = {"about": about, "cases": outcomes}

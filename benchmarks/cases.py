@@ -24,6 +24,7 @@ HEADS = 4  # blocks of RG-LRU's gates
 HEAD_DIM = 64  # of a matrix state
 PROMPT = 16
 READ = 2048  # tokens of a long prompt
+BYTES = 256  # that a language model which is trained knows
 # Whether it erases, and the kind of its decay.
 MATRIX_OPS = {
     "gated_linear_attention": (False, "vector"),
@@ -58,13 +59,16 @@ class Case:
             "ssd": ("usual", "mamba2_jax_1_1"),
             "delta_rule": ("usual", "ejkernel_0_0_78"),
             "delta_rule, no decay": ("usual", "discretax_0_3"),
-            "train LRU": ("discretax_0_3",),
-            "train S5": ("discretax_0_3",),
+            "train Mamba": ("transformers_torch", "mambapy_1_2"),
+            "train Mamba-2": ("transformers_torch",),
+            "start LRU": ("discretax_0_3",),
+            "start S5": ("discretax_0_3",),
         }
         if self.op.startswith(("generate ", "read ")):
             return "transformers_torch", "ours"
-        alone = self.time == 2**20 or self.op.endswith((" scan", " remat"))
-        return (*(() if alone else peers.get(self.op, ("usual",))), "ours")
+        others = {"train": ("discretax_0_3",), "start": (), "grow": ()}
+        others = others.get(self.op.split()[0], ("usual",))
+        return (*(() if self.time == 2**20 else peers.get(self.op, others)), "ours")
 
     @property
     def sequences(self) -> int:
@@ -77,23 +81,48 @@ class Case:
 
     @property
     def model(self) -> language_model.Sizes | str:
-        """Of the language model that generates, or the name of a published one."""
+        """Of the language model that generates or is trained, or the name of a published one."""
         name = self.op.split(" ", 1)[1]
         if self.blocks is None:
             return name
-        return language_model.Sizes(name, self.features, self.state, self.blocks)
+        sizes = name, self.features, self.state, self.blocks
+        if self.op.startswith("train "):
+            return language_model.Sizes(*sizes, vocab_size=BYTES)
+        return language_model.Sizes(*sizes)
 
     def __str__(self) -> str:
         return f"{self.op} {self.time}x{self.features}x{self.state} batch {self.batch}"
 
 
 def training_cases() -> list[Case]:
-    """Whole training steps: four blocks against the peer, and deep models in each way of running."""
-    models = [("LRU", 4), ("S5", 4), ("LRU", 24)]
-    models += [
-        (f"LRU{options}", depth) for options in (" scan", " scan remat") for depth in (4, 24)
+    """Whole training steps of classifiers, one of them deep, and of language models."""
+    classifiers = [("LRU", 4), ("S5", 4), ("LinOSS", 4), ("DeltaNet", 4), ("LRU", 24)]
+    cases = [Case(f"train {name}", 1024, 64, 64, 8, blocks=depth) for name, depth in classifiers]
+    language_models = {"Mamba": 16, "Mamba-2": 64}
+    return cases + [
+        Case(f"train {name}", 512, 64, state, 2, blocks=4)
+        for name, state in language_models.items()
     ]
-    return [Case(f"train {model}", 1024, 64, 64, batch=8, blocks=depth) for model, depth in models]
+
+
+def growth_cases() -> list[Case]:
+    """Training steps of this library for longer and longer sequences, and for deeper models."""
+    longer = [
+        Case(f"grow {name}", 2**power, 64, state, 1, blocks=4)
+        for name, state in (("LRU", 64), ("Mamba", 16))
+        for power in (10, 12, 14, 16, 17)
+    ]
+    ways = {"": (4, 12, 24), " scan": (4, 12, 24, 48), " scan remat": (4, 24, 48)}
+    return longer + [
+        Case(f"grow LRU{way}", 1024, 64, 64, 8, blocks=depth)
+        for way, depths in ways.items()
+        for depth in depths
+    ]
+
+
+def first_use_cases() -> list[Case]:
+    sizes = {"LRU": 64, "S5": 64, "Mamba": 16, "GatedDeltaNet": 16}
+    return [Case(f"start {name}", 1024, 64, state, 8, blocks=4) for name, state in sizes.items()]
 
 
 def generation_cases() -> list[Case]:
@@ -217,7 +246,7 @@ def mamba3_cases() -> list[Case]:
 def draw(case: Case, key: jax.Array, folder: pathlib.Path) -> dict[str, np.ndarray]:
     """Parameters `p.*`, inputs `x` or `x.*` and `weights` of the sum whose gradient is taken.
 
-    For generation a prompt, and where in `folder` the checkpoint is.
+    For language models a prompt or text, and where in `folder` the checkpoint is.
     """
     mixer_key, weights_key, *keys = jr.split(key, 6)
     if case.op.startswith(("generate ", "read ")):
@@ -227,7 +256,12 @@ def draw(case: Case, key: jax.Array, folder: pathlib.Path) -> dict[str, np.ndarr
         tokens = language_model.vocabulary(case.model)
         prompt = jr.randint(keys[0], (case.sequences, length), 0, tokens)
         return {"prompt": np.asarray(prompt), "checkpoint": np.asarray(str(checkpoint))}
-    if case.op.startswith("train "):
+    if case.op.startswith("train ") and case.op.split()[1] in language_model.MIXERS:
+        checkpoint = folder / f"{case}"
+        language_model.save(checkpoint, case.model)
+        tokens = jr.randint(keys[0], (case.sequences, case.time), 0, BYTES)
+        return {"tokens": np.asarray(tokens), "checkpoint": np.asarray(str(checkpoint))}
+    if case.op.startswith(("train ", "grow ")):
         x = jr.normal(keys[0], (case.sequences, case.time, 3))
         return {"x": np.asarray(x), "labels": np.arange(case.sequences) % 10}
     shape = (*(() if case.batch is None else (case.batch,)), case.time, case.features)
@@ -324,7 +358,7 @@ def floor_seconds(case: Case, rates: dict[str, float]) -> float | None:
     differ from sample to sample; the matrix products, forward and twice as many backward. For
     generation: all weights read once per token; for a prompt: a product with each for every token.
     """
-    if case.op.startswith("train "):
+    if case.op.startswith(("train ", "grow ")):
         return None
     if case.op.startswith("generate "):
         return case.time * language_model.weight_bytes(case.model) / rates["read"]
@@ -372,6 +406,8 @@ TABLES = {
     "generation": generation_cases,
     "published": published_cases,
     "training": training_cases,
+    "growth": growth_cases,
+    "first_use": first_use_cases,
     "long": long_cases,
     "accuracy": accuracy_cases,
 }

@@ -29,7 +29,7 @@ def compare(
     """
     arrays = folder / "arrays.npz"
     np.savez(arrays, allow_pickle=False, **draw(case, jr.key(0), folder))
-    # Compiling takes turns too, where it is the question.
+    # Compiling takes turns too, where peers compile.
     turns = 3 if case.op.startswith("train ") else 1
     facts: dict[str, list[dict]] = {name: [] for name in case.subjects if name in subjects}
     refused: dict[str, str] = {}

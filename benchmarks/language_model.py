@@ -1,4 +1,4 @@
-"""The language models whose writing is compared: one checkpoint, for all who read it."""
+"""The language models that are compared: one checkpoint, for all who read it."""
 
 import functools as ft
 import json
@@ -27,6 +27,7 @@ class Sizes(NamedTuple):
     width: int
     state_dim: int
     blocks: int
+    vocab_size: int = VOCABULARY
 
 
 def build(sizes: Sizes | str, key: jax.Array) -> LanguageModel:
@@ -36,7 +37,7 @@ def build(sizes: Sizes | str, key: jax.Array) -> LanguageModel:
         return family_of(entries, sizes)[1](key)
     return LanguageModel(
         key,
-        vocab_size=VOCABULARY,
+        vocab_size=sizes.vocab_size,
         hidden_dim=sizes.width,
         num_blocks=sizes.blocks,
         pattern=(ft.partial(MIXERS[sizes.mixer], state_dim=sizes.state_dim),),

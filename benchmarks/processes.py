@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import tempfile
 
 HERE = pathlib.Path(__file__).parent
+WORKERS = HERE / "workers"
 ENVIRONMENTS = HERE / ".environments"
 
 # What a peer needs that cannot live beside this library, and the Python it asks for.
@@ -19,6 +21,7 @@ REQUIREMENTS = {
     "mamba2_jax_1_1": (None, ["mamba2-jax==1.1.2", "equinox", JAX]),
     "ejkernel_0_0_78": (None, ["equinox", JAX]),
     "transformers_torch": (None, ["torch==2.14.1", "transformers==5.24.0"]),
+    "mambapy_1_2": (None, ["torch==2.14.1", "mambapy==1.2.0", "safetensors", "numpy"]),
 }
 # Asks for another version of JAX, but what is measured here runs with this one.
 WITHOUT_DEPENDENCIES = {"ejkernel_0_0_78": ["ejkernel==0.0.78"]}
@@ -34,7 +37,8 @@ class Subject:
     def __init__(self, name: str):
         self.name = name
         self._process = subprocess.Popen(
-            [_python(name), str(HERE / "workers" / "run.py"), name],
+            [_python(name), str(WORKERS / "run.py"), name],
+            env=_environment(name),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -59,6 +63,27 @@ class Subject:
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+
+
+def ask_anew(name: str, script: str, **arguments) -> dict:
+    """What a script says that a subject's interpreter runs once, knowing nothing yet."""
+    done = subprocess.run(
+        [_python(name), str(WORKERS / script), name, json.dumps(arguments)],
+        env=_environment(name),
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise UnavailableError(f"{name}: {done.stderr.strip()[-300:]}")
+    return json.loads(done.stdout)
+
+
+def _environment(name: str) -> dict[str, str]:
+    """Without what would have a peer import this library, or have others find less or more compiled
+    than a user does."""
+    left_out = ["JAX_COMPILATION_CACHE_DIR", "PYTHONDONTWRITEBYTECODE"]
+    left_out += ["PYTHONPATH"] if name in REQUIREMENTS else []
+    return {key: value for key, value in os.environ.items() if key not in left_out}
 
 
 def _python(name: str) -> str:

@@ -31,6 +31,7 @@ NAMES = {
     "mamba2_jax_1_1": "mamba2-jax 1.1.2",
     "ejkernel_0_0_78": "ejkernel 0.0.78",
     "transformers_torch": "transformers",
+    "mambapy_1_2": "mamba.py 1.2.0",
 }
 COLORS = {
     "ours": "#0072b2",
@@ -62,12 +63,15 @@ COLUMNS = {
     "steps": "| op | features = state | | us per step (quartiles) | takes | x floor |",
     "generation": "| model | batch | | ms per token (quartiles) | tokens/s | takes | x floor | temporary MB |",
     "published": "| model | | batch | | ms per token (quartiles) | tokens/s | takes | x floor | temporary MB |",
-    "training": "| model | blocks | | build s | compile s | step ms (quartiles) | temporary MB |",
+    "training": "| model | blocks | | build s | compile s | step ms (quartiles) | takes | temporary MB | peak MB |",
+    "growth": "| model | blocks | samples | compile s | step ms (quartiles) | us per sample and block | temporary MB | KB per sample and block |",
+    "first_use": "| model | | all s (quartiles) | JAX | library | build | trace | lower | compile | run |",
     "long": f"{SIZE}| | s | temporary MB | x floor | error |",
     "accuracy": "| op | time | transition | | error |",
 }
 SUMMARISED = ("mixers", "oscillators", "matrix", "mamba3")
 FOLDED_BEYOND = 20  # rows
+STAGES = ("others", "library", "build", "trace", "lower", "compile", "run")
 
 
 def table_head(name: str) -> str:
@@ -115,10 +119,24 @@ def _cells(name: str, outcome: dict, subject: str, result: dict, ours: dict) -> 
             spread = quartiles(result, 1e6 / case["time"])
             return [case["op"], str(case["features"]), who, spread, slower, floors]
         case "training":
-            seconds = [f"{result[key]:.1f}" for key in ("build_seconds", "compile_seconds")]
-            model = case["op"].removeprefix("train ")
-            spread = quartiles(result, 1e3)
-            return [model, str(case["blocks"]), who, *seconds, spread, _megabytes(memory)]
+            model, blocks = case["op"].removeprefix("train "), str(case["blocks"])
+            seconds = [
+                _seconds(result.get(f"{key}_seconds", math.nan)) for key in ("build", "compile")
+            ]
+            peak = result.get("peak_bytes", math.nan)
+            memories = [_megabytes(memory), _megabytes(peak)]
+            return [model, blocks, who, *seconds, quartiles(result, 1e3), slower, *memories]
+        case "growth":
+            sizes = [case["op"].removeprefix("grow "), str(case["blocks"])]
+            samples = case["time"] * (case["batch"] or 1)
+            each = samples * case["blocks"]
+            step = [_seconds(result["compile_seconds"]), quartiles(result, 1e3)]
+            step.append(f"{1e6 * result['median'] / each:.2f}")
+            memories = [_megabytes(memory), f"{memory / each / 2**10:.2f}"]
+            return [*sizes, str(samples), *step, *memories]
+        case "first_use":
+            stages = [f"{result[stage]:.2f}" for stage in STAGES]
+            return [case["op"].removeprefix("start "), who, quartiles(result, 1), *stages]
         case "long":
             error = f"{result['error']:.0e}"
             return [*sizes, who, f"{result['median']:.1f}", _megabytes(memory), floors, error]
@@ -142,6 +160,10 @@ def quartiles(result: dict, scale: float) -> str:
     low, median, high = (scale * result[key] for key in ("low", "median", "high"))
     digits = 2 if median < 10 else 1 if median < 100 else 0
     return f"{median:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def _seconds(seconds: float) -> str:
+    return "" if math.isnan(seconds) else f"{seconds:.1f}"
 
 
 def _megabytes(count: float) -> str:

@@ -1,9 +1,19 @@
-"""The benchmark of the kernels runs where there are none, with XLA's form on both sides."""
+"""The benchmark of the kernels, run where there are none with XLA's form on both sides; and the others' figures."""
 
 import argparse
+import importlib
+import json
 import pathlib
+import sys
+import types
 
+import jax
+import numpy as np
 import pytest
+
+from discretax import Sequential
+from discretax.encoder import LinearEncoder
+from discretax.heads import ClassificationHead
 
 pytestmark = pytest.mark.slow
 
@@ -79,3 +89,61 @@ def test_the_page_has_what_was_measured(kernels, monkeypatch, tmp_path):
     before = report.PAGE.read_text()
     report.redraw()
     assert report.PAGE.read_text() == before
+
+
+@pytest.fixture
+def worker(kernels, monkeypatch):
+    """By name, a module of those that run the subjects."""
+    monkeypatch.syspath_prepend(pathlib.Path(kernels.__file__).parent / "workers")
+    return importlib.import_module
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="Linux tells it")
+def test_the_peak_is_what_a_process_grows_by(worker):
+    """Freed again and taken again, it counts again; what was there before does not."""
+    peak_bytes = worker("job").peak_bytes
+    numbers = 2**23
+    before = np.ones(4 * numbers)
+    for _ in range(2):
+        peak = peak_bytes(lambda: np.ones(numbers).sum())["peak_bytes"]
+        assert abs(peak - 8 * numbers) < 2**20
+    assert before.sum() == 4 * numbers
+
+
+def test_a_first_step_in_its_stages(worker, monkeypatch, capsys):
+    from benchmarks import first_use, report
+
+    stages = dict.fromkeys(report.STAGES, 1.0) | {"compile": 4.0}
+    turns = [{name: turn * seconds for name, seconds in stages.items()} for turn in (1, 3, 2)]
+    assert first_use._medians(turns) == {
+        **{name: 2 * seconds for name, seconds in stages.items()},
+        "low": 10.0,
+        "median": 20.0,
+        "high": 30.0,
+    }
+
+    def model(case, key):
+        keys = jax.random.split(key)
+        encoder = LinearEncoder(3, keys[0], out_features=case["features"])
+        return Sequential([encoder, ClassificationHead(case["features"], 10, keys[1])])
+
+    monkeypatch.setitem(sys.modules, "tiny", types.SimpleNamespace(model=model))
+    case = json.dumps({"features": 2, "batch": 3, "time": 5})
+    monkeypatch.setattr(sys, "argv", ["first_use.py", "tiny", case])
+    with jax.numpy_dtype_promotion("standard"):  # for optax
+        worker("first_use").main()
+    seconds = json.loads(capsys.readouterr().out)
+    assert {*seconds} == {*report.STAGES}
+    assert min(seconds.values()) > 0
+
+
+def test_growth_is_told_per_sample_and_block(kernels):
+    from benchmarks import report
+    from benchmarks.cases import Case
+
+    case = Case("grow LRU scan", 1024, 64, 64, 2, blocks=3)
+    ours = {"compile_seconds": 4.04, "low": 0.5, "median": 0.6144, "high": 0.75}
+    ours["temporary_bytes"] = 3 * 2**21
+    outcome = {"case": vars(case), "floor": None, "subjects": {"ours": ours}}
+    cells = "LRU scan | 3 | 2048 | 4.0 | 614 (500-750) | 100.00 | 6 | 1.00"
+    assert report.rows("growth", outcome) == [f"| {cells} |"]

@@ -3,8 +3,10 @@
 import equinox as eqx
 import jax.random as jr
 from job import Job
-from measuring import load, parameters, step_job, training_job, versions
+from measuring import classifier_job, load, parameters, training_job, versions
 
+import discretax.models.deltanet
+import discretax.models.linoss
 import discretax.models.lru
 import discretax.models.s5
 from discretax.encoder import LinearEncoder
@@ -17,7 +19,12 @@ from discretax.sequence_mixers.s5 import S5SequenceMixer
 
 __all__ = ["prepare", "versions"]
 
-MODELS = {"LRU": discretax.models.lru.LRU, "S5": discretax.models.s5.S5}
+MODELS = {
+    "LRU": discretax.models.lru.LRU,
+    "S5": discretax.models.s5.S5,
+    "LinOSS": discretax.models.linoss.LinOSS,
+    "DeltaNet": discretax.models.deltanet.DeltaNet,
+}
 MIXERS = {
     "LRU": LRUSequenceMixer,
     "S5": S5SequenceMixer,
@@ -27,8 +34,8 @@ MIXERS = {
 
 
 def prepare(case: dict, arrays: dict) -> Job:
-    if case["op"].startswith("train "):
-        return step_job(lambda key: model(case, key), arrays)
+    if "labels" in arrays:
+        return classifier_job(lambda key: model(case, key), arrays)
     if case["op"] == "delta_rule, no decay":
         chunk_size = 64  # the mixer's
         rule = lambda _, x: chunk_delta_rule(*x, chunk_size)
@@ -51,10 +58,9 @@ def prepare(case: dict, arrays: dict) -> Job:
 
 def model(case: dict, key):
     keys = jr.split(key, 3)
-    width = case["features"]
-    backbone = MODELS[case["op"].split()[1]](
-        keys[1], hidden_dim=width, state_dim=case["state"], num_blocks=case["blocks"]
-    )
+    width, name = case["features"], case["op"].split()[1]
+    sizes = {} if name == "DeltaNet" else {"state_dim": case["state"]}
+    backbone = MODELS[name](keys[1], hidden_dim=width, num_blocks=case["blocks"], **sizes)
     encoder = LinearEncoder(in_features=3, key=keys[0], out_features=width)
     head = ClassificationHead(in_features=width, out_features=10, key=keys[2])
     return eqx.nn.Sequential([encoder, backbone, head])

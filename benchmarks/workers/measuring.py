@@ -10,7 +10,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
-from job import Job
+from job import Job, peak_bytes
 
 
 def versions() -> dict[str, str]:
@@ -73,34 +73,55 @@ def training_job(f: Callable[[Any, Any], jax.Array], model: Any, arrays: dict, c
     return Job(lambda: jax.block_until_ready(compiled(*args)), outcome, facts)
 
 
-def step_job(make: Callable[[jax.Array], Any], arrays: dict) -> Job:
-    """A whole training step: loss of a batch, gradients, Adam, running statistics."""
+def classifier_step(
+    make: Callable[[jax.Array], Any], x: np.ndarray, labels: np.ndarray
+) -> tuple[Any, tuple]:
+    """A training step of a model of `make(key)`, not compiled yet, and what it is given at first."""
+    model, state = eqx.nn.make_with_state(make)(jax.random.key(0))
+
+    def loss(model, state, x, labels, key):
+        run = lambda x, state, key: model(x, state, key=key)
+        batched = jax.vmap(run, axis_name="batch", in_axes=(0, None, 0), out_axes=(0, None))
+        log_p, state = batched(x, state, jax.random.split(key, len(labels)))
+        return -log_p[jnp.arange(len(labels)), labels].mean(), state
+
+    step, args = adam_step(model, state, loss)
+    return step, (*args, jnp.asarray(x), jnp.asarray(labels), jax.random.key(1))
+
+
+def adam_step(model: Any, state: Any, loss: Callable[..., tuple]) -> tuple[Any, tuple]:
+    """Gradients of `loss(model, state, *inputs)`, which also gives the state after it, and Adam."""
     import optax
 
-    start = time.perf_counter()
-    model, state = eqx.nn.make_with_state(make)(jax.random.key(0))
-    build_seconds = time.perf_counter() - start
     params, static = eqx.partition(model, eqx.is_inexact_array)
     optimiser = optax.adam(1e-3)
-    x, labels = jnp.asarray(arrays["x"]), jnp.asarray(arrays["labels"])
 
     @jax.jit
-    def step(params, state, opt_state, x, labels, key):
-        def loss(params, state):
-            model = eqx.combine(params, static)
-            run = lambda x, state, key: model(x, state, key=key)
-            batched = jax.vmap(run, axis_name="batch", in_axes=(0, None, 0), out_axes=(0, None))
-            log_p, state = batched(x, state, jax.random.split(key, len(labels)))
-            return -log_p[jnp.arange(len(labels)), labels].mean(), state
-
-        (value, state), gradients = jax.value_and_grad(loss, has_aux=True)(params, state)
+    def step(params, state, opt_state, *inputs):
+        of = lambda params: loss(eqx.combine(params, static), state, *inputs)
+        (value, after), gradients = jax.value_and_grad(of, has_aux=True)(params)
         updates, opt_state = optimiser.update(gradients, opt_state, params)
-        return optax.apply_updates(params, updates), state, opt_state, value
+        return optax.apply_updates(params, updates), after, opt_state, value
 
-    args = params, state, optimiser.init(params), x, labels, jax.random.key(1)
+    return step, (params, state, optimiser.init(params))
+
+
+def classifier_job(make: Callable[[jax.Array], Any], arrays: dict) -> Job:
+    return step_job(lambda: classifier_step(make, arrays["x"], arrays["labels"]))
+
+
+def step_job(
+    make: Callable[[], tuple[Any, tuple]], outcome: Callable[[tuple], dict] = lambda _: {}
+) -> Job:
+    """A whole training step; the outcome is of what the step gives."""
+    start = time.perf_counter()
+    step, args = make()
+    build_seconds = time.perf_counter() - start
     compiled, facts = compiled_with_facts(step, *args)
     run = lambda: jax.block_until_ready(compiled(*args))
-    return Job(run, dict, facts | {"build_seconds": build_seconds})
+    run()
+    facts |= {"build_seconds": build_seconds, **peak_bytes(run)}
+    return Job(run, lambda: outcome(run()), facts)
 
 
 def decoding_job(step: Callable[[Any, Any], tuple], cache: Any, x: jax.Array, tokens: int) -> Job:

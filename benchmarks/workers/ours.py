@@ -9,7 +9,9 @@ import jax.random as jr
 import numpy as np
 from job import Job
 from measuring import (
+    adam_step,
     calling_job,
+    classifier_job,
     compiled_with_facts,
     decoding_job,
     load,
@@ -41,11 +43,15 @@ MIXERS = {
     "S4": S4SequenceMixer,
     "LinOSS": LinOSSSequenceMixer,
 }
+# What makes the mixer that of discretax 0.3.0, which has neither convolutions nor a norm.
+ALIKE = {"conv_width": None, "shared_beta": True, "activation": None, "output_norm": False}
 
 
 def prepare(case: dict, arrays: dict) -> Job:
-    if case["op"].startswith("train "):
-        return step_job(lambda key: model(case, key), arrays)
+    if "tokens" in arrays:
+        return language_model_job(arrays)
+    if "labels" in arrays:
+        return classifier_job(lambda key: model(case, key), arrays)
     if case["op"].startswith(("generate ", "read ")):
         return generation_job(case, arrays)
     params = parameters(arrays)
@@ -99,15 +105,34 @@ def model(case: dict, key: jax.Array):
     _, name, *options = case["op"].split()
     keys = jr.split(key, 3)
     width = case["features"]
-    backbone = getattr(models, name)(
-        keys[1], hidden_dim=width, state_dim=case["state"], num_blocks=case["blocks"]
-    )
+    sizes = {"DeltaNet": ALIKE, "GatedDeltaNet": {}}.get(name, {"state_dim": case["state"]})
+    backbone = getattr(models, name)(keys[1], hidden_dim=width, num_blocks=case["blocks"], **sizes)
     if "scan" in options:
         backbone = models.scan_blocks(backbone)
     if "remat" in options:
         backbone = models.remat_blocks(backbone)
     encoder = LinearEncoder(3, keys[0], out_features=width)
     return eqx.nn.Sequential([encoder, backbone, ClassificationHead(width, 10, keys[2])])
+
+
+def language_model_job(arrays: dict) -> Job:
+    """A training step: the mean cross-entropy of the next tokens."""
+
+    def loss(model, state, tokens):
+        losses, state = jax.vmap(model.loss, (0, None), (0, None))(tokens, state)
+        return losses.total.sum() / losses.count.sum(), state
+
+    def make():
+        model, state = pretrained.load(str(arrays["checkpoint"]))
+        step, args = adam_step(model, state, loss)
+        return step, (*args, jnp.asarray(arrays["tokens"]))
+
+    def outcome(results):
+        *_, (adam, *_), value = results
+        moment = adam.mu.encoder.embedding.weight
+        return {"loss": np.asarray(value), "moment": np.asarray(moment)}
+
+    return step_job(make, outcome)
 
 
 def generation_job(case: dict, arrays: dict) -> Job:

@@ -1,4 +1,4 @@
-"""transformers of the package index on torch: generation, without the kernels for GPUs."""
+"""transformers of the package index on torch: generation and training, without the kernels for GPUs."""
 
 import os
 import platform
@@ -8,6 +8,7 @@ import numpy as np
 import torch
 import transformers
 from job import Job
+from torch_training import training_job
 
 __all__ = ["prepare", "versions"]
 
@@ -20,10 +21,17 @@ def versions() -> dict[str, str]:
     }
 
 
-def prepare(case: dict, arrays: dict) -> Job:
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+def load(arrays: dict) -> torch.nn.Module:
+    return transformers.AutoModelForCausalLM.from_pretrained(
         str(arrays["checkpoint"]), dtype=torch.float32
-    ).eval()
+    )
+
+
+def prepare(case: dict, arrays: dict) -> Job:
+    if "tokens" in arrays:
+        loss = lambda model, tokens: model(tokens, labels=tokens).loss
+        return training_job(lambda: load(arrays), loss, arrays)
+    model = load(arrays).eval()
     model.generation_config.eos_token_id = None
     prompt = torch.tensor(arrays["prompt"], dtype=torch.long)
 
