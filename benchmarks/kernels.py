@@ -62,17 +62,10 @@ def measure(
 ) -> dict:
     """What they take on this machine's device, if it is one of `on`; no cases otherwise."""
     device = jax.devices()[0]
-    about: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "device": f"{device.device_kind} ({device.platform})",
-        "versions": f"Python {platform.python_version()}, jax {jax.__version__}",
-    }
+    about = about_device()
     table: dict[str, Any] = {"about": about, "cases": []}
     if device.platform in on:
-        x = jnp.zeros(copied // 4)
-        copy = ft.partial(jax.jit(jnp.negative), x)
-        taken = statistics.median(_seconds(copy, 20) for _ in range(options.repeats))
-        about["bytes"] = 2 * x.nbytes / taken
+        about["bytes"] = copying_rate(copied, options.repeats)
     print(f"\n## kernels\n\n{_heading(table)}", flush=True)
     for case in cases if device.platform in on else ():
         for backward in (False, True):
@@ -80,6 +73,22 @@ def measure(
             table["cases"].append(outcome)
             print(_row(outcome), flush=True)
     return table
+
+
+def about_device() -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": f"{device.device_kind} ({device.platform})",
+        "versions": f"Python {platform.python_version()}, jax {jax.__version__}",
+    }
+
+
+def copying_rate(size: int, repeats: int) -> float:
+    """Bytes a second at which the device copies an array of `size` bytes, read and written."""
+    x = jnp.zeros(size // 4)
+    copy = ft.partial(jax.jit(jnp.negative), x)
+    return 2 * x.nbytes / statistics.median(_seconds(copy, 20) for _ in range(repeats))
 
 
 def compare(
@@ -90,8 +99,7 @@ def compare(
     forms = {"chosen": None, "xla": "xla"}
     run = {name: jax.jit(_function(case, form, backward)) for name, form in forms.items()}
     text = run["chosen"].lower(arguments, cotangent).as_text()
-    kernels = {"mosaic_gpu": "@mosaic_gpu", "mosaic_tpu": "@tpu_custom_call"}
-    form = next((name for name, call in kernels.items() if call in text), "xla")
+    form = form_of(text)
 
     actual = run["chosen"](arguments, cotangent)
     with jax.enable_x64(device != "tpu"), jax.default_matmul_precision("highest"):
@@ -117,6 +125,18 @@ def compare(
         low, median, high = statistics.quantiles(values, n=4)
         result[name] = {"low": low, "median": median, "high": high}
     return result
+
+
+def lower(case: Case, backward: bool, platform: str) -> Any:
+    """The form that is chosen there, from shapes alone."""
+    run = jax.jit(_function(case, None, backward))
+    return run.trace(*jax.eval_shape(ft.partial(_draw, case))).lower(lowering_platforms=(platform,))
+
+
+def form_of(text: str) -> str:
+    """The kernel of a lowered program; "xla" if it has none."""
+    kernels = {"mosaic_gpu": "@mosaic_gpu", "mosaic_tpu": "@tpu_custom_call"}
+    return next((name for name, call in kernels.items() if call in text), "xla")
 
 
 def floor_bytes(case: Case, backward: bool, device: str) -> int:
@@ -189,7 +209,15 @@ def _seconds(call: Callable[[], Any], count: int = 1) -> float:
 
 
 def page(table: dict) -> str:
-    return "\n".join([_heading(table), *map(_row, table["cases"]), ""])
+    return "\n".join([_heading(table), *map(_row, table["cases"]), *failures(table), ""])
+
+
+def failures(table: dict) -> list[str]:
+    """What of a table is not in it, and why."""
+    lines = [f"{name}: {reason}" for name, reason in table.get("failed", {}).items()]
+    if missing := table.get("not_reached", 0):
+        lines.append(f"{missing} of the rows, for want of time")
+    return [f"\nNot right, or not run: {'; '.join(lines)}."] if lines else []
 
 
 def _heading(table: dict) -> str:
@@ -197,6 +225,8 @@ def _heading(table: dict) -> str:
     if "bytes" not in about:
         return NOT_MEASURED
     rate = f"Measured in the same run: copies at {about['bytes'] / 1e9:.0f} GB/s."
+    if about.get("tests"):
+        rate += f" Tests of the kernels on it: {about['tests']} passed."
     rule = f"|{'---|' * (COLUMNS.count('|') - 1)}"
     return f"{about['date']}, {about['device']}, {about['versions']}. {rate}\n\n{COLUMNS}\n{rule}"
 

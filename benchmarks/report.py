@@ -10,13 +10,15 @@ import pathlib
 import platform
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from benchmarks.cases import READ
 from discretax.sequence_mixers.ltv.rglru import CHUNK
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DOCS = pathlib.Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "performance.md"
@@ -262,7 +264,8 @@ def write(tables: dict[str, dict], pages: dict[str, str]) -> None:
     text = _marked("summary").sub(lambda match: match[1] + short + match[2], text)
     PAGE.write_text(text)
     RECORD.write_text(json.dumps(tables, indent=1) + "\n")
-    draw(tables["mixers"]["cases"], FIGURE)
+    if "mixers" in pages:
+        draw(tables["mixers"]["cases"], FIGURE)
 
 
 def _marked(name: str) -> re.Pattern:
@@ -271,6 +274,8 @@ def _marked(name: str) -> re.Pattern:
 
 def draw(cases: list[dict], path: pathlib.Path) -> None:
     """Time and temporary memory of one sequence against its length, all axes logarithmic."""
+    from matplotlib.figure import Figure  # which a machine that measures may lack
+
     figure = Figure(figsize=(7.5, 4.4), layout="constrained", facecolor="white")
     top, bottom = axes = figure.subplots(2, len(DRAWN), sharex=True, sharey="row")
     for (title, (op, features, batch)), time, memory in zip(DRAWN.items(), *axes, strict=True):
@@ -294,7 +299,7 @@ def draw(cases: list[dict], path: pathlib.Path) -> None:
     figure.savefig(path, dpi=180)
 
 
-def _draw_lines(axes: Axes, lines: dict[str, np.ndarray], better: str) -> None:
+def _draw_lines(axes: "Axes", lines: dict[str, np.ndarray], better: str) -> None:
     """One line for each subject; at the longest, how far this library is below the lowest other."""
     for name, (times, sizes) in lines.items():
         wide = {"linewidth": 2.5, "zorder": 3} if name == "ours" else {"linewidth": 1.2}

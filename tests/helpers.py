@@ -34,6 +34,29 @@ def imported_example(name):
         sys.modules.pop(path.stem, None)
 
 
+def on_a_gpu():
+    """Where the tests of its kernels run them; elsewhere they are interpreted."""
+    return jax.default_backend() == "gpu"
+
+
+def gpu_interpreter(*, detect_races=False):
+    """What a kernel for GPUs is given as `interpret`."""
+    if on_a_gpu():
+        return None
+    from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # not exported
+
+    return InterpretGPUParams(detect_races=detect_races)
+
+
+def races_found():
+    """By the interpreter, since a kernel was last called; on a GPU nobody looks."""
+    if on_a_gpu():
+        return False
+    from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
+
+    return get_races().races_found
+
+
 @contextlib.contextmanager
 def interrupted_at_the_first(checkpoints):
     """What runs within is interrupted, as by Ctrl-C, once it has written a checkpoint."""

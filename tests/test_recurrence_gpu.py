@@ -1,4 +1,4 @@
-"""The linear recurrence's GPU kernels: interpreted, against XLA's form; their lowering for CUDA."""
+"""The linear recurrence's GPU kernels against XLA's form, on a GPU or interpreted; their lowering."""
 
 import functools as ft
 import types
@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import assert_close
-from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams
+from helpers import assert_close, gpu_interpreter, races_found
 
 from discretax.ops import linear_recurrence
 from discretax.ops._recurrence import gpu, kernels
@@ -21,7 +19,7 @@ from discretax.ops._running.walk_gpu import make_plan
 pytestmark = pytest.mark.slow
 
 BATCH, TILE = 2, 8
-interpreter = InterpretGPUParams()
+interpreter = gpu_interpreter()
 
 
 def draw(planes, constant, resets, time=19, state=4, dtype="float32"):
@@ -42,8 +40,8 @@ def reference(a, b, h0, resets, reverse):
 
 
 @ft.partial(jax.jit, static_argnames=("reverse", "chunks", "races"))
-def interpreted(a, b, h0, resets, g, *, reverse, chunks=1, races=False):
-    interpret = InterpretGPUParams(detect_races=races)
+def by_kernels(a, b, h0, resets, g, *, reverse, chunks=1, races=False):
+    interpret = gpu_interpreter(detect_races=races)
     options = {"reverse": reverse, "tile": TILE, "chunks": chunks, "interpret": interpret}
     h = states_gpu(a, b, h0, resets, **options)
     return h, *derivatives_gpu(a, h0, resets, h, g, **options)
@@ -52,8 +50,8 @@ def interpreted(a, b, h0, resets, g, *, reverse, chunks=1, races=False):
 def check(arguments, reverse, chunks=1, rtol=2e-6, races=False):
     a, b, h0, resets = arguments
     g = jnp.cos(jnp.arange(b.size, dtype=float)).reshape(b.shape).astype(b.dtype)
-    h, d_a, d_b, d_h0 = interpreted(*arguments, g, reverse=reverse, chunks=chunks, races=races)
-    assert not (races and get_races().races_found)
+    h, d_a, d_b, d_h0 = by_kernels(*arguments, g, reverse=reverse, chunks=chunks, races=races)
+    assert not (races and races_found())
     wide = lambda x: None if x is None else x.astype(float) if x.dtype != bool else x
     with jax.enable_x64(True):
         run = lambda a, b, h0: reference(a, b, h0, resets, reverse)
@@ -114,7 +112,7 @@ def test_complex_numbers_and_states_of_several_axes(monkeypatch):
 def test_nothing_passes_a_reset(chunks):
     a, b, h0, _ = draw(1, False, False)
     resets = jnp.zeros(b.shape[:2], bool).at[:, 10].set(True)
-    h, d_a, d_b, d_h0 = interpreted(
+    h, d_a, d_b, d_h0 = by_kernels(
         a, b.at[:, 3].set(jnp.nan), h0, resets, jnp.ones_like(b).at[:, :10].set(0), reverse=False,
         chunks=chunks,
     )  # fmt: skip
@@ -253,6 +251,6 @@ def test_another_platform_is_refused_by_name(implementation, devices):
     b = jnp.ones((4, 8))
     run = jax.jit(ft.partial(linear_recurrence, implementation=implementation))
     with pytest.raises(ValueError, match=rf"it runs on {devices}.*got the platform 'cpu'"):
-        run(b, b)
+        run.trace(b, b).lower(lowering_platforms=("cpu",))
     own = {"mosaic_gpu": "cuda", "mosaic_tpu": "tpu"}[implementation]
     assert "custom_call" in run.trace(b, b).lower(lowering_platforms=(own,)).as_text()

@@ -1,14 +1,13 @@
-"""The GPU kernels of the selective scan, interpreted on CPU, against the operation in float64."""
+"""The GPU kernels of the selective scan, on a GPU or interpreted, against the operation in float64."""
 
 import functools as ft
 
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import pytest
-from helpers import assert_close
-from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import get_races
-from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # not exported
+from helpers import assert_close, gpu_interpreter, races_found
 
 from discretax import ops
 from discretax.ops._selective_scan.gpu import forward
@@ -18,6 +17,7 @@ from discretax.ops._selective_scan.gpu_backward import (
     checkpoint_every,
     supports,
 )
+from discretax.sequence_mixers import MambaSequenceMixer
 
 pytestmark = pytest.mark.slow
 
@@ -54,14 +54,14 @@ def kernels(values, every, d_y, d_h_last, detect_races=False):
     """The outputs, the last state and the derivatives, for each example of the batch."""
     options = {
         "checkpoint_every": every,
-        "interpret": InterpretGPUParams(detect_races=detect_races),
+        "interpret": gpu_interpreter(detect_races=detect_races),
     }
     y, h_last, checkpoints = jax.jit(lambda values: forward(**values, **options))(values)
-    assert not (detect_races and get_races().races_found)
+    assert not (detect_races and races_found())
     inputs = {name: value for name, value in values.items() if name != "h0"}
     kept = {"checkpoints": checkpoints, "d_y": d_y, "d_h_last": d_h_last}
     gradients = jax.jit(lambda values: backward(**values, **options))(inputs | kept)
-    assert not (detect_races and get_races().races_found)
+    assert not (detect_races and races_found())
     return (y, h_last), gradients
 
 
@@ -109,9 +109,9 @@ def test_copies_do_not_race_with_the_lanes():
 
 def test_copies_do_not_race_with_the_lanes_forward():
     values = draw(1, 18, 8, 4)  # five tiles: slots are used again
-    options = {"checkpoint_every": 4, "interpret": InterpretGPUParams(detect_races=True)}
+    options = {"checkpoint_every": 4, "interpret": gpu_interpreter(detect_races=True)}
     y, h_last, checkpoints = jax.jit(lambda values: forward(**values, **options))(values)
-    assert not get_races().races_found
+    assert not races_found()
     (expected, last), _ = reference(values, *draw_cotangents(values))
     assert_close((y, h_last), (expected, last), rtol=1e-6)
     assert_close(checkpoints[:, 0], values["h0"])
@@ -235,7 +235,7 @@ def test_the_kernels_by_name(options, reason):
         lambda *inputs: ops.selective_scan(*inputs, implementation="mosaic_gpu", **options)
     ).trace(x, x, A, B, B)
     with pytest.raises(ValueError, match=r"runs on NVIDIA GPUs from Hopper.*the platform 'cpu'"):
-        run.lower()
+        run.lower(lowering_platforms=("cpu",))
     if reason is None:
         assert "mosaic_gpu" in run.lower(lowering_platforms=("cuda",)).as_text()
     else:
@@ -256,3 +256,25 @@ def test_models_side_by_side_and_groups():
     for call, *inputs in calls:
         lowered = jax.jit(call).trace(*inputs).lower(lowering_platforms=("cuda",))
         assert lowered.as_text().count("custom_call @mosaic_gpu") == 1
+
+
+def test_without_kernels():
+    """In a model and by its gradient, for as long as is asked; by name a kernel is insisted on."""
+    mixer = MambaSequenceMixer(8, key=jr.key(0))
+    x = jnp.ones((64, 8))
+    runs = {
+        "mixer": lambda x: jax.grad(lambda x: mixer(x)[0].sum())(x),
+        "recurrence": lambda x: ops.linear_recurrence(x, x),
+        "by name": ft.partial(ops.linear_recurrence, x, implementation="mosaic_gpu"),
+    }
+    runs = {name: jax.jit(run) for name, run in runs.items()}
+
+    def kernels():
+        lowered = {n: r.trace(x).lower(lowering_platforms=("cuda",)) for n, r in runs.items()}
+        return {n: text.as_text().count("custom_call @mosaic_gpu") for n, text in lowered.items()}
+
+    before = kernels()
+    assert before == {"mixer": 2, "recurrence": 1, "by name": 1}
+    with ops.without_kernels():
+        assert kernels() == {"mixer": 0, "recurrence": 0, "by name": 1}
+    assert kernels() == before

@@ -36,4 +36,5 @@ from discretax.ops._phase import cumulative_phase as cumulative_phase
 from discretax.ops._recurrence.diagonal_ssm import diagonal_ssm as diagonal_ssm
 from discretax.ops._recurrence.linear_recurrence import linear_recurrence as linear_recurrence
 from discretax.ops._recurrence.oscillator_ssm import oscillator_ssm as oscillator_ssm
+from discretax.ops._running.dispatch import without_kernels as without_kernels
 from discretax.ops._selective_scan.selective_scan import selective_scan as selective_scan

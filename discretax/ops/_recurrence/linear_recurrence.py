@@ -16,8 +16,8 @@ from discretax.ops._recurrence import kernels
 from discretax.ops._recurrence.transitions import NUMBERS, PLANES, Transitions
 from discretax.ops._recurrence.xla import accumulated, align, associative, sequential
 from discretax.ops._running.derivatives import differentiated, differentiated_as
-from discretax.ops._running.dispatch import kernel_on, operation, over_batch
-from discretax.ops._running.manual_axes import split_by_compiler, vary_alike
+from discretax.ops._running.dispatch import chosen, kernel_on, operation, over_batch
+from discretax.ops._running.manual_axes import vary_alike
 from discretax.ops._running.split_time import incoming_state, time_parts
 
 Implementation = Literal["sequential", "associative", "xla", "mosaic_gpu", "mosaic_tpu"] | None
@@ -120,10 +120,8 @@ def recurrence(
     """
     if b.shape[0] == 0:
         return b
-    if implementation is None and split_by_compiler():
-        implementation = "xla"
     arrays = vary_alike(a, b, h0, resets)
-    return _recurrence((transitions, reverse, implementation), *arrays)
+    return _recurrence((transitions, reverse, chosen(implementation)), *arrays)
 
 
 def _run(options, a, b, h0, resets):

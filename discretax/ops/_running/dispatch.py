@@ -5,6 +5,7 @@ ever built. `jax.vmap`, nested or not, makes one call of it with a batch axis, a
 split that call over a mesh.
 """
 
+import contextlib
 import functools
 import itertools
 import math
@@ -22,11 +23,35 @@ from jax.interpreters import mlir
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from discretax.ops._running.manual_axes import in_shard_map, vary_alike
+from discretax.ops._running.manual_axes import in_shard_map, split_by_compiler, vary_alike
 
 PLATFORMS = ("cpu", "cuda", "tpu", None)  # None: all others
 KERNELS = {"cuda": "mosaic_gpu", "tpu": "mosaic_tpu"}
 DEVICES = {"mosaic_gpu": "NVIDIA GPUs from Hopper (sm_90) on", "mosaic_tpu": "TPUs"}
+_kernels_wanted = jax.make_user_context(True)  # part of what `jax.jit` keeps its programs by
+
+
+def without_kernels() -> contextlib.AbstractContextManager[None]:
+    """What is traced within takes XLA's form in place of kernels, in models too.
+
+    For a comparison, or where a kernel misbehaves. A jitted function is traced again inside, and
+    again outside. `implementation="mosaic_gpu"`, by name, still insists on the kernel.
+
+    !!! example
+
+        ```python
+        with discretax.ops.without_kernels():
+            y, state = jax.jit(model)(x, state)
+        ```
+    """
+    return _kernels_wanted(False)
+
+
+def chosen(implementation: str | None) -> str | None:
+    """The implementation asked for; XLA's where none is and no kernel may be taken."""
+    if implementation is None and (split_by_compiler() or not _kernels_wanted.value):
+        return "xla"
+    return implementation
 
 
 def kernel_on(

@@ -19,8 +19,7 @@ from discretax.ops._running.derivatives import (
     differentiated_as,
     push_through,
 )
-from discretax.ops._running.dispatch import kernel_on, operation, over_batch
-from discretax.ops._running.manual_axes import split_by_compiler
+from discretax.ops._running.dispatch import chosen, kernel_on, operation, over_batch
 from discretax.ops._running.split_time import incoming_state
 from discretax.ops._selective_scan.groups import group_by_group, groups_of
 from discretax.ops._selective_scan.xla import (
@@ -142,10 +141,8 @@ def selective_scan(
         )
         resets = None if resets is None else resets & valid
     A = A.astype(dtype).T
-    if implementation is None and split_by_compiler():
-        implementation = "xla"
     samples = Samples(x, dt, dt_A, B, C)
-    over_time = ft.partial(_scan, (discretization, chunk_size, implementation))
+    over_time = ft.partial(_scan, (discretization, chunk_size, chosen(implementation)))
 
     def summary():
         silence = samples._replace(x=jnp.zeros_like(samples.x))
