@@ -6,7 +6,7 @@ from benchmarks.cases import Case
 from benchmarks.processes import UnavailableError, ask_anew
 
 
-def compare(case: Case, names: list[str], *, turns: int = 5) -> dict:
+def compare(case: Case, names: list[str], *, turns: int = 3) -> dict:
     """Medians of the seconds of each stage, and of all together, with their quartiles.
 
     Each turn is a process of its own; those of the subjects take turns.
