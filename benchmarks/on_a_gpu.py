@@ -109,7 +109,8 @@ def on_hand(machine: dict | None, tiny: bool) -> bool:
     platform = (machine or {}).get("result", {}).get("platform")
     if platform == "gpu" or (tiny and platform):
         return True
-    print(f"This needs an NVIDIA GPU; JAX finds {platform}. --tiny tries all of it without one.")
+    here = f"JAX finds {platform}" if platform else "what there is, log.txt may say"
+    print(f"This needs an NVIDIA GPU; {here}. --tiny tries all of it without one.")
     return False
 
 
@@ -138,7 +139,7 @@ def names_of(step: str, tiny: bool) -> list[str]:
 
 def jobs_of(step: str, tiny: bool, folder: pathlib.Path) -> dict[str, Callable[[], dict]]:
     if step == "machine":
-        return {"machine": ft.partial(machine, tiny)}
+        return {"machine": machine}
     if step == "training":
         many = {"repeats": 3 if tiny else 10, "seconds": 20}
         cases = gpu_training.cases(tiny)
@@ -149,10 +150,11 @@ def jobs_of(step: str, tiny: bool, folder: pathlib.Path) -> dict[str, Callable[[
     return {name: ft.partial(kernels.compare, *case, *given) for name, case in runs.items()}
 
 
-def machine(tiny: bool) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """What it is, and how fast its memory."""
     device = jax.devices()[0]
     found = {name: importlib.util.find_spec(name) is not None for name in PACKAGES}
+    copied = 2**30 if device.platform == "gpu" else 2**12
     return {
         **kernels.about_device(),
         "platform": device.platform,
@@ -160,7 +162,7 @@ def machine(tiny: bool) -> dict[str, Any]:
         "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
         "nvidia_smi": _nvidia_smi(),
         "packages": {n: importlib.metadata.version(n) if found[n] else None for n in PACKAGES},
-        "bytes": kernels.copying_rate(2**12 if tiny else 2**30, 5),
+        "bytes": kernels.copying_rate(copied, 5),
     }
 
 

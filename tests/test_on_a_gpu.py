@@ -69,7 +69,7 @@ def test_what_one_job_does_leaves_the_others(tmp_path):
     assert found["stands still"]["failed"].startswith("its process ended, with status 1")
     assert found["ends all"]["failed"].startswith("its process ended, with status 9")
     assert found["late"] == {}
-    assert "time.sleep(60)" in log.read_text() or "<lambda>" in log.read_text()
+    assert "in <lambda>" in log.read_text()  # where it stood
 
 
 def test_a_run_on_a_gpu_tiny(monkeypatch, tmp_path, capfd):
