@@ -12,6 +12,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import pytest
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax import ops, sharding
@@ -726,4 +727,15 @@ CASES = (
         reference=convolve_states,
         transition_size=diagonal_size,
     ),
+)
+
+
+# One of each, and with `--thorough` all.
+every_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case.is_one_of_each else pytest.mark.thorough)
+        for case in CASES
+    ],
+    ids=str,
 )

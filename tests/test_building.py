@@ -88,23 +88,30 @@ def is_shape(leaf):
     return isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-@pytest.mark.parametrize("name", MAKERS | TRANSFORMS)
-def test_built_under_transformations(name):
-    arrays, static = parts(eqx.filter_jit(eqx.filter_vmap(make(name)))(KEYS))
+ALIKE = {str(case) for case in CASES if not case.is_one_of_each}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.thorough if name in ALIKE else ())
+        for name in MAKERS | TRANSFORMS
+    ],
+)
+def test_built_under_transformations_and_copied(name):
+    both = [made(name, i) for i in range(2)]
+    arrays, static = parts(eqx.filter_vmap(make(name))(KEYS))
     shapes, static_of_shapes = parts(eqx.filter_eval_shape(make(name), KEYS[0]))
-    for i in range(2):
-        expected, expected_static = parts(made(name, i))
+    for i, (expected, expected_static) in enumerate(map(parts, both)):
         assert static == static_of_shapes == expected_static
         assert jax.tree.structure(arrays) == jax.tree.structure(expected)
         assert_close(jax.tree.map(lambda leaf, i=i: leaf[i], arrays), expected)
         assert jax.tree.map(jax.typeof, expected) == jax.tree.map(jax.typeof, shapes)
-
-
-@pytest.mark.parametrize("name", sorted(MAKERS.keys() - {"SequenceParallel"}))  # holds its devices
-def test_copies_are_equal(name):
-    arrays, static = parts(made(name))
+    if name == "SequenceParallel":  # which holds its devices
+        return
+    arrays, static = parts(both[0])
     for copied in WAYS_TO_COPY:
-        copied_arrays, copied_static = parts(copied(made(name)))
+        copied_arrays, copied_static = parts(copied(both[0]))
         assert copied_static == static
         assert_equal(copied_arrays, arrays)
 

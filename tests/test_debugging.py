@@ -21,11 +21,15 @@ NAMES = (
     "RGLRUSequenceMixer",
     "MambaSequenceMixer",
     "GatedDeltaNetSequenceMixer",
-    "Mamba3SequenceMixer",
     "AttentionSequenceMixer",
     *(  # whose parts are in those above
         pytest.param(name, marks=pytest.mark.thorough)
-        for name in ("S4DSequenceMixer", "GLASequenceMixer", "MLSTMSequenceMixer")
+        for name in (
+            "Mamba3SequenceMixer",
+            "S4DSequenceMixer",
+            "GLASequenceMixer",
+            "MLSTMSequenceMixer",
+        )
     ),
 )
 

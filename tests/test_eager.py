@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from cases import CASES, FEATURES
+from cases import FEATURES, every_case
 from helpers import assert_equal, draw
 
 from discretax import sample_token
@@ -41,14 +41,7 @@ def assert_compiled_once(run):
     assert not compiled
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=() if case.is_one_of_each else pytest.mark.thorough)
-        for case in CASES
-    ],
-    ids=str,
-)
+@every_case
 def test_mixers(case, monkeypatch):
     monkeypatch.setattr(projections, "WHOLE", 0)
     monkeypatch.setattr(projections, "CHUNK", 64)

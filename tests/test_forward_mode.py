@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from cases import CASES, FEATURES
+from cases import FEATURES, every_case
 
 from discretax.ops import linear_recurrence, selective_scan
 
 pytestmark = pytest.mark.slow
-
-FIRST_OF_EACH = {case.name: case for case in reversed(CASES)}
 
 
 def dot(a, b):
@@ -26,10 +24,10 @@ def noise(tree, seed):
     return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape)), tree)
 
 
-@pytest.mark.parametrize("name", sorted(FIRST_OF_EACH))
-def test_forward_is_reverse_transposed(name):
+@every_case
+def test_forward_is_reverse_transposed(case):
     with jax.enable_x64(True):
-        mixer = FIRST_OF_EACH[name].make(jr.key(0))
+        mixer = case.make(jr.key(0))
         floating, static = eqx.partition(mixer, eqx.is_inexact_array)
         point = floating, jnp.asarray(np.random.default_rng(0).normal(size=(5, FEATURES)))
         along, weights = noise(point, 1), noise(point[1], 2)

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.slow
 WEIGHTS, CONFIG, INDEX = "model.safetensors", "config.json", "model.safetensors.index.json"
 # JSON may hold numbers that Python does not write: here they are strings.
 LETTERS = ("1e400", "-1e400", "1e-400")
-HOSTILE = [None, math.nan, math.inf, -math.inf, *LETTERS, -1, 0, 0.5, 2**31, 2**63, 10**400, 1e300]
+HOSTILE = [None, math.nan, math.inf, -math.inf, -1, 0, 0.5, 2**31, 2**63, 10**400, 1e300]
 HOSTILE += [True, "", "silu", [], {}, [[1]], [["recurrent"]], [1, [2]], {"a": {"b": []}}]
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
@@ -113,7 +113,7 @@ def test_any_value_of_rotary_positions(field, tmp_path):
     name = "recurrent_gemma"
     folder, entries = checkpoint(name, tmp_path), entries_of(name)
     ropes = entries["rope_parameters"]
-    for value in HOSTILE:
+    for value in (*HOSTILE, *LETTERS):
         changed = ropes | {field: value}
         together = entries | {"rope_parameters": changed}
         apart = {k: v for k, v in (entries | changed).items() if "rope_" not in k or k == field}

@@ -20,6 +20,9 @@ FAST = (
 # What is mostly a matter of the code that mixers share: tried on one mixer of each mechanism, and on
 # all of them with `--thorough`. Other options of the same class have the laws of `FAST`.
 SHARED = (
+    "whole_is_chunks_is_steps-chunks",  # whose outputs and caches are those of `FAST`
+    "resets_gradients",
+    "narrow_parameters-bfloat16",
     "batched_cache_is_for_vmap",
     "length_ends_the_sequence-0",
     "length_ends_the_sequence-1",
