@@ -1,5 +1,7 @@
 """Attention against its equation written out, its cache, its memory and its errors."""
 
+import functools as ft
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ from discretax import inference_state, streaming_mode
 from discretax.blocks import ResidualBlock
 from discretax.channel_mixers import IdentityChannelMixer
 from discretax.ops import _attention
+from discretax.ops._attention import masked_attention
 from discretax.sequence_mixers import AttentionSequenceMixer
 
 FEATURES, TIME = 8, 11
@@ -271,3 +274,28 @@ def test_cache_of_another_mixer():
             mixer(jnp.ones((3, FEATURES)), other.allocate_inference_cache())
     with pytest.raises(ValueError, match="takes a cache of shapes"):
         mixer(jnp.ones((3, FEATURES)), jnp.zeros(3))
+
+
+def test_what_no_query_sees_is_not_read(monkeypatch):
+    """A NaN there would come through, in a product with zero, and in its gradient."""
+    monkeypatch.setattr(_attention, "MANY", 10)
+    q, k, v, weights = draw(3, 4, 2), draw(10, 2, 2), draw(10, 2, 2), draw(3, 4, 2, seed=2)
+
+    def pulled(attention, k, v, seen):
+        loss = lambda *qkv: jnp.vdot(attention(*qkv, seen, 0.7), weights)
+        return jax.value_and_grad(loss, argnums=(0, 1, 2))(q, k, v)
+
+    plain = jax.jit(ft.partial(pulled, _attention._attention))
+    one = jax.jit(ft.partial(pulled, masked_attention))
+    rows = jax.jit(jax.vmap(ft.partial(pulled, masked_attention)))
+    causal = np.tril(np.ones((3, 10), bool))
+    for last, read in ((1, 3), (3, 3), (4, 5), (5, 5), (6, 8), (8, 8), (9, 10), (10, 10)):
+        seen = np.roll(causal, last - 3, 1) if last >= 3 else causal & (np.arange(10) < last)
+        unread = np.where(np.arange(10) < read, 0, np.nan)[:, None, None]
+        expected = plain(k, v, seen)
+        assert_close(one(k + unread, v + unread, seen), expected)
+        together = rows(
+            *(np.stack([a, a]) for a in (k + unread, v + unread)),
+            np.stack([causal & (np.arange(10) < 1), seen]),
+        )
+        assert_close(jax.tree.map(lambda leaf: leaf[1], together), expected)

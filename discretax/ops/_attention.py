@@ -1,6 +1,8 @@
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, Float, Int
 
 from discretax._types import accumulation_dtype
 
@@ -12,7 +14,37 @@ def masked_attention(
     seen: Bool[Array, "time keys"],
     scale: float,
 ) -> Float[Array, "time heads head"]:
-    """Softmax attention of each query to the keys it has `seen`, whose scores are scaled."""
+    """Softmax attention of each query to the keys it has `seen`, whose scores are scaled.
+
+    Of many keys, a quarter after the other is left out as long as no query has seen any of the rest:
+    those after the queries themselves, and the places of a cache that are empty.
+    """
+    keys = k.shape[0]
+    if not isinstance(keys, int) or keys < MANY:
+        return _attention(q, k, v, seen, scale)
+    sizes = [-(-keys * quarters // 4) for quarters in (1, 2, 3, 4)]
+    upto = jnp.where(seen.any(0), jnp.arange(1, keys + 1), 0).max()
+    first = sum((_of_all(upto) > size).astype(int) for size in sizes[:-1])
+    of_first = lambda size: lambda: _attention(q, k[:size], v[:size], seen[:, :size], scale)
+    return lax.switch(first, list(map(of_first, sizes)))
+
+
+MANY = 512  # fewer keys are not worth a choice
+
+
+@custom_vmap
+def _of_all(number: Int[Array, ""]) -> Int[Array, ""]:
+    """The largest in a batch, for all of it: what would be chosen for each would all be computed."""
+    return number
+
+
+@_of_all.def_vmap
+def _(size, is_batched, numbers):
+    del size, is_batched
+    return _of_all(numbers.max(0)), False
+
+
+def _attention(q, k, v, seen, scale):
     # `jax.nn.dot_product_attention` takes the softmax in float32 even of float64, and its derivative in
     # bfloat16 does not run under strict dtype promotion.
     time, _, head_dim = q.shape
