@@ -14,7 +14,7 @@ from discretax.init import diagonalised_hippo, hippo
 from discretax.models import S4
 from discretax.ops._depthwise_ssm import depthwise_ssm
 from discretax.ops._depthwise_ssm.matrices import boundary_states
-from discretax.ops._depthwise_ssm.transition import DiagonalPower
+from discretax.ops._depthwise_ssm.transition import DiagonalPower, Transition
 from discretax.sequence_mixers import S4DSequenceMixer, S4SequenceMixer
 
 run = eqx.filter_jit(lambda mixer, x, cache=None: mixer(x, cache))
@@ -385,6 +385,48 @@ def test_states_between_chunks(backend, monkeypatch):
         np.testing.assert_allclose(number(after), h, atol=1e-14)
         loss = lambda *arrays: sum(jnp.sum(jnp.sin(states)) for states in run(*arrays))
         check_grads(loss, (power, h0, v), order=1, modes=["rev"], eps=1e-5)
+
+
+@pytest.mark.slow
+def test_powers_of_a_low_rank_transition():
+    """As matrices: what they make of vectors from both sides, and states between chunks."""
+    with jax.enable_x64(True):
+        shapes = (2, 2, 3), (2, 2, 3, 2), (2, 2, 2, 3), (2, 2, 3), (2, 2, 2, 3), (2, 4, 6)
+        keys = jr.split(jr.key(0), len(shapes))
+        draws = [jr.normal(key, shape) / 3 for key, shape in zip(keys, shapes, strict=True)]
+        *transition, right, left, inputs = draws
+
+        @jax.jit
+        def run(transition, right, left, inputs):
+            transition = Transition(*transition)
+            rights, lefts, power = transition.krylov(right, transition.pull(left), 5)
+            before, after = boundary_states(power, inputs, right)
+            return rights, lefts, power.matrix, before, after, power.lefts(left, 3)
+
+        rights, lefts, power, before, after, lefts_of_power = run(transition, right, left, inputs)
+        units = np.eye(6).reshape(6, 2, 3)
+        one = jax.vmap(lambda h: Transition(*transition)(jnp.stack([h, h])), out_axes=-1)(units)
+        one = np.asarray(one).reshape(2, 6, 6)
+        power_of = np.linalg.matrix_power
+        flat = lambda planes: np.asarray(planes).reshape(*planes.shape[:-2], 6)
+        for j in range(5):
+            np.testing.assert_allclose(
+                rights[j], np.einsum("fst,ft->fs", power_of(one, j), flat(right)), atol=1e-14
+            )
+            np.testing.assert_allclose(
+                lefts[j], np.einsum("cfs,fst->cft", flat(left), power_of(one, j + 1)), atol=1e-14
+            )
+        np.testing.assert_allclose(power, power_of(one, 5), atol=1e-14)
+        h = flat(right)
+        for m in range(4):
+            np.testing.assert_allclose(before[m], h, atol=1e-14)
+            h = np.einsum("fst,ft->fs", power_of(one, 5), h) + inputs[:, m]
+        np.testing.assert_allclose(after, h, atol=1e-14)
+        for j in range(3):
+            expected = np.einsum("cfs,fst->cft", flat(left), power_of(one, 5 * j))
+            np.testing.assert_allclose(lefts_of_power[j], expected, atol=1e-14)
+        loss = lambda *draws: sum(jnp.sum(jnp.sin(leaf)) for leaf in run(draws[:3], *draws[3:]))
+        check_grads(loss, tuple(draws), order=2, modes=["fwd", "rev"], eps=1e-5)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """One small state space system per feature: its scan, its chunks of matrices, its convolution."""
 
 import functools as ft
+import math
 from typing import Literal, NamedTuple
 
 import jax
@@ -11,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 from discretax._broken import contained, mended
 from discretax.ops._convolution.fft import fft_convolution
 from discretax.ops._depthwise_ssm.matrices import Chunk, boundary_states, state_within
-from discretax.ops._depthwise_ssm.transition import Transition, flat, power_of
+from discretax.ops._depthwise_ssm.transition import Transition
 from discretax.ops._recurrence.linear_recurrence import recurrence
 from discretax.ops._recurrence.transitions import PLANES, times
 from discretax.ops._running.chunks import Left, scan_chunks, state_at, whole_chunks
@@ -151,11 +152,10 @@ def depthwise_kernel(
     matrix product of two short lists of vectors, where a Vandermonde matrix would hold one power for
     every state and lag.
     """
-    size = 1 << ((length - 1).bit_length() + 1) // 2
-    count = 1 << (-(-length // size) - 1).bit_length()
-    ahead, _, power = power_of(transition).krylov(flat(B), flat(C), size)
-    _, back, _ = power.krylov(flat(B), flat(C), count)
-    kernel = jnp.einsum("icfs,jfs->fcij", back, ahead)
+    size = math.isqrt(length - 1) + 1
+    count = -(-length // size)
+    ahead, _, power = transition.krylov(B, C, size)
+    kernel = jnp.einsum("icfs,jfs->fcij", power.lefts(C, count), ahead)
     return jnp.moveaxis(kernel.reshape(*kernel.shape[:2], -1)[..., :length], -1, 0).swapaxes(1, 2)
 
 

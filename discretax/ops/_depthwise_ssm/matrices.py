@@ -6,16 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from discretax.ops._depthwise_ssm.transition import (
-    DensePower,
-    DiagonalPower,
-    Transition,
-    flat,
-    power_of,
-    unflat,
-)
-from discretax.ops._recurrence.linear_recurrence import recurrence
-from discretax.ops._recurrence.transitions import PLANES
+from discretax.ops._depthwise_ssm.transition import Power, Transition, flat, unflat
 
 
 class Chunk(NamedTuple):
@@ -24,12 +15,11 @@ class Chunk(NamedTuple):
     toeplitz: Float[Array, "features chunk channels*chunk"]
     from_input: Float[Array, "features chunk flat"]
     to_output: Float[Array, "features flat channels*chunk"]
-    power: DiagonalPower | DensePower
+    power: Power
 
     @classmethod
     def of(cls, transition: Transition, B: Array, C: Array, D: Array | None, size: int) -> "Chunk":
-        one = power_of(transition)
-        ahead, back, power = one.krylov(flat(B), one.pull(flat(C)), size)
+        ahead, back, power = transition.krylov(B, transition.pull(C), size)
         kernel = jnp.einsum("cfs,jfs->fcj", flat(C), ahead)
         if D is not None:
             kernel = kernel.at[..., 0].add(D.T)
@@ -55,16 +45,10 @@ def _toeplitz(kernel: Float[Array, "*lead size"]) -> Float[Array, "*lead size si
     return rows[..., : size * (2 * size - 1)].reshape(*lead, size, -1)[..., :size]
 
 
-def boundary_states(
-    power: DiagonalPower | DensePower, inputs: Float[Array, "features chunks flat"], h0
-):
+def boundary_states(power: Power, inputs: Float[Array, "features chunks flat"], h0):
     """The states before each chunk, (chunks, features, flat), and the one after the last."""
-    inputs = jnp.moveaxis(inputs, 1, 0)
-    if isinstance(power, DensePower):
-        after, before = lax.scan(lambda h, v: (power(h) + v, h), flat(h0), inputs)
-        return before, after
-    after = recurrence(power.planes, unflat(inputs), h0, None, transitions=PLANES)
-    return flat(jnp.concatenate([h0[None], after[:-1]])), flat(after[-1])
+    after = power.states(jnp.moveaxis(inputs, 1, 0), h0)
+    return jnp.concatenate([flat(h0)[None], after[:-1]]), after[-1]
 
 
 def state_within(transition, B, inputs, before, after, left):
