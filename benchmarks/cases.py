@@ -158,7 +158,7 @@ def choice_cases() -> list[Case]:
     ]
     thresholds = [("STEPS", 32, never), ("STEPS", 64, always)]
     thresholds += [("LARGE_BEYOND", 4096, never), ("LARGE_BEYOND", 8192, always)]
-    thresholds += [("LONG", 1024, never), ("LONG", 2048, always)]
+    thresholds += [("LONG", 128, never), ("LONG", 256, always)]
     depthwise = [
         Case("S4D", time, 256, 64, None, other=(name, threshold))
         for name, time, threshold in thresholds
@@ -356,14 +356,16 @@ def floor_seconds(case: Case, rates: dict[str, float]) -> float | None:
 
     The longest of: inputs, outputs and their gradients once through memory; the exponentials that
     differ from sample to sample; the matrix products, forward and twice as many backward. For
-    generation: all weights read once per token; for a prompt: a product with each for every token.
+    generation: all weights read once per token; for a prompt: a product with each of the blocks' for
+    every token.
     """
     if case.op.startswith(("train ", "grow ")):
         return None
     if case.op.startswith("generate "):
         return case.time * language_model.weight_bytes(case.model) / rates["read"]
     if case.op.startswith("read "):
-        return READ * 2 * language_model.weight_bytes(case.model) / 4 / rates["products"]
+        blocks = language_model.weight_bytes(case.model, of_blocks=True)
+        return READ * 2 * blocks / 4 / rates["products"]
     numbers = case.sequences * case.time * case.features
     arrays = {"linear_recurrence": 3, "selective_scan": 3, **dict.fromkeys(MATRIX_OPS, 4)}
     arrays |= {"trapezoidal_ssd": 4, "trapezoidal_ssd, rank 4": 16}

@@ -61,8 +61,11 @@ def save(folder: pathlib.Path, sizes: Sizes | str) -> None:
         pretrained.save(model, folder)
 
 
-def weight_bytes(sizes: Sizes | str) -> int:
-    leaves = [
-        leaf for leaf in jax.tree.leaves(shapes(sizes)) if isinstance(leaf, jax.ShapeDtypeStruct)
-    ]
+def weight_bytes(sizes: Sizes | str, *, of_blocks: bool = False) -> int:
+    """Of all weights, or without those of the vocabulary, which a prompt's tokens do not go through
+    but for the last."""
+    model = shapes(sizes)
+    if of_blocks:
+        model = eqx.tree_at(lambda model: (model.encoder, model.head), model, (None, None))
+    leaves = [leaf for leaf in jax.tree.leaves(model) if isinstance(leaf, jax.ShapeDtypeStruct)]
     return 4 * sum(math.prod(leaf.shape) for leaf in leaves)

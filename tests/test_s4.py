@@ -399,7 +399,7 @@ def test_powers_of_a_low_rank_transition():
         @jax.jit
         def run(transition, right, left, inputs):
             transition = Transition(*transition)
-            rights, lefts, power = transition.krylov(right, transition.pull(left), 5)
+            rights, lefts, power = transition.krylov(right, left, 5)
             before, after = boundary_states(power, inputs, right)
             return rights, lefts, power.matrix, before, after, power.lefts(left, 3)
 

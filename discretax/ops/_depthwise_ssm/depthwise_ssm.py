@@ -89,7 +89,7 @@ CHUNK, LARGE_CHUNK = 32, 64
 LARGE_BEYOND = 4096  # up to so many, small chunks
 # From so many on, 16 features after the other, so that what they need stays in the cache, and each
 # block's forward pass again in the backward pass. Segments bound the memory of very long sequences.
-LONG = 2048
+LONG = 256
 BLOCK = 16
 SEGMENT = 2**16
 

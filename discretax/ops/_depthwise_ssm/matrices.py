@@ -19,7 +19,7 @@ class Chunk(NamedTuple):
 
     @classmethod
     def of(cls, transition: Transition, B: Array, C: Array, D: Array | None, size: int) -> "Chunk":
-        ahead, back, power = transition.krylov(B, transition.pull(C), size)
+        ahead, back, power = transition.krylov(B, C, size)
         kernel = jnp.einsum("cfs,jfs->fcj", flat(C), ahead)
         if D is not None:
             kernel = kernel.at[..., 0].add(D.T)

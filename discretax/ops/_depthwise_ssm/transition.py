@@ -1,16 +1,17 @@
 """Transitions of systems with one input, and their powers."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from discretax.ops._recurrence.linear_recurrence import recurrence
 from discretax.ops._recurrence.transitions import PLANES, conjugate, times, times_in_loop
-from discretax.ops._running.derivatives import differentiated
+from discretax.ops._running.derivatives import differentiated, push_through
 from discretax.ops._running.manual_axes import vary_alike
 
 
@@ -38,56 +39,56 @@ class Transition(NamedTuple):
         left: Float[Array, "channels features 2 state"],
         count: int,
     ) -> "tuple[Array, Array, Power]":
-        r"""$T^j$ right and left $T^j$ for j below `count`, and $T^c$ with c = `count`; flat.
+        r"""$T^j$ right and left $T^{j+1}$ for j below `count`, flat, and $T^c$ with c = `count`.
 
         One by one: products unrolled would take XLA long to compile, and the derivative of one
         product with all powers is far slower than that of a loop. The power of a diagonal
-        $\Lambda$ with a low-rank part needs no product of large matrices either:
+        $\Lambda$ with a low-rank part needs no products of large matrices either:
 
         $$(\Lambda + U W)^c = \Lambda^c + \sum_{j < c} (\Lambda + U W)^j U\, W \Lambda^{c-1-j}$$
         """
-        forth, back = self._in_loop(), self._transposed()._in_loop()
-        along, against = (times_in_loop(planes[None]) for planes in (self.A, conjugate(self.A)))
+        diagonal = Transition(conjugate(self.A))
         one = jnp.zeros_like(self.A).at[:, 0].set(1)
-        low_rank = self.U is not None and self.W is not None
-        columns, rows = (
-            (jnp.moveaxis(self.U, -1, 0), jnp.moveaxis(self.W, 1, 0))
-            if low_rank
-            else (left[:0], left[:0])
-        )
-        advance = lambda carry: (
-            forth(carry[0]), back(carry[1]), along(carry[2]), against(carry[3]),
-        )  # fmt: skip
-        start = jnp.concatenate([right[None], columns]), left, one[None], rows
-        (rights, lefts, _, rows), (_, _, (diagonal,), _) = repeated(advance, start, count)
-        rights, lefts, rows = flat(rights), flat(lefts), flat(rows)
-        if not low_rank:
-            return rights[:, 0], lefts, DiagonalPower(diagonal)
-        correction = jnp.einsum("jrfs,jrft->fst", rights[:, 1:], rows[::-1])
-        return rights[:, 0], lefts, DensePower(_dense(diagonal) + correction)
+        lefts = flat(powers_on(self.transposed(), left, count)[1:])
+        if self.U is None or self.W is None:
+            rights = powers_on(self, jnp.stack([right, one]), count)
+            return flat(rights[:-1, 0]), lefts, DiagonalPower(rights[-1, 1])
+        columns, rows = jnp.moveaxis(self.U, -1, 0), jnp.moveaxis(self.W, 1, 0)
+        rights = flat(powers_on(self, jnp.concatenate([right[None], columns]), count - 1))
+        rows = powers_on(diagonal, jnp.concatenate([one[None], rows]), count)
+        correction = jnp.einsum("jrfs,jrft->fst", rights[:, 1:], flat(rows[-2::-1, 1:]))
+        return rights[:, 0], lefts, DensePower(_dense(conjugate(rows[-1, 0])) + correction)
 
-    def pull(self, left: Float[Array, "lead features 2 state"]) -> Array:
-        """left T."""
-        return self._transposed()._in_loop()(left)
+    def in_loop(self) -> Callable[[Array], Array]:
+        """The map of several states, (lead, features, 2, state), for a loop."""
+        diagonal = times_in_loop(self.A[None])
+        if self.U is None or self.W is None:
+            return diagonal
+        # On CPU sums are faster than products as small as these.
+        U, W = jnp.moveaxis(self.U, -1, 1)[None], self.W[None]
 
-    def _transposed(self) -> "Transition":
+        def advance(h):
+            seen = (W * h[:, :, None]).sum((-2, -1), keepdims=True)
+            return diagonal(h) + (U * seen).sum(2)
+
+        return advance
+
+    def transposed(self) -> "Transition":
         """As a real matrix of flat states: a complex number is one of 2 x 2."""
         if self.U is None or self.W is None:
             return Transition(conjugate(self.A))
         U, W = jnp.moveaxis(self.W, 1, -1), jnp.moveaxis(self.U, -1, 1)
         return Transition(conjugate(self.A), U, W)
 
-    def _in_loop(self) -> Callable[[Array], Array]:
-        """The map of several states, (lead, features, 2, state), for a loop."""
-        diagonal = times_in_loop(self.A[None])
+    def cotangent(self, lam: Array, before: Array) -> "Transition":
+        """Of the transition that made states with the cotangents `lam` from those `before`."""
+        d_A = times(conjugate(before), lam).sum((0, 1))
         if self.U is None or self.W is None:
-            return diagonal
-
-        def advance(h):
-            seen = jnp.einsum("frqm,kfqm->kfr", self.W, h)
-            return diagonal(h) + jnp.einsum("fpnr,kfr->kfpn", self.U, seen)
-
-        return advance
+            return Transition(d_A)
+        seen = jnp.einsum("frqm,jkfqm->jkfr", self.W, before)
+        d_seen = jnp.einsum("fpnr,jkfpn->jkfr", self.U, lam)
+        d_U = jnp.einsum("jkfpn,jkfr->fpnr", lam, seen)
+        return Transition(d_A, d_U, jnp.einsum("jkfr,jkfqm->frqm", d_seen, before))
 
 
 class DiagonalPower(NamedTuple):
@@ -101,7 +102,7 @@ class DiagonalPower(NamedTuple):
 
     def lefts(self, left: Float[Array, "channels features 2 state"], count: int) -> Array:
         """left P^j for j below `count`; flat."""
-        return flat(repeated(times_in_loop(conjugate(self.planes)[None]), left, count)[0])
+        return flat(powers_on(Transition(self.planes).transposed(), left, count - 1))
 
 
 class DensePower(NamedTuple):
@@ -111,75 +112,73 @@ class DensePower(NamedTuple):
 
     def states(self, inputs: Float[Array, "chunks features flat"], h0) -> Array:
         """The state after each chunk."""
-        return dense_recurrence(self.matrix, inputs[..., None], flat(h0)[..., None])[..., 0]
+        return driven(self, inputs[..., None], flat(h0)[..., None])[..., 0]
 
     def lefts(self, left: Float[Array, "channels features 2 state"], count: int) -> Array:
         """left P^j for j below `count`; flat."""
-        left = jnp.moveaxis(flat(left), 0, -1)
-        none = jnp.zeros_like(left, shape=(count - 1, *left.shape))
-        later = dense_recurrence(self.matrix.swapaxes(1, 2), none, left)
-        return jnp.moveaxis(jnp.concatenate([left[None], later]), -1, 1)
+        lefts = powers_on(self.transposed(), jnp.moveaxis(flat(left), 0, -1), count - 1)
+        return jnp.moveaxis(lefts, -1, 1)
+
+    def in_loop(self) -> Callable[[Array], Array]:
+        """The map of states side by side, (features, flat, columns)."""
+        return lambda h: self.matrix @ h
+
+    def transposed(self) -> "DensePower":
+        return DensePower(self.matrix.swapaxes(1, 2))
+
+    def cotangent(self, lam: Array, before: Array) -> "DensePower":
+        return DensePower(jnp.einsum("jfsk,jftk->fst", lam, before))
 
 
 Power = DiagonalPower | DensePower
 
 
-def repeated(
-    advance: Callable[[PyTree[Array]], PyTree[Array]], start: PyTree[Array], count: int
-) -> tuple[PyTree[Array], PyTree[Array]]:
-    """`start` and what it becomes, once to `count - 1` times, stacked; and `count` times."""
-
-    @jax.checkpoint(prevent_cse=False)  # keeps what it starts from, alone
-    def step(carry, _):
-        return advance(carry), carry
-
-    last, stacked = lax.scan(step, start, length=count)
-    return stacked, last
+def powers_on(transition: Transition | DensePower, start: Array, count: int) -> Array:
+    """`start`, and what the transition makes of it once, twice, ..., `count` times."""
+    none = jnp.zeros_like(start, shape=(count, *start.shape))
+    return jnp.concatenate([start[None], driven(transition, none, start)])
 
 
-def dense_recurrence(
-    matrix: Float[Array, "features flat flat"],
-    inputs: Float[Array, "time features flat columns"],
-    h0: Float[Array, "features flat columns"],
-) -> Float[Array, "time features flat columns"]:
-    """h_t = M h_{t-1} + v_t. Its derivative with respect to M is one product, not a sum of outer
-    products of which each would go through memory."""
-    return _dense_states(None, *vary_alike(matrix, inputs, h0))
+def driven(transition: Transition | DensePower, inputs: Array, h0: Array) -> Array:
+    """All h_t = T h_{t-1} + v_t.
+
+    The cotangent of T is one sum over all states at the end: added up in a loop, all of it would go
+    through memory at every step.
+    """
+    arrays, structure = jax.tree.flatten((transition, inputs, h0))
+    return _driven(None, *jax.tree.unflatten(structure, vary_alike(*arrays)))
 
 
-def _dense_walk(_, matrix, inputs, h0):
+def _walk(_, transition, inputs, h0):
+    apply = transition.in_loop()
+
     def step(h, v):
-        h = matrix @ h + v
+        h = apply(h) + v
         return h, h
 
     return lax.scan(step, h0, inputs)[1]
 
 
-def _dense_forward(_, matrix, inputs, h0):
-    states = _dense_states(None, matrix, inputs, h0)
-    return states, (matrix, jnp.concatenate([h0[None], states])[:-1])
+def _forward(_, transition, inputs, h0):
+    states = _driven(None, transition, inputs, h0)
+    return states, (transition, inputs, h0, states)
 
 
-def _dense_push(_, kept, tangents):
-    matrix, before = kept
-    d_matrix, d_inputs, d_h0 = tangents
-    drive = jnp.zeros_like(before) if d_inputs is None else d_inputs
-    if d_matrix is not None:
-        drive = drive + jnp.einsum("fst,mftk->mfsk", d_matrix, before)
-    d_h0 = jnp.zeros_like(before[0]) if d_h0 is None else d_h0
-    return _dense_states(None, matrix, drive, d_h0)
+def _push(_, kept, tangents):
+    return push_through(ft.partial(_walk, None), kept[:3], tangents)
 
 
-def _dense_pull(_, kept, cotangents):
-    matrix, before = kept
-    transposed = matrix.swapaxes(1, 2)
-    end = jnp.zeros_like(matrix, shape=before.shape[1:])
-    lam = _dense_states(None, transposed, cotangents[::-1], end)[::-1]
-    d_h0 = transposed @ lam[0] if before.shape[0] else end
-    return jnp.einsum("mfsk,mftk->fst", lam, before), lam, d_h0
+def _pull(_, kept, cotangents):
+    transition, inputs, h0, states = kept
+    if states.shape[0] == 0:
+        return jax.tree.map(jnp.zeros_like, (transition, inputs, h0))
+    transposed = transition.transposed()
+    lam = _driven(None, transposed, cotangents[::-1], jnp.zeros_like(h0))[::-1]
+    before = jnp.concatenate([h0[None], states[:-1]])
+    return transition.cotangent(lam, before), lam, transposed.in_loop()(lam[0])
 
 
-_dense_states = differentiated(_dense_walk, _dense_forward, _dense_push, _dense_pull)
+_driven = differentiated(_walk, _forward, _push, _pull)
 
 
 def _dense(planes: Float[Array, "features 2 state"]) -> Float[Array, "features flat flat"]:
