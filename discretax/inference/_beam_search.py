@@ -34,7 +34,7 @@ def beam_search(
     stop_tokens: Sequence[int] = (),
     length: Int[Array, "*batch"] | int | None = None,
     mask: Bool[Array, "*batch time"] | None = None,
-    chunk_size: int = 512,
+    chunk_size: int = 1024,
     max_seqlen: int | None = None,
     dtype: Any = None,
 ) -> Generated:

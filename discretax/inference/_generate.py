@@ -55,7 +55,7 @@ def generate(
     stop_tokens: Sequence[int] = (),
     length: Int[Array, "*batch"] | int | None = None,
     mask: Bool[Array, "*batch time"] | None = None,
-    chunk_size: int = 512,
+    chunk_size: int = 1024,
     max_seqlen: int | None = None,
     dtype: Any = None,
     draft: tuple[PyTree, eqx.nn.State | TextState] | None = None,
@@ -168,7 +168,7 @@ def stream_tokens(
     stop_tokens: Sequence[int] = (),
     length: Int[Array, "*batch"] | int | None = None,
     mask: Bool[Array, "*batch time"] | None = None,
-    chunk_size: int = 512,
+    chunk_size: int = 1024,
     max_seqlen: int | None = None,
     dtype: Any = None,
 ) -> "TokenStream":
