@@ -184,7 +184,7 @@ def _differs(name: str, found: dict[str, dict]) -> float | None:
 
 def page(table: dict) -> str:
     if not table["cases"]:
-        return f"{NOT_MEASURED}\n"
+        return "\n".join([NOT_MEASURED, *failures(table), ""])
     about, found = table["about"], {str(Case(**o["case"])): o for o in table["cases"]}
     case = Case(**table["cases"][0]["case"])
     rule = f"|{'---|' * (COLUMNS.count('|') - 1)}"
