@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 from helpers import assert_close, draw, linear, numbers
+from jax.test_util import check_grads
 
 from discretax import inference_state, streaming_mode
 from discretax.blocks import ResidualBlock
@@ -299,3 +300,12 @@ def test_what_no_query_sees_is_not_read(monkeypatch):
             np.stack([causal & (np.arange(10) < 1), seen]),
         )
         assert_close(jax.tree.map(lambda leaf: leaf[1], together), expected)
+
+
+def test_derivatives_of_what_is_read(monkeypatch):
+    monkeypatch.setattr(_attention, "MANY", 4)
+    seen = np.tril(np.ones((2, 5), bool), 1)
+    with jax.enable_x64(True):
+        attend = jax.jit(lambda *qkv: masked_attention(*qkv, seen, 0.7))
+        arrays = draw(2, 2, 2), draw(5, 1, 2), draw(5, 1, 2)
+        check_grads(attend, arrays, order=2, modes=["fwd", "rev"], eps=1e-5)

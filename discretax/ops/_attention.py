@@ -1,3 +1,5 @@
+import functools as ft
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -5,6 +7,8 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 from discretax._types import accumulation_dtype
+from discretax.ops._running.derivatives import differentiated, push_through
+from discretax.ops._running.manual_axes import vary_alike
 
 
 def masked_attention(
@@ -22,11 +26,40 @@ def masked_attention(
     keys = k.shape[0]
     if not isinstance(keys, int) or keys < MANY:
         return _attention(q, k, v, seen, scale)
-    sizes = [-(-keys * quarters // 4) for quarters in (1, 2, 3, 4)]
     upto = jnp.where(seen.any(0), jnp.arange(1, keys + 1), 0).max()
-    first = sum((_of_all(upto) > size).astype(int) for size in sizes[:-1])
-    of_first = lambda size: lambda: _attention(q, k[:size], v[:size], seen[:, :size], scale)
-    return lax.switch(first, list(map(of_first, sizes)))
+    first = sum((_of_all(upto) > size).astype(int) for size in _sizes(keys)[:-1])
+    return _of_first(scale, *vary_alike(q, k, v, seen, first))
+
+
+def _sizes(keys: int) -> list[int]:
+    return [-(-keys * quarters // 4) for quarters in (1, 2, 3, 4)]
+
+
+def _choose(scale, q, k, v, seen, first):
+    of = lambda size: lambda: _attention(q, k[:size], v[:size], seen[:, :size], scale)
+    return lax.switch(first, list(map(of, _sizes(k.shape[0]))))
+
+
+def _forward(scale, *arguments):
+    return _of_first(scale, *arguments), arguments
+
+
+def _push(scale, arguments, tangents):
+    return push_through(ft.partial(_choose, scale), arguments, tangents)
+
+
+def _pull(scale, arguments, cotangent):
+    """Chosen once more, and computed again: JAX would keep what the derivatives of all four need."""
+    q, k, v, seen, first = arguments
+
+    def pull(size):
+        run = lambda q, k, v: _attention(q, k[:size], v[:size], seen[:, :size], scale)
+        return lambda: jax.vjp(run, q, k, v)[1](cotangent)
+
+    return *lax.switch(first, list(map(pull, _sizes(k.shape[0])))), None, None
+
+
+_of_first = differentiated(_choose, _forward, _push, _pull)
 
 
 MANY = 512  # fewer keys are not worth a choice
