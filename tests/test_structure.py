@@ -80,7 +80,7 @@ MAY_SEE = {
 _TOOLS = ("_checks", "_rms", "_scaled", "_discretization")
 OPERATION_MAY_SEE = {
     **dict.fromkeys(_TOOLS, ()),
-    "_attention": (),
+    "_attention": ("_running",),
     "_rotary": (),
     "_running": (),
     "_cross_entropy": ("_running",),
