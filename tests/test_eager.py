@@ -14,9 +14,9 @@ from helpers import assert_equal, draw
 from discretax import sample_token
 from discretax.architectures import LanguageModel
 from discretax.models import scan_blocks
-from discretax.ops import linear_recurrence
+from discretax.ops import _attention, linear_recurrence
 from discretax.ops._recurrence import projections
-from discretax.sequence_mixers import LRUSequenceMixer
+from discretax.sequence_mixers import AttentionSequenceMixer, LRUSequenceMixer
 from discretax.sequence_mixers.ltv import rglru
 
 pytestmark = pytest.mark.slow
@@ -54,6 +54,14 @@ def test_mixers(case, monkeypatch):
         return gradient, mixer.step(x[0], cache) if case.streams else None
 
     assert_compiled_once(run)
+
+
+def test_attention_chooses_its_keys(monkeypatch):
+    monkeypatch.setattr(_attention, "MANY", 8)
+    mixer, x = AttentionSequenceMixer(FEATURES, jr.key(0), num_heads=2), draw(3, FEATURES)
+    cache = mixer.allocate_inference_cache(max_seqlen=9)
+    gradient = jax.grad(lambda x: jnp.sin(mixer.step(x, cache)[0]).sum())
+    assert_compiled_once(lambda: (mixer.step(x[0], cache), gradient(x[0])))
 
 
 def test_vectorised_operations():

@@ -26,8 +26,8 @@ def masked_attention(
     keys = k.shape[0]
     if not isinstance(keys, int) or keys < MANY:
         return _attention(q, k, v, seen, scale)
-    upto = jnp.where(seen.any(0), jnp.arange(1, keys + 1), 0).max()
-    first = sum((_of_all(upto) > size).astype(int) for size in _sizes(keys)[:-1])
+    upto = _of_all(jnp.where(seen.any(0), jnp.arange(1, keys + 1), 0).max())
+    first = sum((upto > size).astype(int) for size in _sizes(keys)[:-1])
     return _of_first(scale, *vary_alike(q, k, v, seen, first))
 
 
@@ -35,8 +35,14 @@ def _sizes(keys: int) -> list[int]:
     return [-(-keys * quarters // 4) for quarters in (1, 2, 3, 4)]
 
 
+def _to_some(size, scale, seen, q, k, v):
+    return _attention(q, k[:size], v[:size], seen[:, :size], scale)
+
+
+# Compiled where the caller is not, too: a choice is, and of new functions it would be at each call.
+@ft.partial(jax.jit, static_argnums=0)
 def _choose(scale, q, k, v, seen, first):
-    of = lambda size: lambda: _attention(q, k[:size], v[:size], seen[:, :size], scale)
+    of = lambda size: lambda: _to_some(size, scale, seen, q, k, v)
     return lax.switch(first, list(map(of, _sizes(k.shape[0]))))
 
 
@@ -48,13 +54,13 @@ def _push(scale, arguments, tangents):
     return push_through(ft.partial(_choose, scale), arguments, tangents)
 
 
+@ft.partial(jax.jit, static_argnums=0)
 def _pull(scale, arguments, cotangent):
     """Chosen once more, and computed again: JAX would keep what the derivatives of all four need."""
     q, k, v, seen, first = arguments
 
     def pull(size):
-        run = lambda q, k, v: _attention(q, k[:size], v[:size], seen[:, :size], scale)
-        return lambda: jax.vjp(run, q, k, v)[1](cotangent)
+        return lambda: jax.vjp(ft.partial(_to_some, size, scale, seen), q, k, v)[1](cotangent)
 
     return *lax.switch(first, list(map(pull, _sizes(k.shape[0])))), None, None
 

@@ -47,7 +47,6 @@ class Transition(NamedTuple):
 
         $$(\Lambda + U W)^c = \Lambda^c + \sum_{j < c} (\Lambda + U W)^j U\, W \Lambda^{c-1-j}$$
         """
-        diagonal = Transition(conjugate(self.A))
         one = jnp.zeros_like(self.A).at[:, 0].set(1)
         lefts = flat(powers_on(self.transposed(), left, count)[1:])
         if self.U is None or self.W is None:
@@ -55,6 +54,7 @@ class Transition(NamedTuple):
             return flat(rights[:-1, 0]), lefts, DiagonalPower(rights[-1, 1])
         columns, rows = jnp.moveaxis(self.U, -1, 0), jnp.moveaxis(self.W, 1, 0)
         rights = flat(powers_on(self, jnp.concatenate([right[None], columns]), count - 1))
+        diagonal = Transition(conjugate(self.A))
         rows = powers_on(diagonal, jnp.concatenate([one[None], rows]), count)
         correction = jnp.einsum("jrfs,jrft->fst", rights[:, 1:], flat(rows[-2::-1, 1:]))
         return rights[:, 0], lefts, DensePower(_dense(conjugate(rows[-1, 0])) + correction)
