@@ -1,11 +1,10 @@
 import equinox as eqx
-import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from discretax._broken import each_sample
 from discretax._constructors import keyed
-from discretax._features import check_positive, check_size, soft_capped
+from discretax._features import check_positive, check_size, projected, soft_capped
 from discretax._stateful import samples_of
 from discretax._timeseries import Timeseries
 from discretax._types import Values, accumulation_dtype
@@ -65,6 +64,5 @@ class LanguageModelHead(AbstractHead):
         return each_sample(x, self.logits, values), state
 
     def logits(self, x: Values) -> Float[Array, "time tokens"]:
-        weight = self.weight.astype(x.dtype)
-        y = jnp.matmul(x, weight.T, preferred_element_type=accumulation_dtype(x))
+        y = projected(x, self.weight.astype(x.dtype), accumulation_dtype(x))
         return soft_capped(self.scale * y, self.soft_cap)

@@ -96,6 +96,8 @@ def past_of_rows(live: PyTree, start: eqx.nn.State | Past, task: Task) -> Past:
     if not isinstance(start, Past):
         assert task.max_seqlen is not None
         caches = inference_state(live, start, batch, task.max_seqlen, task.dtype)
+        # Else XLA spends seconds on working out what is done to zeros.
+        caches = lax.optimization_barrier(caches)
         return Past(caches, jnp.zeros((batch, task.vocabulary), bool))
     if start.seen.ndim == 2:
         return start

@@ -41,6 +41,7 @@ class Rule(NamedTuple):
     erases: bool
     erase_first: bool  # of the state before the decay
     counted: bool
+    value_first: bool  # how the state stands, heads in front
 
 
 def matrix_state(
@@ -50,6 +51,7 @@ def matrix_state(
     erases: bool = False,
     erase_first: bool = False,
     counted: bool = False,
+    value_first: bool = False,
     scale: float = 1.0,
     length: Int[Array, ""] | int | None,
     resets: Bool[Array, " time"] | None,
@@ -57,7 +59,8 @@ def matrix_state(
 ) -> tuple[Float[Array, "time heads value"], State]:
     r"""$S_t = (I - \beta_t k_t e_t^T) \mathrm{Diag}(\alpha_t) S_{t-1} + \beta_t k_t v_t^T$ and
     $y_t = c\, S_t^T q_t$; with `erase_first`, $e_t$ acts on $S_{t-1}$ itself. $e = 0$ unless it `erases`.
-    Where it is `counted` what is written, values have one more column, all ones.
+    Where it is `counted` what is written, values have one more column, all ones. With `value_first`,
+    for a decay of one number per head, what is given and returned is $S^T$.
     """
     chunk_size = check_size("chunk_size", chunk_size)
     floating = [array for array in samples[:-1] if array is not None]
@@ -66,13 +69,14 @@ def matrix_state(
     heads, value = samples.v.shape[-2], samples.v.shape[-1] + counted
     check_length(length, time)
     check_resets(resets, time)
-    start = jnp.zeros((heads, key, value), dtype) if state is None else state.astype(dtype)
+    shape = (heads, value, key) if value_first else (heads, key, value)
+    start = jnp.zeros(shape, dtype) if state is None else state.astype(dtype)
     if time == 0:
         return jnp.zeros((0, heads, value), dtype), start
     if resets is not None:
         samples = samples._replace(resets=zero_padding(resets, length))
     steps = samples.k.shape[1] if samples.k.ndim == 4 else 1
-    rule = Rule(erases, erase_first, counted)
+    rule = Rule(erases, erase_first, counted, value_first)
     over_time = ft.partial(
         _over_time, rule, max(1, chunk_size // steps), jnp.asarray(scale, dtype), length
     )
@@ -104,7 +108,10 @@ def _over_time(
     state: State,
     samples: Samples,
 ):
-    advance = _sample if samples.q.shape[0] == 1 else _chunk
+    if samples.q.shape[0] == 1:
+        advance, turned = _sample, lambda state: state
+    else:
+        advance, turned = _chunk, lambda state: state.mT if rule.value_first else state
     # A weight of all chunks, so that its gradient is not as long as the sequence.
     constant = samples.log_decay if samples.log_decay.ndim == 1 else None
     samples = samples if constant is None else samples._replace(log_decay=None)
@@ -122,7 +129,10 @@ def _over_time(
         v = jnp.pad(wide.v, [(0, 0), (0, 0), (0, 1)], constant_values=1) if rule.counted else wide.v
         return advance(rule, state, wide._replace(q=scale * wide.q, v=v))
 
-    return scan_chunks_in_place(run, (scale, constant), state, samples, length, per_chunk)
+    after, y = scan_chunks_in_place(
+        run, (scale, constant), turned(state), samples, length, per_chunk
+    )
+    return turned(after), y
 
 
 def _each_sample(log_decay: Array, time: int) -> Float[Array, "time heads *key"]:
@@ -132,28 +142,34 @@ def _each_sample(log_decay: Array, time: int) -> Float[Array, "time heads *key"]
 
 def _sample(rule: Rule, state: State, samples: Samples) -> tuple[State, Array]:
     """The equation as it stands."""
-    heads, key, value = state.shape
-    groups = samples.q.shape[1]
+    heads, groups = state.shape[0], samples.q.shape[1]
     q, log_decay, resets = samples.q[0], samples.log_decay[0], samples.resets
     erase = samples.k if samples.erase is None else samples.erase
     in_steps = lambda array: array[0] if samples.k.ndim == 4 else array
     k, v, beta, erase = jax.tree.map(in_steps, (samples.k, samples.v, samples.beta, erase))
     by_group = lambda array: array.reshape(groups, heads // groups, *array.shape[1:])
-    state = by_group(state)
+    order = "vk" if rule.value_first else "kv"
+    before = by_group(state)
     if resets is not None:
-        state = jnp.where(resets[0], 0, state)
+        before = jnp.where(resets[0], 0, before)
+
+    def read(rows, state):
+        # Repeated for each head: for a product with rows that heads share, XLA copies the states
+        # into another order.
+        rows = jnp.broadcast_to(rows[:, None], (*state.shape[:2], rows.shape[-1]))
+        return jnp.einsum(f"ghk,gh{order}->ghv", rows, state)
+
     alpha = jnp.exp(log_decay).reshape(groups, heads // groups, -1, 1)
+    after = alpha * before
     for step in range(k.shape[0]):
-        decayed = alpha * state if step == 0 else state
         w = by_group(v[step])
         if rule.erases:
-            seen = state if rule.erase_first else decayed
-            w = w - jnp.einsum("gk,ghkv->ghv", erase[step], seen)
+            w = w - read(erase[step], before if step == 0 and rule.erase_first else after)
         if beta is not None:
             w = by_group(beta[step])[..., None] * w
-        state = decayed + k[step][:, None, :, None] * w[..., None, :]
-    y = jnp.einsum("gk,ghkv->ghv", q, state)
-    return state.reshape(heads, key, value), y.reshape(1, heads, value)
+        written, by = jnp.expand_dims(w, (-1, -2)[order == "kv"]), k[step][:, None]
+        after = after + written * jnp.expand_dims(by, (-2, -1)[order == "kv"])
+    return after.reshape(state.shape), read(q, after).reshape(1, heads, -1)
 
 
 def _chunk(rule: Rule, state: State, samples: Samples) -> tuple[State, Array]:

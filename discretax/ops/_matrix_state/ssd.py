@@ -80,10 +80,11 @@ def ssd(
     check_array("h0", h0, heads=heads, head_dim=head_dim, state=state_dim)
     dtype = accumulation_dtype(*jax.tree.leaves((x, dt, A, B, C, D, h0)))
     dt = zero_padding(dt, length).astype(dtype)  # whose product with A has a gradient of its own
-    state = None if h0 is None else h0.mT
-    samples = as_samples(C, B, x, dt, dt * A.astype(dtype)[None], None, state)
-    y, h = matrix_state(samples, state, length=length, resets=resets, chunk_size=chunk_size)
+    samples = as_samples(C, B, x, dt, dt * A.astype(dtype)[None], None, None)
+    y, h = matrix_state(
+        samples, h0, value_first=True, length=length, resets=resets, chunk_size=chunk_size
+    )
     if D is not None:
         D = D.astype(dtype).reshape(heads, -1)
         y = y + D[None] * x.astype(dtype)
-    return y.astype(x.dtype), h.mT
+    return y.astype(x.dtype), h
