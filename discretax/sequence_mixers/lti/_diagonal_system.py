@@ -17,15 +17,15 @@ Planes = tuple[Array, Array]
 class DiagonalSystem(eqx.Module):
     r"""$h_t = \bar A \odot h_{t-1} + \bar B x_t$, $y_t = \mathrm{Re}(C h_t) + D \odot x_t$, in discrete time.
 
-    Unpacks as the complex `A_bar, B_bar, C`. They are kept as real planes in the layout that
-    [`discretax.ops.diagonal_ssm`][] computes with, ready for use.
+    Unpacks as the complex `A_bar, B_bar, C`. Real and imaginary parts of the matrices are kept as they
+    come, for a step to use; a sequence is run by the planes of [`discretax.ops.diagonal_ssm`][].
     """
 
     A_planes: Float[Array, "2 state"] | Float[Array, "time 2 state"]
-    B_planes: Float[Array, "2 state features"]
-    C_planes: Float[Array, "features 2 state"]
+    B_parts: Planes
+    C_parts: Planes
     D: Float[Array, " features"]
-    gamma_planes: Float[Array, "time 2 state"] | None
+    gamma_planes: Float[Array, "2 state"] | Float[Array, "time 2 state"] | None
 
     def __init__(
         self,
@@ -37,17 +37,23 @@ class DiagonalSystem(eqx.Module):
     ):
         r"""**Arguments:** `A_bar`, `B` (state, features) and `C` (features, state), each as real and
         imaginary part; `D`, the elementwise skip; `gamma`, the input factor, by which
-        $\bar B = \gamma \odot B$. Where it changes with time, like `A_bar`, it is kept apart."""
-        self.gamma_planes = None
-        if gamma is not None and gamma[0].ndim == 2:
-            self.gamma_planes = jnp.stack(gamma, axis=-2)
-        elif gamma is not None:
-            (g_re, g_im), (B_re, B_im) = (part[:, None] for part in gamma), B
-            B = (g_re * B_re - g_im * B_im, g_re * B_im + g_im * B_re)
+        $\bar B = \gamma \odot B$. It may change with time, like `A_bar`."""
         self.A_planes = jnp.stack(A_bar, axis=-2)
-        self.B_planes = jnp.stack(B)
-        self.C_planes = jnp.stack([C[0], -C[1]], axis=1)
-        self.D = D
+        self.B_parts, self.C_parts, self.D = B, C, D
+        self.gamma_planes = None if gamma is None else jnp.stack(gamma, axis=-2)
+
+    @property
+    def B_planes(self) -> Float[Array, "2 state features"]:
+        """With the input factor, unless it changes with time."""
+        B_re, B_im = self.B_parts
+        if self.gamma_planes is None or self.gamma_planes.ndim == 3:
+            return jnp.stack([B_re, B_im])
+        g_re, g_im = self.gamma_planes[..., None]
+        return jnp.stack([g_re * B_re - g_im * B_im, g_re * B_im + g_im * B_re])
+
+    @property
+    def C_planes(self) -> Float[Array, "features 2 state"]:
+        return jnp.stack([self.C_parts[0], -self.C_parts[1]], axis=1)
 
     @property
     def A_bar(self) -> Complex[Array, "*time state"]:
@@ -56,13 +62,13 @@ class DiagonalSystem(eqx.Module):
     @property
     def B_bar(self) -> Complex[Array, "*time state features"]:
         B = lax.complex(*self.B_planes)
-        if self.gamma_planes is None:
+        if self.gamma_planes is None or self.gamma_planes.ndim == 2:
             return B
         return to_complex(self.gamma_planes)[..., None] * B[None]
 
     @property
     def C(self) -> Complex[Array, "features state"]:
-        return to_complex(self.C_planes).conj()
+        return lax.complex(*self.C_parts)
 
     def __iter__(self) -> Iterator[Array]:
         return iter((self.A_bar, self.B_bar, self.C))
@@ -75,6 +81,7 @@ class DiagonalSystem(eqx.Module):
         length: Length | None = None,
         resets: Resets | None = None,
     ) -> tuple[Values, Float[Array, "2 state"]]:
+        varying = self.gamma_planes is not None and self.gamma_planes.ndim == 3
         return diagonal_ssm(
             self.A_planes,
             self.B_planes,
@@ -82,7 +89,7 @@ class DiagonalSystem(eqx.Module):
             x,
             cache,
             D=self.D,
-            gamma=self.gamma_planes,
+            gamma=self.gamma_planes if varying else None,
             length=length,
             resets=resets,
         )
@@ -90,12 +97,14 @@ class DiagonalSystem(eqx.Module):
     def step(
         self, x: Sample, cache: Float[Array, "2 state"]
     ) -> tuple[Sample, Float[Array, "2 state"]]:
-        state_dim = cache.shape[-1]
-
+        # Without a copy of the matrices, which takes longer than the products.
         def run(x, h):
-            drive = self.B_planes.reshape(2 * state_dim, -1) @ x
-            h = times(self.A_planes, h) + drive.reshape(2, state_dim)
-            return self.C_planes.reshape(-1, 2 * state_dim) @ h.reshape(-1) + self.D * x, h
+            drive = jnp.stack([part @ x for part in self.B_parts])
+            if self.gamma_planes is not None:
+                drive = times(self.gamma_planes, drive)
+            h = times(self.A_planes, h) + drive
+            y_re, y_im = (part @ plane for part, plane in zip(self.C_parts, h, strict=True))
+            return y_re - y_im + self.D * x, h
 
         return contained_step(run, x, cache)
 

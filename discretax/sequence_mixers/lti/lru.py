@@ -116,9 +116,10 @@ class LRUSequenceMixer(AbstractLTIMixer[Float[Array, "2 state"]]):
         gamma = jnp.exp(mixer.gamma_log)
         return DiagonalSystem(
             A_bar=(radius * jnp.cos(phase), radius * jnp.sin(phase)),
-            B=(gamma[:, None] * mixer.B_re, gamma[:, None] * mixer.B_im),
+            B=(mixer.B_re, mixer.B_im),
             C=(mixer.C_re, mixer.C_im),
             D=mixer.D,
+            gamma=(gamma, jnp.zeros_like(gamma)),
         )
 
     def compute_kernel(self, length: int) -> Complex[Array, "time state"]:
