@@ -29,24 +29,15 @@ def compare(
     """
     arrays = folder / "arrays.npz"
     np.savez(arrays, allow_pickle=False, **draw(case, jr.key(0), folder))
-    # Compiling takes turns too, where it is the question and does not take minutes.
-    turns = 3 if case.op.startswith("train ") and (case.blocks or 0) <= 4 else 1
-    facts: dict[str, list[dict]] = {name: [] for name in case.subjects if name in subjects}
+    results: dict[str, dict] = {}
     refused: dict[str, str] = {}
-    for _ in range(turns):
-        for name in facts:
-            if name in refused:
-                continue
+    for name in case.subjects:
+        if name in subjects:
             try:
                 request = {"case": vars(case), "arrays": str(arrays)}
-                facts[name].append(subjects[name].ask("prepare", **request))
+                results[name] = subjects[name].ask("prepare", **request)
             except UnavailableError as reason:
                 refused[name] = str(reason)
-    results = {
-        name: {key: statistics.median(turn[key] for turn in all_turns) for key in all_turns[0]}
-        for name, all_turns in facts.items()
-        if name not in refused
-    }
     for name in results:
         subjects[name].ask("outcome", to=str(folder / f"{name}.npz"))
     if "ours" not in results:
