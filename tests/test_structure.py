@@ -28,6 +28,7 @@ _COMMON = (
     "_ensembles",
     "_constructors",
     "_counts",
+    "_drawing",
     "_dropout",
     "_features",
     "_stateful",
@@ -41,6 +42,7 @@ MAY_SEE = {
     "_ensembles": (),
     "_constructors": (),
     "_counts": (),
+    "_drawing": (),
     "_dropout": (),
     "_features": ("_types",),
     "_stateful": ("_types", "_timeseries", "_features"),
@@ -193,6 +195,29 @@ def test_mixers_never_import_each_other(path):
     for family, *file in seen_within("sequence_mixers", path):
         system = family == own and file and file[0].startswith("_")
         assert system or family in MIXER_MAY_SEE[own], f"{path.name} sees {family} {file}"
+
+
+# Where parameters are drawn, and what `discretax._drawing` has in the place of it.
+DRAWING = ("init", "sequence_mixers", "channel_mixers", "blocks", "rates", "encoder", "heads")
+DRAWING += ("models", "architectures")
+DRAWN_ELSEWHERE = {"uniform", "normal", "truncated_normal", "Linear", "Embedding"}
+
+
+def test_parameters_are_drawn_by_programs_that_shapes_share():
+    """Those of `jax.random` and of Equinox are compiled anew for every shape of a parameter."""
+    found = set()
+    for path in (path for room in DRAWING for path in places(room)):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if isinstance(function, ast.FunctionDef):
+                # In a call, keys are split for dropout.
+                also = {"split"} if function.name == "__init__" else set()
+                for node in (node for node in ast.walk(function) if isinstance(node, ast.Call)):
+                    *of, name = ast.unparse(node.func).split(".")
+                    is_theirs = of in (["jr"], ["jax", "random"], ["eqx", "nn"])
+                    if is_theirs and name in DRAWN_ELSEWHERE | also:
+                        place = f"{path.relative_to(ROOT)}:{node.lineno}"
+                        found.add(f"{place} takes {ast.unparse(node.func)}")
+    assert not found, "`from discretax import _drawing as draw` has the same numbers"
 
 
 def exported_mixers() -> list[type]:

@@ -6,6 +6,7 @@ import jax
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_name, check_size
 from discretax._timeseries import Timeseries
@@ -114,7 +115,7 @@ class Classifier(eqx.nn.StatefulLayer):
             activation=activation,
             bidirectional=bidirectional,
         )
-        encoder_key, head_key, *keys = jr.split(key, 2 + len(widths) + len(strides))
+        encoder_key, head_key, *keys = draw.split(key, 2 + len(widths) + len(strides))
         self.encoder = make_encoder(encoder, in_features, widths[0], key=encoder_key)
         self.stages = tuple(stage(keys.pop(), hidden_dim=width) for width in widths)
         self.downsamples = tuple(

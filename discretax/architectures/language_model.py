@@ -4,9 +4,9 @@ from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import each_sample
 from discretax._constructors import keyed
 from discretax._features import check_maker, check_size, described
@@ -158,7 +158,7 @@ class LanguageModel(eqx.nn.StatefulLayer):
                 "`residual_dtype` is that of a residual stream beside activations of another type; "
                 f"got {residual_dtype} and no `dtype`. Give `dtype=jnp.bfloat16`."
             )
-        embedding_key, head_key, *keys = jr.split(key, 2 + num_blocks)
+        embedding_key, head_key, *keys = draw.split(key, 2 + num_blocks)
         encoder = EmbeddingEncoder(embedding_key, num_classes=vocab_size, out_features=hidden_dim)
         self.encoder = eqx.tree_at(
             lambda e: e.embedding.weight, encoder, replace_fn=lambda w: initializer_range * w

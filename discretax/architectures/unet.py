@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import each_sample
 from discretax._constructors import keyed
 from discretax._features import check_name, check_size, linear
@@ -139,16 +140,16 @@ class UNet(eqx.nn.StatefulLayer):
             bidirectional=bidirectional,
         )
         depth = len(strides)
-        ends_key, *keys = jr.split(key, 1 + len(widths) + depth)
+        ends_key, *keys = draw.split(key, 1 + len(widths) + depth)
         stage_keys, rate_keys = keys[: len(widths)], keys[len(widths) :]
-        encoder_key, head_key = jr.split(ends_key)
+        encoder_key, head_key = draw.split(ends_key)
         self.encoder = make_encoder(encoder, in_features, widths[0], key=encoder_key)
         self.head = RegressionHead(widths[0], out_features, head_key, reduce=False)
         self.bottleneck = stage(stage_keys[-1], hidden_dim=widths[-1])
         parts = []
         for i in range(depth):
-            down_key, up_key = jr.split(stage_keys[i])
-            shrink_key, grow_key, join_key = jr.split(rate_keys[i], 3)
+            down_key, up_key = draw.split(stage_keys[i])
+            shrink_key, grow_key, join_key = draw.split(rate_keys[i], 3)
             fine, coarse, stride = widths[i], widths[i + 1], strides[i]
             parts.append(
                 (
@@ -162,7 +163,7 @@ class UNet(eqx.nn.StatefulLayer):
                         out_features=fine,
                         causal=causal and not bidirectional,
                     ),
-                    eqx.nn.Linear(2 * fine, fine, key=join_key) if skip == "concat" else None,
+                    draw.linear(2 * fine, fine, key=join_key) if skip == "concat" else None,
                     stage(up_key, hidden_dim=fine),
                 )
             )

@@ -4,6 +4,7 @@ import equinox as eqx
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import each_sample
 from discretax._constructors import keyed
 from discretax._dropout import make_dropout
@@ -90,7 +91,7 @@ class ResidualBlock(AbstractBlock):
         mixers of another width.
         """
         in_features = check_size("in_features", in_features)
-        sequence_key, channel_key = jr.split(key)
+        sequence_key, channel_key = draw.split(key)
         self.sequence_mixer, mixed_features = make_sequence_mixer(
             sequence_mixer, in_features, sequence_key
         )

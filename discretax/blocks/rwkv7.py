@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray, PyTree
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._dropout import make_dropout
 from discretax._features import check_positive, check_size
@@ -76,7 +77,7 @@ class RWKV7Block(AbstractBlock):
         """
         hidden_dim = check_size("hidden_dim", hidden_dim)
         check_positive("norm_eps", norm_eps)
-        sequence_key, channel_key = jr.split(key)
+        sequence_key, channel_key = draw.split(key)
         first, last = layer == 0, layer == num_layers - 1
         takes, gives = not first, first and not last
         self.sequence_mixer = RWKV7SequenceMixer(

@@ -5,6 +5,7 @@ import jax
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import each_sample
 from discretax._constructors import keyed
 from discretax._dropout import make_dropout
@@ -93,7 +94,7 @@ class StandardBlock(AbstractBlock):
         """
         in_features = check_size("in_features", in_features)
         check_function("activation", activation)
-        sequence_key, channel_key = jr.split(key)
+        sequence_key, channel_key = draw.split(key)
         self.sequence_mixer, mixed_features = make_sequence_mixer(
             sequence_mixer, in_features, sequence_key
         )

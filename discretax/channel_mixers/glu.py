@@ -2,9 +2,9 @@ from typing import overload
 
 import equinox as eqx
 import jax
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import sizes_first
 from discretax._features import check_features, check_size, linear
 from discretax.channel_mixers.base import AbstractChannelMixer
@@ -55,9 +55,9 @@ class GLU(AbstractChannelMixer):
         out_features = in_features if out_features is None else out_features
         in_features = check_size("in_features", in_features)
         out_features = check_size("out_features", out_features)
-        w1_key, w2_key = jr.split(key)
-        self.w1 = eqx.nn.Linear(in_features, out_features, use_bias, key=w1_key)
-        self.w2 = eqx.nn.Linear(in_features, out_features, use_bias, key=w2_key)
+        w1_key, w2_key = draw.split(key)
+        self.w1 = draw.linear(in_features, out_features, use_bias, key=w1_key)
+        self.w2 = draw.linear(in_features, out_features, use_bias, key=w2_key)
         self.in_features = in_features
 
     def __call__(self, x: Float[Array, "... features"]) -> Float[Array, "... out"]:

@@ -5,6 +5,7 @@ import equinox as eqx
 import jax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import sizes_first
 from discretax._features import check_features, check_function, check_size, linear
 from discretax.channel_mixers.base import AbstractChannelMixer
@@ -70,7 +71,7 @@ class HalfGLU(AbstractChannelMixer):
                 f"{in_features} and out_features={out_features}. Use `GLU`."
             )
         check_function("gate_activation", gate_activation)
-        self.linear = eqx.nn.Linear(in_features, in_features, use_bias, key=key)
+        self.linear = draw.linear(in_features, in_features, use_bias, key=key)
         self.in_features = in_features
         self.gate_activation = gate_activation
 

@@ -1,9 +1,9 @@
 from typing import overload
 
 import equinox as eqx
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import sizes_first
 from discretax._features import check_features, check_name, check_size, linear
 from discretax.channel_mixers._non_linearity import NON_LINEARITIES, NonLinearity
@@ -68,9 +68,9 @@ class MLPChannelMixer(AbstractChannelMixer):
         width = out_features
         if intermediate_dim is not None:
             width = check_size("intermediate_dim", intermediate_dim)
-            key, down_key = jr.split(key)
-            self.down_proj = eqx.nn.Linear(width, out_features, use_bias, key=down_key)
-        self.linear = eqx.nn.Linear(in_features, width, use_bias, key=key)
+            key, down_key = draw.split(key)
+            self.down_proj = draw.linear(width, out_features, use_bias, key=down_key)
+        self.linear = draw.linear(in_features, width, use_bias, key=key)
         self.in_features = in_features
         self.non_linearity = non_linearity
 

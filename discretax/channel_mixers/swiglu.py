@@ -2,9 +2,9 @@ import math
 from typing import overload
 
 import equinox as eqx
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import sizes_first
 from discretax._features import (
     check_features,
@@ -110,10 +110,10 @@ class SwiGLU(AbstractChannelMixer):
             ratio = 4 if hidden_ratio is None else hidden_ratio
             intermediate_dim = 256 * math.ceil(round(in_features * ratio * 2 / 3, 6) / 256)
         intermediate_dim = check_size("intermediate_dim", intermediate_dim)
-        gate_key, up_key, down_key = jr.split(key, 3)
-        self.gate_proj = eqx.nn.Linear(in_features, intermediate_dim, use_bias, key=gate_key)
-        self.up_proj = eqx.nn.Linear(in_features, intermediate_dim, use_bias, key=up_key)
-        self.down_proj = eqx.nn.Linear(intermediate_dim, out_features, use_bias, key=down_key)
+        gate_key, up_key, down_key = draw.split(key, 3)
+        self.gate_proj = draw.linear(in_features, intermediate_dim, use_bias, key=gate_key)
+        self.up_proj = draw.linear(in_features, intermediate_dim, use_bias, key=up_key)
+        self.down_proj = draw.linear(intermediate_dim, out_features, use_bias, key=down_key)
         self.in_features = in_features
         self.non_linearity = non_linearity
         check_positive("gate_scale", gate_scale)

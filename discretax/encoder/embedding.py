@@ -2,9 +2,9 @@ from typing import Any, overload
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import sizes_first
 from discretax._dropout import dropped, make_dropout
 from discretax._features import check_size
@@ -76,9 +76,9 @@ class EmbeddingEncoder(AbstractEncoder):
         self.positions = None
         if max_position_embeddings is not None:
             size = check_size("max_position_embeddings", max_position_embeddings)
-            key, position_key = jr.split(key)
+            key, position_key = draw.split(key)
             self.positions = LearnedPositions(size, out_features, key=position_key)
-        self.embedding = eqx.nn.Embedding(num_classes, out_features, key=key)
+        self.embedding = draw.embedding(num_classes, out_features, key=key)
         self.dropout = None if drop_rate == 0 else make_dropout(drop_rate)
         self.streaming = False
 

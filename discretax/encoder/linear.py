@@ -4,6 +4,7 @@ from typing import Any, overload
 import equinox as eqx
 from jaxtyping import Array, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import each_sample
 from discretax._constructors import sizes_first
 from discretax._features import check_size, linear
@@ -36,7 +37,7 @@ class LinearEncoder(AbstractEncoder):
         """
         in_features = check_size("in_features", in_features)
         out_features = check_size("out_features", out_features)
-        self.linear = eqx.nn.Linear(in_features, out_features, use_bias, key=key)
+        self.linear = draw.linear(in_features, out_features, use_bias, key=key)
 
     def __call__(
         self, x: Array | Timeseries, state: eqx.nn.State, key: PRNGKeyArray | None = None

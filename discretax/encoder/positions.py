@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._counts import count_after, counts_before
 from discretax._stateful import AbstractStreamingLayer, check_cache
 from discretax._timeseries import Timeseries, known, length_of, resets_of, valid_samples, values_of
@@ -20,7 +21,7 @@ class LearnedPositions(AbstractStreamingLayer):
     embedding: eqx.nn.Embedding
 
     def __init__(self, num_positions: int, out_features: int, *, key: PRNGKeyArray):
-        self.embedding = eqx.nn.Embedding(num_positions, out_features, key=key)
+        self.embedding = draw.embedding(num_positions, out_features, key=key)
 
     @property
     def num_positions(self) -> int:

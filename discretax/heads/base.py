@@ -4,6 +4,7 @@ import functools as ft
 import equinox as eqx
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import each_sample
 from discretax._features import check_size, linear
 from discretax._stateful import samples_of
@@ -52,7 +53,7 @@ class PooledLinear(eqx.Module):
                 f"{pooling!r} with it. Leave one of the two out."
             )
         self.pooling = Pooling(in_features, pooling) if reduce else None
-        self.linear = eqx.nn.Linear(in_features, out_features, key=key)
+        self.linear = draw.linear(in_features, out_features, key=key)
 
     def __call__(
         self, x: Array | Timeseries, state: eqx.nn.State, head: AbstractHead

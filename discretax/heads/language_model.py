@@ -1,7 +1,7 @@
 import equinox as eqx
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import each_sample
 from discretax._constructors import keyed
 from discretax._features import check_positive, check_size, projected, soft_capped
@@ -47,7 +47,7 @@ class LanguageModelHead(AbstractHead):
             check_positive("soft_cap", soft_cap)
         check_positive("scale", scale)
         bound = in_features**-0.5
-        self.weight = jr.uniform(key, (out_features, in_features), minval=-bound, maxval=bound)
+        self.weight = draw.uniform(key, (out_features, in_features), minval=-bound, maxval=bound)
         self.soft_cap = soft_cap
         self.scale = scale
 

@@ -1,6 +1,7 @@
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from discretax import _drawing as draw
 
 
 def ring(
@@ -28,10 +29,11 @@ def ring(
         )
     if max_phase <= 0:
         raise ValueError(f"`max_phase` must be positive, in radians; got {max_phase}.")
-    radius_key, phase_key = jr.split(key)
-    smallest = jnp.finfo(jnp.zeros(()).dtype).eps  # zero would have a logarithm of minus infinity
-    u = jr.uniform(radius_key, (state_dim,), minval=smallest)
+    radius_key, phase_key = draw.split(key)
+    # Zero would have a logarithm of minus infinity.
+    smallest = float(jnp.finfo(jnp.result_type(float)).eps)
+    u = draw.uniform(radius_key, (state_dim,), minval=smallest)
     q = (1 - r_max**2) + (r_max**2 - r_min**2) * u
     nu = -0.5 * jnp.log1p(-q)
-    theta = max_phase * jr.uniform(phase_key, (state_dim,), minval=smallest)
+    theta = max_phase * draw.uniform(phase_key, (state_dim,), minval=smallest)
     return jnp.log(nu), jnp.log(theta), 0.5 * jnp.log(q)

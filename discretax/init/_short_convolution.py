@@ -1,5 +1,6 @@
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from discretax import _drawing as draw
 
 
 def short_convolution(
@@ -7,6 +8,6 @@ def short_convolution(
 ) -> tuple[Float[Array, "features width"], Float[Array, " features"] | None]:
     r"""One filter per feature and its bias, uniform in $\pm 1/\sqrt{\mathrm{width}}$."""
     bound = width**-0.5
-    weight = jr.uniform(weight_key, (features, width), minval=-bound, maxval=bound)
-    bias = jr.uniform(bias_key, (features,), minval=-bound, maxval=bound) if use_bias else None
+    weight = draw.uniform(weight_key, (features, width), minval=-bound, maxval=bound)
+    bias = draw.uniform(bias_key, (features,), minval=-bound, maxval=bound) if use_bias else None
     return weight, bias

@@ -1,9 +1,9 @@
 import math
 
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax.init._inverse_softplus import inverse_softplus
 
 
@@ -18,7 +18,7 @@ def log_uniform_step(
     **Raises:** `ValueError` unless $0 < \Delta_{min} \le \Delta_{max}$.
     """
     _check_range(dt_min, dt_max)
-    return jr.uniform(key, shape, minval=math.log(dt_min), maxval=math.log(dt_max))
+    return draw.uniform(key, shape, minval=math.log(dt_min), maxval=math.log(dt_max))
 
 
 def step_bias(
@@ -45,7 +45,7 @@ def log_rate(
     """
     if not 0 < low <= high < math.inf:
         raise ValueError(f"rates must start in a range 0 < low <= high; got ({low}, {high}).")
-    return jnp.log(jr.uniform(key, shape, minval=low, maxval=high))
+    return jnp.log(draw.uniform(key, shape, minval=low, maxval=high))
 
 
 def log_spaced_step(num_steps: int, dt_min: float, dt_max: float) -> Float[Array, " step"]:

@@ -11,6 +11,7 @@ import jax
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_instance, check_maker, check_size, described
 from discretax._stateful import check_state
@@ -211,7 +212,7 @@ def _blocks(
             prenorm=prenorm,
             norm=norm,
         )
-        for i, block_key in enumerate(jr.split(key, num_blocks))
+        for i, block_key in enumerate(draw.split(key, num_blocks))
     )
 
 

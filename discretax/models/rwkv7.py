@@ -1,6 +1,6 @@
-import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_size
 from discretax.blocks import RWKV7Block
@@ -65,5 +65,5 @@ class RWKV7(AbstractBackbone):
                 norm_eps=norm_eps,
                 head_norm_eps=head_norm_eps,
             )
-            for layer, block_key in enumerate(jr.split(key, num_blocks))
+            for layer, block_key in enumerate(draw.split(key, num_blocks))
         )

@@ -5,6 +5,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import broken_since_reset, each_sample, nan_where, spoilt
 from discretax._constructors import check_key, keyed
 from discretax._features import check_name, check_size, linear
@@ -95,7 +96,7 @@ class Downsample(AbstractStreamingLayer):
         self.linear = None
         if how == "linear" or self.out_features != width:
             check_key(key, "`key` of `Downsample`")
-            self.linear = eqx.nn.Linear(width, self.out_features, key=key)  # pyright: ignore[reportArgumentType]
+            self.linear = draw.linear(width, self.out_features, key=key)  # pyright: ignore[reportArgumentType]
 
     def allocate_inference_cache(
         self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None

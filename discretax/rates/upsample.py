@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import each_sample
 from discretax._constructors import check_key, keyed
 from discretax._features import check_name, check_size
@@ -96,7 +97,7 @@ class Upsample(AbstractStreamingLayer):
         if how == "linear" or self.out_features != self.in_features:
             check_key(key, "`key` of `Upsample`")
             width = self.out_features * (self.stride if how == "linear" else 1)
-            self.linear = eqx.nn.Linear(self.in_features, width, key=key)  # pyright: ignore[reportArgumentType]
+            self.linear = draw.linear(self.in_features, width, key=key)  # pyright: ignore[reportArgumentType]
 
     def allocate_inference_cache(
         self, batch_size: int | None = None, max_seqlen: int = 1, dtype: Any = None

@@ -9,6 +9,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import is_broken, mended, spoilt
 from discretax._constructors import keyed
 from discretax._counts import counts_before
@@ -179,12 +180,12 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
             check_positive("scale", scale)
         check_name("norm_over", norm_over, NormOver)
         check_name("gate", gate, Gate | None)
-        q_key, k_key, v_key, out_key = jr.split(key, 4)
+        q_key, k_key, v_key, out_key = draw.split(key, 4)
         inner, kv_inner = num_heads * head_dim, num_kv_heads * head_dim
-        self.q_proj = eqx.nn.Linear(in_features, inner, use_bias, key=q_key)
-        self.k_proj = eqx.nn.Linear(in_features, kv_inner, use_bias, key=k_key)
-        self.v_proj = eqx.nn.Linear(in_features, kv_inner, use_bias, key=v_key)
-        self.out_proj = eqx.nn.Linear(inner, in_features, out_bias, key=out_key)
+        self.q_proj = draw.linear(in_features, inner, use_bias, key=q_key)
+        self.k_proj = draw.linear(in_features, kv_inner, use_bias, key=k_key)
+        self.v_proj = draw.linear(in_features, kv_inner, use_bias, key=v_key)
+        self.out_proj = draw.linear(inner, in_features, out_bias, key=out_key)
         widths = (head_dim, head_dim) if norm_over == "head" else (inner, kv_inner)
         self.q_norm, self.k_norm = (
             (None, None) if qk_norm is None else (qk_norm(width) for width in widths)
@@ -193,7 +194,7 @@ class AttentionSequenceMixer(AbstractSequenceMixer[AttentionCache]):
         if gate is not None:
             gates = inner if gate == "element" else num_heads
             gate_key = jr.fold_in(key, 4)
-            self.gate_proj = eqx.nn.Linear(in_features, gates, use_bias=False, key=gate_key)
+            self.gate_proj = draw.linear(in_features, gates, use_bias=False, key=gate_key)
         self.in_features = in_features
         self.num_heads = num_heads
         self.num_kv_heads = num_kv_heads

@@ -2,9 +2,9 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_size, linear
 from discretax._types import Length, Resets, Timesteps, Values
@@ -58,12 +58,12 @@ class ShortConvSequenceMixer(AbstractRecurrentMixer[Float[Array, "past features"
         """
         in_features = check_size("in_features", in_features)
         conv_width = check_size("conv_width", conv_width)
-        in_key, conv_key, bias_key, out_key = jr.split(key, 4)
-        self.in_proj = eqx.nn.Linear(in_features, 3 * in_features, use_bias, key=in_key)
+        in_key, conv_key, bias_key, out_key = draw.split(key, 4)
+        self.in_proj = draw.linear(in_features, 3 * in_features, use_bias, key=in_key)
         self.conv_weight, self.conv_bias = short_convolution(
             conv_key, bias_key, in_features, conv_width, use_bias=use_bias
         )
-        self.out_proj = eqx.nn.Linear(in_features, in_features, use_bias, key=out_key)
+        self.out_proj = draw.linear(in_features, in_features, use_bias, key=out_key)
         self.in_features = in_features
 
     def allocate_inference_cache(

@@ -6,11 +6,11 @@ from typing import Any, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._features import check_name, check_positive, check_size, divided
 from discretax._types import Timesteps
 from discretax.init import (
@@ -129,7 +129,7 @@ def init_diagonal(
         "lin": lambda: np.pi * n,
         "inv": lambda: state_dim / np.pi * (state_dim / (2 * n + 1) - 1),
         "quad": lambda: (1 + 2 * n) ** 2 / np.pi,
-        "rand": lambda: jnp.exp(jr.normal(key, (n_ssm, len(n)))),
+        "rand": lambda: jnp.exp(draw.normal(key, (n_ssm, len(n)))),
     }[init]()
     return np.full(len(n), 0.5), imag, ones, first
 
@@ -168,7 +168,7 @@ def init_readout(
 ) -> Float[Array, "channels features half 2"]:
     """Standard complex normal; or, `deterministic`, the `first` coordinate."""
     if not deterministic:
-        return jr.normal(key, (*shape, 2)) * 0.5**0.5
+        return draw.normal(key, (*shape, 2)) * 0.5**0.5
     return pairs(np.broadcast_to(first, shape))
 
 

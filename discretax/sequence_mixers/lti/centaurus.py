@@ -4,10 +4,10 @@ from typing import Any, ClassVar, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import contained, contained_step, mended
 from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size
@@ -145,20 +145,22 @@ class Centaurus(AbstractContinuousMixer[Float[Array, "..."]]):
                 f"state_dim={state_dim}. Leave `state_dim` out."
             )
         check_positive("step_rescale", step_rescale)
-        E_key, B_key, C_key = jr.split(key, 3)
+        E_key, B_key, C_key = draw.split(key, 3)
         shape = (state_dim, sub_state_dim)
         self.log_A_real = jnp.full(shape, math.log(0.5), float)
         self.A_imag = jnp.broadcast_to(jnp.arange(float(sub_state_dim)) * math.pi, shape)
-        self.E = None if mode == "pointwise" else jr.normal(E_key, shape) * 2**0.5
+        self.E = None if mode == "pointwise" else draw.normal(E_key, shape) * 2**0.5
         self.log_delta = log_spaced_step(state_dim, dt_min, dt_max)
         if mode == "dws":
             self.B, self.C = jnp.ones(in_features), jnp.ones(in_features)
         elif mode == "full":
-            self.B = jr.normal(B_key, (state_dim,)) * (2 / in_features) ** 0.5
-            self.C = jr.normal(C_key, (state_dim,)) * (2 / in_features) ** 0.5
+            self.B = draw.normal(B_key, (state_dim,)) * (2 / in_features) ** 0.5
+            self.C = draw.normal(C_key, (state_dim,)) * (2 / in_features) ** 0.5
         else:
             width = state_dim * (sub_state_dim if mode == "pointwise" else 1)
-            fan = lambda key, shape: jr.uniform(key, shape, minval=-1, maxval=1) * shape[1] ** -0.5
+            fan = lambda key, shape: (
+                draw.uniform(key, shape, minval=-1, maxval=1) * shape[1] ** -0.5
+            )
             self.B, self.C = fan(B_key, (width, in_features)), fan(C_key, (in_features, width))
         self.step_rescale = step_rescale
         self.in_features = in_features

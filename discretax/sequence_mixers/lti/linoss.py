@@ -4,10 +4,10 @@ from typing import Any, ClassVar, Literal
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size
 from discretax._types import Timesteps, widened
@@ -124,18 +124,18 @@ class LinOSSSequenceMixer(AbstractContinuousMixer[Float[Array, "2 2 state"]]):
                 "with damping `r_min` must be below 1; got 1: all damping would start at zero, "
                 "where it learns nothing. Choose damping=False, or a ring."
             )
-        A_key, G_key, B_key, C_key, D_key, step_key = jr.split(key, 6)
-        self.steps = 0.5 * jr.normal(step_key, (state_dim,))
-        self.A_diag, self.G_diag = jr.uniform(A_key, (state_dim,)), None
+        A_key, G_key, B_key, C_key, D_key, step_key = draw.split(key, 6)
+        self.steps = 0.5 * draw.normal(step_key, (state_dim,))
+        self.A_diag, self.G_diag = draw.uniform(A_key, (state_dim,)), None
         if damping:
             step = jax.nn.sigmoid(self.steps)
-            forgotten = (1 - r_min**2) * jr.uniform(G_key, (state_dim,))  # 1 - |lambda|^2
+            forgotten = (1 - r_min**2) * draw.uniform(G_key, (state_dim,))  # 1 - |lambda|^2
             self.G_diag = forgotten / (step * (1 - forgotten))
             self.A_diag = _from_angle(theta_max * self.A_diag, self.G_diag, step)
-        uniform = lambda key, shape: jr.uniform(key, shape, minval=-1, maxval=1)
+        uniform = lambda key, shape: draw.uniform(key, shape, minval=-1, maxval=1)
         self.B = uniform(B_key, (state_dim, in_features, 2)) / math.sqrt(in_features)
         self.C = uniform(C_key, (in_features, state_dim, 2)) / math.sqrt(state_dim)
-        self.D = jr.normal(D_key, (in_features,))
+        self.D = draw.normal(D_key, (in_features,))
         self.step_rescale = step_rescale
         self.in_features = in_features
         self.discretization = discretization

@@ -3,9 +3,9 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_size
 from discretax._types import Timesteps, widened
@@ -88,16 +88,16 @@ class LRUSequenceMixer(AbstractLTIMixer[Float[Array, "2 state"]]):
         """
         in_features = check_size("in_features", in_features)
         state_dim = check_size("state_dim", state_dim)
-        ring_key, B_re_key, B_im_key, C_re_key, C_im_key, D_key = jr.split(key, 6)
+        ring_key, B_re_key, B_im_key, C_re_key, C_im_key, D_key = draw.split(key, 6)
         self.nu_log, self.theta_log, self.gamma_log = ring(
             ring_key, state_dim, r_min, r_max, max_phase
         )
         B_shape, C_shape = (state_dim, in_features), (in_features, state_dim)
-        self.B_re = jr.normal(B_re_key, B_shape) / math.sqrt(2 * in_features)
-        self.B_im = jr.normal(B_im_key, B_shape) / math.sqrt(2 * in_features)
-        self.C_re = jr.normal(C_re_key, C_shape) / math.sqrt(state_dim)
-        self.C_im = jr.normal(C_im_key, C_shape) / math.sqrt(state_dim)
-        self.D = jr.normal(D_key, (in_features,))
+        self.B_re = draw.normal(B_re_key, B_shape) / math.sqrt(2 * in_features)
+        self.B_im = draw.normal(B_im_key, B_shape) / math.sqrt(2 * in_features)
+        self.C_re = draw.normal(C_re_key, C_shape) / math.sqrt(state_dim)
+        self.C_im = draw.normal(C_im_key, C_shape) / math.sqrt(state_dim)
+        self.D = draw.normal(D_key, (in_features,))
         self.in_features = in_features
         self.state_dim = state_dim
 

@@ -3,12 +3,12 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import discretax.sequence_mixers.lti._s4_parameters as s4
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_name, check_size
 from discretax._types import Timesteps, widened
@@ -125,7 +125,7 @@ class S4SequenceMixer(s4.AbstractS4Mixer):
         rank = check_size("rank", rank)
         check_name("init", init, Measure)
         check_name("route", route, Route)
-        step_key, C_key, D_key = jr.split(key, 3)
+        step_key, C_key, D_key = draw.split(key, 3)
         half = state_dim // 2
         Lambda, B, P, first = s4.init_dplr(init, state_dim, rank)
 
@@ -135,7 +135,7 @@ class S4SequenceMixer(s4.AbstractS4Mixer):
         self.B = s4.pairs(np.broadcast_to(B, systems))
         self.P = s4.pairs(np.broadcast_to(P[:, None], (rank, n_ssm, half)))
         self.C = s4.init_readout(C_key, (channels, in_features, half), deterministic, first)
-        self.D = jr.normal(D_key, (channels, in_features))
+        self.D = draw.normal(D_key, (channels, in_features))
         steps = (in_features, 1 if dt_tie else half)
         self.inv_dt = s4.init_step(step_key, steps, dt_min, dt_max, dt_transform, deterministic)
         self.step_rescale = step_rescale

@@ -1,11 +1,11 @@
 from typing import ClassVar, Literal
 
 import equinox as eqx
-import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 import discretax.sequence_mixers.lti._s4_parameters as s4
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_name
 from discretax._types import Timesteps, widened
@@ -123,7 +123,7 @@ class S4DSequenceMixer(s4.AbstractS4Mixer):
         check_name("discretization", discretization, Discretization)
         check_name("init", init, Init)
         check_name("route", route, Route)
-        step_key, A_key, C_key, D_key = jr.split(key, 4)
+        step_key, A_key, C_key, D_key = draw.split(key, 4)
         size = 2 * state_dim if is_real else state_dim
         half = size // 2
         systems = n_ssm, half
@@ -134,7 +134,7 @@ class S4DSequenceMixer(s4.AbstractS4Mixer):
         B = s4.pairs(np.broadcast_to(B, systems))
         C = s4.init_readout(C_key, (channels, in_features, half), deterministic, first)
         self.B, self.C = (B[..., 0], C[..., 0]) if is_real else (B, C)
-        self.D = jr.normal(D_key, (channels, in_features))
+        self.D = draw.normal(D_key, (channels, in_features))
         steps = (in_features, 1 if dt_tie else half)
         self.inv_dt = s4.init_step(step_key, steps, dt_min, dt_max, dt_transform, deterministic)
         self.step_rescale = step_rescale

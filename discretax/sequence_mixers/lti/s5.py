@@ -2,12 +2,11 @@ from typing import Any, ClassVar, Literal, NoReturn
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jax import lax
-from jax.nn.initializers import lecun_normal
 from jaxtyping import Array, Complex, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size, divided
 from discretax._types import Length, Resets, Timesteps, Values, widened
@@ -129,7 +128,7 @@ class S5SequenceMixer(AbstractContinuousMixer[Float[Array, "2 state"]]):
                 f"even; got {state_dim} / {ssm_blocks} = {block_size}. Or set conj_sym=False."
             )
         check_positive("step_rescale", step_rescale)
-        B_key, C_key, D_key, step_key = jr.split(key, 4)
+        B_key, C_key, D_key, step_key = draw.split(key, 4)
         Lambda, V = diagonalised_legs(block_size)
         kept = block_size // 2 if conj_sym else block_size
         Lambda, V = np.tile(Lambda[:kept], ssm_blocks), V[:, :kept]
@@ -138,22 +137,22 @@ class S5SequenceMixer(AbstractContinuousMixer[Float[Array, "2 state"]]):
         self.Lambda_re = jnp.asarray(np.real(Lambda), float)
         self.Lambda_im = jnp.asarray(np.imag(Lambda), float)
         V = jnp.asarray(V, complex)
-        in_legs = lecun_normal()(B_key, (state_dim, in_features))
+        in_legs = _lecun_normal(B_key, (state_dim, in_features), state_dim)
         in_legs = in_legs.reshape(ssm_blocks, block_size, in_features).astype(V.dtype)
         B = jnp.einsum("nk,bnh->bkh", V.conj(), in_legs).reshape(num_states, in_features)
         self.B = jnp.stack([B.real, B.imag], axis=-1)
         if C_init == "complex_normal":
-            self.C = jr.normal(C_key, (in_features, num_states, 2)) * 0.5**0.5
+            self.C = draw.normal(C_key, (in_features, num_states, 2)) * 0.5**0.5
         else:
             # The S5 code draws row by row in the one and all at once in the other, where the
             # number of rows then enters the variance.
-            draw = lecun_normal(batch_axis=0 if C_init == "trunc_standard_normal" else ())
-            in_legs = draw(C_key, (in_features, state_dim, 2))
+            rows = 1 if C_init == "trunc_standard_normal" else in_features
+            in_legs = _lecun_normal(C_key, (in_features, state_dim, 2), rows * state_dim)
             in_legs = lax.complex(in_legs[..., 0], in_legs[..., 1])
             in_legs = in_legs.reshape(in_features, ssm_blocks, block_size)
             C = jnp.einsum("hbn,nk->hbk", in_legs, V).reshape(in_features, num_states)
             self.C = jnp.stack([C.real, C.imag], axis=-1)
-        self.D = jr.normal(D_key, (in_features,))
+        self.D = draw.normal(D_key, (in_features,))
         self.log_step = log_uniform_step(step_key, (num_states, 1), dt_min, dt_max)
         self.step_rescale = step_rescale
         self.in_features = in_features
@@ -231,7 +230,7 @@ class BidirectionalS5(AbstractSequenceMixer[None]):
     @keyed
     def __init__(self, in_features: int, key: PRNGKeyArray, **options: Any):
         """**Arguments:** those of [`discretax.sequence_mixers.S5SequenceMixer`][]."""
-        forward_key, backward_key = jr.split(key)
+        forward_key, backward_key = draw.split(key)
         self.forward = S5SequenceMixer(in_features, forward_key, **options)
         self.C_backward = S5SequenceMixer(in_features, backward_key, **options).C
         self.in_features = in_features
@@ -267,3 +266,10 @@ class BidirectionalS5(AbstractSequenceMixer[None]):
 
     def step(self, x: Any, cache: Any, *, integration_timestep: Any | None = None) -> NoReturn:
         refuse_to_stream(self)
+
+
+def _lecun_normal(key: PRNGKeyArray, shape: tuple[int, ...], fan_in: int) -> Float[Array, "..."]:
+    r"""Standard deviation $1/\sqrt{\mathrm{fan\_in}}$, of normal numbers cut off at two before it."""
+    of_cut_off = 0.87962566103423978  # their standard deviation
+    scale = jnp.sqrt(jnp.asarray(1 / fan_in, float)) / of_cut_off
+    return draw.truncated_normal(key, shape, -2, 2) * scale

@@ -7,10 +7,10 @@ from typing import Any, Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._features import check_name, check_positive, check_size, linear, size_of_head
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
 from discretax.init import short_convolution
@@ -121,10 +121,10 @@ class Projections(eqx.Module):
                 "`num_value_heads` must be a multiple of `num_heads`, whose keys they share; got "
                 f"{value_heads} and {key_heads}."
             )
-        q_key, k_key, v_key, conv_key, bias_key = jr.split(key, 5)
+        q_key, k_key, v_key, conv_key, bias_key = draw.split(key, 5)
         queries, each = key_heads * key_dim, 1 if steps is None else steps
         keys, values = each * queries, each * value_heads * value_dim
-        project = lambda features, key: eqx.nn.Linear(
+        project = lambda features, key: draw.linear(
             in_features, features, use_bias=use_bias, key=key
         )
         self.q_proj = project(queries, q_key)
@@ -185,7 +185,7 @@ class Projections(eqx.Module):
         self, numbers: int, key: PRNGKeyArray, *, use_bias: bool = False
     ) -> eqx.nn.Linear:
         """Another map of the input, to some `numbers` for each head of the values."""
-        return eqx.nn.Linear(self.in_features, self.value_heads * numbers, use_bias, key=key)
+        return draw.linear(self.in_features, self.value_heads * numbers, use_bias, key=key)
 
 
 def keys_of_half(
@@ -205,9 +205,9 @@ class LowRank(eqx.Module):
     def __init__(
         self, sizes: Projections, rank: int, numbers: int, key: PRNGKeyArray, *, use_bias: bool
     ):
-        down_key, up_key = jr.split(key)
-        self.down = eqx.nn.Linear(sizes.in_features, rank, use_bias=False, key=down_key)
-        self.up = eqx.nn.Linear(rank, sizes.value_heads * numbers, use_bias=use_bias, key=up_key)
+        down_key, up_key = draw.split(key)
+        self.down = draw.linear(sizes.in_features, rank, use_bias=False, key=down_key)
+        self.up = draw.linear(rank, sizes.value_heads * numbers, use_bias=use_bias, key=up_key)
 
     def __call__(self, x: Values) -> Values:
         return linear(self.up, linear(self.down, x))
@@ -266,7 +266,7 @@ class Output(eqx.Module):
         self.norm_weight = None if norm is None else jnp.ones(weights)
         self.norm_bias = None if norm is None or not use_bias else jnp.zeros(weights)
         self.norm = norm
-        self.out_proj = eqx.nn.Linear(heads * value_dim, sizes.in_features, use_bias, key=key)
+        self.out_proj = draw.linear(heads * value_dim, sizes.in_features, use_bias, key=key)
         self.norm_eps = norm_eps
         self.activation = activation
 

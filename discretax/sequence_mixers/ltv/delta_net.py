@@ -3,9 +3,9 @@ from typing import ClassVar, Literal
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_function, linear
 from discretax.ops import delta_rule
@@ -98,7 +98,7 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
         function.
         """
         check_function("key_norm", key_norm, optional=False)
-        projections_key, beta_key, gate_key, out_key = jr.split(key, 4)
+        projections_key, beta_key, gate_key, out_key = draw.split(key, 4)
         self.projections = sizes = Projections(
             in_features,
             projections_key,
@@ -109,7 +109,7 @@ class DeltaNetSequenceMixer(AbstractMatrixMixer):
             activation=activation,
         )
         self.beta_proj = (
-            eqx.nn.Linear(sizes.in_features, 1, use_bias=False, key=beta_key)
+            draw.linear(sizes.in_features, 1, use_bias=False, key=beta_key)
             if shared_beta
             else sizes.for_each_head(1, beta_key)
         )

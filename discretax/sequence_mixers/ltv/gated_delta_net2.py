@@ -1,9 +1,9 @@
 from typing import ClassVar
 
 import equinox as eqx
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import linear
 from discretax.init import log_rate, step_bias
@@ -96,7 +96,7 @@ class GatedDeltaNet2SequenceMixer(AbstractMatrixMixer):
 
         `ValueError` for sizes below one or that do not divide, or ranges that are none.
         """
-        keys = jr.split(key, 8)
+        keys = draw.split(key, 8)
         self.projections = sizes = Projections(
             in_features, keys[0], num_heads, head_dim, value_dim, conv_width=conv_width
         )

@@ -1,9 +1,9 @@
 from typing import ClassVar
 
 import equinox as eqx
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_size, linear
 from discretax.init import log_rate, step_bias
@@ -100,7 +100,7 @@ class GatedDeltaProductSequenceMixer(AbstractMatrixMixer):
         `ValueError` for sizes below one or that do not divide, or ranges that are none.
         """
         num_steps = check_size("num_steps", num_steps)
-        keys = jr.split(key, 7)
+        keys = draw.split(key, 7)
         self.projections = sizes = Projections(
             in_features,
             keys[0],

@@ -2,9 +2,9 @@ from typing import ClassVar
 
 import equinox as eqx
 import jax
-import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_positive, check_size
 from discretax._types import accumulation_dtype
@@ -89,7 +89,7 @@ class GLASequenceMixer(AbstractMatrixMixer):
         head_dim, value_dim = keys_of_half(in_features, num_heads, head_dim, value_dim)
         decay_rank = check_size("decay_rank", decay_rank)
         check_positive("temperature", temperature)
-        projections_key, decay_key, gate_key, out_key = jr.split(key, 4)
+        projections_key, decay_key, gate_key, out_key = draw.split(key, 4)
         self.projections = sizes = Projections(
             in_features,
             projections_key,

@@ -2,10 +2,10 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._types import accumulation_dtype
 from discretax.ops import gated_linear_attention
@@ -83,7 +83,7 @@ class HGRN2SequenceMixer(AbstractMatrixMixer):
                 "`lower_bound` is the least that a forget gate leaves, at least 0 and below 1; got "
                 f"{lower_bound}."
             )
-        projections_key, out_key = jr.split(key)
+        projections_key, out_key = draw.split(key)
         self.projections = sizes = Projections(
             in_features, projections_key, num_heads, head_dim, value_dim, activation=None
         )

@@ -3,9 +3,9 @@ from typing import Any, ClassVar, NoReturn
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import broken_since_reset, is_broken, mended, spoilt
 from discretax._constructors import keyed
 from discretax._features import check_positive, check_samples, check_size, divided, linear
@@ -129,10 +129,10 @@ class HydraSequenceMixer(AbstractSequenceMixer[None]):
         num_heads = divided("the inner width, expand * in_features", inner, "head_dim", head_dim)
         heads = "the number of heads, expand * in_features / head_dim"
         divided(heads, num_heads, "num_groups", num_groups)
-        in_key, conv_key, bias_key, step_key, D_key, out_key = jr.split(key, 6)
+        in_key, conv_key, bias_key, step_key, D_key, out_key = draw.split(key, 6)
         convolved = inner + 4 * num_groups * state_dim
 
-        self.in_proj = eqx.nn.Linear(
+        self.in_proj = draw.linear(
             in_features, inner + convolved + 2 * num_heads, use_bias=use_bias, key=in_key
         )
         self.conv_weight, self.conv_bias = short_convolution(
@@ -141,9 +141,9 @@ class HydraSequenceMixer(AbstractSequenceMixer[None]):
         self.dt_bias = step_bias(step_key, (num_heads,), dt_min, dt_max, dt_init_floor)
         self.A_log = jnp.zeros(num_heads)
         self.D = jnp.ones(num_heads)
-        self.D_proj = eqx.nn.Linear(inner, num_heads, use_bias=False, key=D_key)
+        self.D_proj = draw.linear(inner, num_heads, use_bias=False, key=D_key)
         self.norm_weight = jnp.ones(inner)
-        self.out_proj = eqx.nn.Linear(inner, in_features, use_bias=use_bias, key=out_key)
+        self.out_proj = draw.linear(inner, in_features, use_bias=use_bias, key=out_key)
         self.in_features = in_features
         self.state_dim = state_dim
         self.num_groups = num_groups

@@ -3,9 +3,9 @@ from typing import ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import linear
 from discretax._types import Values
@@ -116,7 +116,7 @@ class KimiDeltaAttentionSequenceMixer(AbstractMatrixMixer):
                 "`lower_bound` is the least logarithm of a decay: negative, or None for none; got "
                 f"{lower_bound}."
             )
-        keys = jr.split(key, 7)
+        keys = draw.split(key, 7)
         self.projections = sizes = Projections(
             in_features,
             keys[0],

@@ -4,9 +4,9 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
@@ -152,31 +152,27 @@ class MambaSequenceMixer(AbstractRecurrentMixer[MambaCache]):
         dt_rank = check_size("dt_rank", dt_rank)
         if b_c_dt_rms_eps is not None:
             check_positive("b_c_dt_rms_eps", b_c_dt_rms_eps)
-        in_key, conv_key, x_key, dt_key, step_key, event_key, out_key = jr.split(key, 7)
+        in_key, conv_key, x_key, dt_key, step_key, event_key, out_key = draw.split(key, 7)
         inner = expand * in_features
         initial_bias = lambda key: step_bias(key, (inner,), dt_min, dt_max, dt_init_floor)
-        self.in_proj = eqx.nn.Linear(in_features, 2 * inner, use_bias=use_bias, key=in_key)
-        weight_key, bias_key = jr.split(conv_key)
+        self.in_proj = draw.linear(in_features, 2 * inner, use_bias=use_bias, key=in_key)
+        weight_key, bias_key = draw.split(conv_key)
         self.conv_weight, self.conv_bias = short_convolution(
             weight_key, bias_key, inner, conv_width, use_bias=conv_bias
         )
-        self.x_proj = eqx.nn.Linear(inner, dt_rank + 2 * state_dim, use_bias=False, key=x_key)
+        self.x_proj = draw.linear(inner, dt_rank + 2 * state_dim, use_bias=False, key=x_key)
         bound = dt_scale * dt_rank**-0.5
         shape = (inner, dt_rank)
         weight = (
-            jr.uniform(dt_key, shape, minval=-bound, maxval=bound)
+            draw.uniform(dt_key, shape, minval=-bound, maxval=bound)
             if dt_init == "random"
             else jnp.full(shape, bound, float)
         )
-        self.dt_proj = eqx.tree_at(
-            lambda layer: (layer.weight, layer.bias),
-            eqx.nn.Linear(dt_rank, inner, key=jr.clone(dt_key)),  # whose draws are replaced
-            (weight, initial_bias(step_key)),
-        )
+        self.dt_proj = draw.linear_of(weight, initial_bias(step_key))
         self.dt_A_bias = initial_bias(event_key) if event else None
         self.A_log = jnp.tile(jnp.log(jnp.arange(1.0, state_dim + 1)), (inner, 1))
         self.D = jnp.ones(inner)
-        self.out_proj = eqx.nn.Linear(inner, in_features, use_bias=use_bias, key=out_key)
+        self.out_proj = draw.linear(inner, in_features, use_bias=use_bias, key=out_key)
         self.in_features = in_features
         self.dt_rank = dt_rank
         if b_c_dt_weights and b_c_dt_rms_eps is None:

@@ -4,10 +4,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size, divided, linear
 from discretax._timeseries import valid_samples
@@ -175,10 +175,10 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
             raise ValueError(
                 f"`dt_limit` must be (low, high) with 0 <= low < high; got {dt_limit}."
             )
-        in_key, conv_key, bias_key, A_key, step_key, out_key = jr.split(key, 6)
+        in_key, conv_key, bias_key, A_key, step_key, out_key = draw.split(key, 6)
         convolved = ssm_dim + 2 * num_groups * state_dim
 
-        self.in_proj = eqx.nn.Linear(
+        self.in_proj = draw.linear(
             in_features,
             2 * mlp_dim + ssm_dim + convolved + num_heads,
             use_bias=use_bias,
@@ -192,7 +192,7 @@ class Mamba2SequenceMixer(AbstractRecurrentMixer[Mamba2Cache]):
         self.D = jnp.ones((num_heads, head_dim) if D_has_hdim else num_heads)
         self.norm_weight = None if gate_norm is None else jnp.ones(ssm_dim)
         out_bias = use_bias if out_bias is None else out_bias
-        self.out_proj = eqx.nn.Linear(inner, in_features, use_bias=out_bias, key=out_key)
+        self.out_proj = draw.linear(inner, in_features, use_bias=out_bias, key=out_key)
         state_shape = (num_heads, head_dim, state_dim)
         self.initial_state = jnp.zeros(state_shape) if learnable_init_states else None
         self.in_features = in_features

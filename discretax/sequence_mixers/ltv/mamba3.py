@@ -4,10 +4,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size, divided, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
@@ -160,11 +160,11 @@ class Mamba3SequenceMixer(AbstractRecurrentMixer[Mamba3Cache]):
             raise ValueError(
                 f"`state_dim` must be even, for states are turned in pairs; got {state_dim}."
             )
-        in_key, step_key, out_key = jr.split(key, 3)
+        in_key, step_key, out_key = draw.split(key, 3)
         written = num_groups * inputs * state_dim
         projected = 2 * inner + 2 * written + 3 * heads + pairs
 
-        self.in_proj = eqx.nn.Linear(in_features, projected, use_bias=False, key=in_key)
+        self.in_proj = draw.linear(in_features, projected, use_bias=False, key=in_key)
         self.dt_bias = step_bias(step_key, (heads,), dt_min, dt_max, dt_init_floor)
         self.B_weight = jnp.ones(state_dim)
         self.C_weight = jnp.ones(state_dim)
@@ -177,7 +177,7 @@ class Mamba3SequenceMixer(AbstractRecurrentMixer[Mamba3Cache]):
             self.gate_weight = jnp.ones((heads, inputs, head_dim))
             self.out_weight = jnp.full((heads, inputs, head_dim), 1 / inputs, float)
         self.norm_weight = jnp.ones((heads, head_dim)) if output_norm else None
-        self.out_proj = eqx.nn.Linear(inner, in_features, use_bias=False, key=out_key)
+        self.out_proj = draw.linear(inner, in_features, use_bias=False, key=out_key)
         self.in_features = in_features
         self.num_groups = num_groups
         self.num_pairs = pairs

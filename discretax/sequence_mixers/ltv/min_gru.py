@@ -1,9 +1,9 @@
 from typing import ClassVar
 
 import equinox as eqx
-import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_size, linear
 from discretax._types import Values
@@ -60,12 +60,12 @@ class MinGRUSequenceMixer(AbstractMinimalMixer):
         """
         in_features = check_size("in_features", in_features)
         state_dim = check_size("expand", expand) * in_features
-        gate_key, candidate_key, out_key = jr.split(key, 3)
-        self.gate_proj = eqx.nn.Linear(in_features, state_dim, use_bias, key=gate_key)
-        self.candidate_proj = eqx.nn.Linear(in_features, state_dim, use_bias, key=candidate_key)
+        gate_key, candidate_key, out_key = draw.split(key, 3)
+        self.gate_proj = draw.linear(in_features, state_dim, use_bias, key=gate_key)
+        self.candidate_proj = draw.linear(in_features, state_dim, use_bias, key=candidate_key)
         self.out_proj = None
         if expand > 1:
-            self.out_proj = eqx.nn.Linear(state_dim, in_features, use_bias=False, key=out_key)
+            self.out_proj = draw.linear(state_dim, in_features, use_bias=False, key=out_key)
         self.in_features = in_features
 
     def log_odds(self, x: Values) -> Gates:

@@ -2,9 +2,9 @@ from typing import ClassVar
 
 import equinox as eqx
 import jax
-import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_size, linear
 from discretax._types import Values
@@ -59,13 +59,13 @@ class MinLSTMSequenceMixer(AbstractMinimalMixer):
         """
         in_features = check_size("in_features", in_features)
         state_dim = check_size("expand", expand) * in_features
-        forget_key, input_key, candidate_key, out_key = jr.split(key, 4)
-        self.forget_proj = eqx.nn.Linear(in_features, state_dim, use_bias, key=forget_key)
-        self.input_proj = eqx.nn.Linear(in_features, state_dim, use_bias, key=input_key)
-        self.candidate_proj = eqx.nn.Linear(in_features, state_dim, use_bias, key=candidate_key)
+        forget_key, input_key, candidate_key, out_key = draw.split(key, 4)
+        self.forget_proj = draw.linear(in_features, state_dim, use_bias, key=forget_key)
+        self.input_proj = draw.linear(in_features, state_dim, use_bias, key=input_key)
+        self.candidate_proj = draw.linear(in_features, state_dim, use_bias, key=candidate_key)
         self.out_proj = None
         if expand > 1:
-            self.out_proj = eqx.nn.Linear(state_dim, in_features, use_bias=False, key=out_key)
+            self.out_proj = draw.linear(state_dim, in_features, use_bias=False, key=out_key)
         self.in_features = in_features
 
     def log_odds(self, x: Values) -> Gates:

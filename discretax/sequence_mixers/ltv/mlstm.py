@@ -2,9 +2,9 @@ from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_positive, linear, soft_capped
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
@@ -99,7 +99,7 @@ class MLSTMSequenceMixer(AbstractRecurrentMixer[MLSTMCache]):
         head_dim, value_dim = keys_of_half(in_features, num_heads, head_dim, value_dim)
         if gate_soft_cap is not None:
             check_positive("gate_soft_cap", gate_soft_cap)
-        projections_key, gate_key, out_key = jr.split(key, 3)
+        projections_key, gate_key, out_key = draw.split(key, 3)
         self.projections = sizes = Projections(
             in_features,
             projections_key,
@@ -163,6 +163,4 @@ class MLSTMSequenceMixer(AbstractRecurrentMixer[MLSTMCache]):
 
 def _constant(in_features: int, bias: Float[Array, " heads"]) -> eqx.nn.Linear:
     """What starts at the same numbers whatever the input."""
-    layer = eqx.nn.Linear(in_features, len(bias), key=jr.key(0))
-    numbers = (jnp.zeros_like(layer.weight), bias)
-    return eqx.tree_at(lambda layer: (layer.weight, layer.bias), layer, numbers)
+    return draw.linear_of(jnp.zeros((len(bias), in_features)), bias)

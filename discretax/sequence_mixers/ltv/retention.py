@@ -2,10 +2,10 @@ from typing import Any, ClassVar, NamedTuple
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._counts import count_after, counts_before
 from discretax._features import check_positive
@@ -92,7 +92,7 @@ class RetentionSequenceMixer(AbstractRecurrentMixer[RetentionCache]):
         positive.
         """
         check_positive("rotary_base", rotary_base)
-        projections_key, gate_key, out_key = jr.split(key, 3)
+        projections_key, gate_key, out_key = draw.split(key, 3)
         self.projections = sizes = Projections(
             in_features,
             projections_key,

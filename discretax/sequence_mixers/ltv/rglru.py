@@ -4,9 +4,9 @@ from typing import Any, ClassVar, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import mended
 from discretax._constructors import keyed
 from discretax._features import check_function, check_size, divided, linear
@@ -104,10 +104,10 @@ class RGLRUSequenceMixer(AbstractRecurrentMixer[RGLRUCache]):
                 f"the initial transition needs 0 < a_min <= a_max < 1; got a_min={a_min} and "
                 f"a_max={a_max}."
             )
-        Lambda_key, a_key, input_key = jr.split(key, 3)
-        squared = jr.uniform(Lambda_key, (in_features,), minval=a_min**2, maxval=a_max**2)
+        Lambda_key, a_key, input_key = draw.split(key, 3)
+        squared = draw.uniform(Lambda_key, (in_features,), minval=a_min**2, maxval=a_max**2)
         self.Lambda = inverse_softplus(-0.5 * jnp.log(squared))
-        weight = lambda key: jr.normal(key, (num_heads, width, width)) * width**-0.5
+        weight = lambda key: draw.normal(key, (num_heads, width, width)) * width**-0.5
         self.a_weight, self.input_weight = weight(a_key), weight(input_key)
         self.a_bias, self.input_bias = jnp.zeros((2, num_heads, width))
         self.in_features = in_features
@@ -258,15 +258,15 @@ class GriffinSequenceMixer(AbstractRecurrentMixer[GriffinCache]):
         conv_width = check_size("conv_width", conv_width)
         inner = check_size("lru_width", in_features if lru_width is None else lru_width)
         check_function("activation", activation)
-        x_key, y_key, conv_key, rg_lru_key, out_key = jr.split(key, 5)
-        self.linear_x = eqx.nn.Linear(in_features, inner, use_bias, key=x_key)
-        self.linear_y = eqx.nn.Linear(in_features, inner, use_bias, key=y_key)
-        self.conv_weight = jr.normal(conv_key, (inner, conv_width)) * conv_width**-0.5
+        x_key, y_key, conv_key, rg_lru_key, out_key = draw.split(key, 5)
+        self.linear_x = draw.linear(in_features, inner, use_bias, key=x_key)
+        self.linear_y = draw.linear(in_features, inner, use_bias, key=y_key)
+        self.conv_weight = draw.normal(conv_key, (inner, conv_width)) * conv_width**-0.5
         self.conv_bias = jnp.zeros(inner)
         self.rg_lru = RGLRUSequenceMixer(
             inner, rg_lru_key, num_heads=num_heads, a_min=a_min, a_max=a_max
         )
-        self.linear_out = eqx.nn.Linear(inner, in_features, use_bias, key=out_key)
+        self.linear_out = draw.linear(inner, in_features, use_bias, key=out_key)
         self.in_features = in_features
         self.activation = activation
 

@@ -4,10 +4,10 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import check_name, check_positive, check_size, divided, linear
 from discretax._types import Length, Resets, Timesteps, Values, accumulation_dtype
@@ -128,7 +128,7 @@ class RWKV7SequenceMixer(AbstractRecurrentMixer[RWKV7Cache]):
             if given is None
             else check_size(name, given)
         )
-        keys = jr.split(key, 7)
+        keys = draw.split(key, 7)
         place = jnp.arange(width) / width
         along = jnp.linspace(0, 1, width) if width > 1 else jnp.zeros(1)
         in_head = jnp.tile(jnp.linspace(-1, 1, head_dim) if head_dim > 1 else jnp.zeros(1), heads)
@@ -354,11 +354,10 @@ def _orthogonal(
     in_features: int, out_features: int, key: PRNGKeyArray | None, scale: float
 ) -> eqx.nn.Linear:
     """Without a bias; zero without a key."""
-    layer = eqx.nn.Linear(in_features, out_features, use_bias=False, key=jr.key(0))
     shape = (out_features, in_features)
     weight = (
         jnp.zeros(shape)
         if key is None
         else jax.nn.initializers.orthogonal(scale)(key, shape, float)
     )
-    return eqx.tree_at(lambda layer: layer.weight, layer, weight)
+    return draw.linear_of(weight)

@@ -3,9 +3,9 @@ from typing import Any, ClassVar
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import mended
 from discretax._constructors import keyed
 from discretax._features import check_size, linear
@@ -96,15 +96,11 @@ class S7SequenceMixer(AbstractRecurrentMixer[Float[Array, " state"]]):
                 f"the initial transition needs -1 <= a_min <= a_max < 1; got a_min={a_min} and "
                 f"a_max={a_max}."
             )
-        in_key, x_key, gate_key = jr.split(key, 3)
-        self.in_proj = eqx.nn.Linear(in_features, in_features, use_bias, key=in_key)
+        in_key, x_key, gate_key = draw.split(key, 3)
+        self.in_proj = draw.linear(in_features, in_features, use_bias, key=in_key)
         width = 2 * state_dim + 2 * in_features * state_dim + in_features
-        self.x_proj = eqx.tree_at(
-            lambda layer: layer.weight,
-            eqx.nn.Linear(in_features, width, use_bias=False, key=jr.clone(x_key)),  # replaced
-            jr.normal(x_key, (width, in_features)) / in_features,
-        )
-        self.gate_proj = eqx.nn.Linear(in_features, in_features, use_bias, key=gate_key)
+        self.x_proj = draw.linear_of(draw.normal(x_key, (width, in_features)) / in_features)
+        self.gate_proj = draw.linear(in_features, in_features, use_bias, key=gate_key)
         self.alpha = jnp.sqrt(1 / jnp.geomspace(1 - a_min, 1 - a_max, state_dim) - 0.5)
         self.in_features = in_features
 

@@ -5,6 +5,7 @@ import equinox as eqx
 import jax.random as jr
 from jaxtyping import PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import check_key
 from discretax._features import check_instance, check_maker, check_size, described, made
 from discretax._timeseries import check_length, check_resets, check_timesteps, mirrored
@@ -81,7 +82,9 @@ class Bidirectional(AbstractSequenceMixer[None]):
                 check_maker(argument, maker, AbstractSequenceMixer)
             forward, backward = (
                 made(argument, maker, AbstractSequenceMixer, in_features, key=mixer_key)
-                for (argument, maker), mixer_key in zip(makers.items(), jr.split(key), strict=True)
+                for (argument, maker), mixer_key in zip(
+                    makers.items(), draw.split(key), strict=True
+                )
             )
             if forward.in_features != in_features:
                 raise ValueError(

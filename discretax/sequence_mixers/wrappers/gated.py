@@ -4,9 +4,9 @@ from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
-import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._broken import sample_by_sample
 from discretax._constructors import keyed
 from discretax._features import (
@@ -110,7 +110,7 @@ class GatedSequenceMixer(AbstractSequenceMixer[Any]):
         check_function("activation", activation)
         check_function("gate_activation", gate_activation)
         width = divided("in_features", in_features, "bottleneck", bottleneck or 1)
-        mixer_key, input_key, gate_key, output_key = jr.split(key, 4)
+        mixer_key, input_key, gate_key, output_key = draw.split(key, 4)
         sequence_mixer = made(
             "sequence_mixer", sequence_mixer, AbstractSequenceMixer, width, key=mixer_key
         )
@@ -122,13 +122,13 @@ class GatedSequenceMixer(AbstractSequenceMixer[Any]):
         self.sequence_mixer = sequence_mixer
         self.input_linear = self.input_gate = self.output_gate = None
         if bottleneck is not None:
-            self.input_linear = eqx.nn.Linear(in_features, width, key=input_key)
+            self.input_linear = draw.linear(in_features, width, key=input_key)
         if gate is not None:
             gated = gate * in_features
             mixed = out_features(sequence_mixer, width, key=mixer_key)
-            self.input_gate = eqx.nn.Linear(in_features, gated, key=gate_key)
+            self.input_gate = draw.linear(in_features, gated, key=gate_key)
             if mixed != gated:
-                self.output_gate = eqx.nn.Linear(mixed, gated, key=output_key)
+                self.output_gate = draw.linear(mixed, gated, key=output_key)
         self.in_features = in_features
         self.activation = activation
         self.gate_activation = gate_activation

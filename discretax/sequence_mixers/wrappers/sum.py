@@ -8,6 +8,7 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
+from discretax import _drawing as draw
 from discretax._constructors import keyed
 from discretax._features import (
     check_positive,
@@ -86,7 +87,7 @@ class SumSequenceMixer(AbstractSequenceMixer[tuple[Any, ...]]):
         self.mixers = tuple(
             made(f"mixers[{i}]", mixer, AbstractSequenceMixer, in_features, key=mixer_key)
             for i, (mixer, mixer_key) in enumerate(
-                zip(mixers, jr.split(key, len(mixers)), strict=True)
+                zip(mixers, draw.split(key, len(mixers)), strict=True)
             )
         )
         for i, mixer in enumerate(self.mixers):
