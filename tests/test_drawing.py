@@ -77,6 +77,8 @@ def test_numbers_that_depend_on_how_many_there_are():
     with jax.threefry_partitionable(False):
         assert (jr.uniform(jr.key(0), (4,))[:3] != jr.uniform(jr.key(0), (3,))).any()
         assert_draws_alike(jr.key(0), SHAPES[:1])
+    # Nor is it promised of other generators, whose first numbers are the same on a CPU.
+    assert not _drawing._is_shared(KEYS["of another kind"])
 
 
 @pytest.mark.parametrize("use_bias", [True, False])
