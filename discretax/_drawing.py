@@ -61,12 +61,9 @@ def linear_of(
     weight: Float[Array, "out in"], bias: Float[Array, " out"] | None = None
 ) -> eqx.nn.Linear:
     """Nothing is drawn for it."""
-    layer = jax.tree.unflatten(_structure_of_linear(), (weight, bias))
     out_features, in_features = weight.shape
-    sizes = {"in_features": in_features, "out_features": out_features}
-    for name, value in {**sizes, "use_bias": bias is not None}.items():
-        object.__setattr__(layer, name, value)
-    return layer
+    arrays = [weight] if bias is None else [weight, bias]
+    return jax.tree.unflatten(_linear(in_features, out_features, bias is not None), arrays)
 
 
 def embedding(num_embeddings: int, embedding_size: int, *, key: PRNGKeyArray) -> eqx.nn.Embedding:
@@ -75,8 +72,8 @@ def embedding(num_embeddings: int, embedding_size: int, *, key: PRNGKeyArray) ->
 
 
 @ft.cache
-def _structure_of_linear() -> Any:
-    make = lambda key: eqx.nn.Linear(1, 1, key=key)
+def _linear(in_features: int, out_features: int, use_bias: bool) -> Any:
+    make = lambda key: eqx.nn.Linear(in_features, out_features, use_bias, key=key)
     return jax.tree.structure(eqx.filter_eval_shape(make, jr.key(0)))
 
 
