@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
+from discretax._projection import projected
 from discretax._types import conversion
 
 Kind = TypeVar("Kind")
@@ -23,23 +24,6 @@ def linear(layer: eqx.nn.Linear, x: Float[Array, "... in"]) -> Float[Array, "...
     if layer.bias is None:
         return y
     return y + lax.broadcast_to_rank(layer.bias.astype(x.dtype), y.ndim)
-
-
-def projected(
-    x: Float[Array, "... in"], weight: Float[Array, "out in"], dtype: Any = None
-) -> Float[Array, "... out"]:
-    """`x @ weight.T`, added up in `dtype`."""
-    product = ft.partial(jnp.matmul, preferred_element_type=dtype)
-    few = x.ndim == 2 and isinstance(x.shape[0], int) and x.shape[0] <= FEW
-    if not few or jax.default_backend() != "cpu":
-        return product(x, weight.T)
-    # Behind the barrier XLA would put the samples first again.
-    return lax.optimization_barrier(product(weight, x.T)).T
-
-
-# Samples of each sequence in a step of generation. With the weights first, a CPU takes half the time
-# for two to sixteen rows, and no longer for one or for many.
-FEW = 16
 
 
 def soft_capped(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
-from helpers import assert_equal, changed
+from helpers import assert_close, assert_equal, changed
 
 from discretax import (
     Timeseries,
@@ -20,6 +20,8 @@ from discretax import (
     stream_tokens,
     streaming_mode,
 )
+from discretax._features import linear
+from discretax._projection import for_samples
 from discretax.architectures import LanguageModel
 from discretax.channel_mixers import GLU
 from discretax.encoder import EmbeddingEncoder
@@ -424,3 +426,15 @@ def test_models_that_do_not_write():
     )
     with pytest.raises(ValueError, match=r"`Bidirectional` cannot stream"):
         generate(model, state, [1], 2, temperature=0)
+
+
+@pytest.mark.parametrize("number, first", [(4, True), (65, False), (None, False)])
+def test_few_samples_are_multiplied_with_the_weights_first(number, first):
+    layer = eqx.nn.Linear(3, 5, key=jr.key(0))
+    x = jr.normal(jr.key(1), (4, 1, 3))
+    expected = np.asarray(x) @ np.asarray(layer.weight).T + np.asarray(layer.bias)
+    run = jax.jit(jax.vmap(lambda x: linear(layer, x)))
+    assert_close(run(x), expected)
+    with for_samples(number):
+        assert ("optimization_barrier" in run.lower(x).as_text()) == first
+        assert_close(run(x), expected)

@@ -4,7 +4,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from discretax import _drawing as draw
 from discretax._broken import each_sample
 from discretax._constructors import keyed
-from discretax._features import check_positive, check_size, projected, soft_capped
+from discretax._features import check_positive, check_size, soft_capped
+from discretax._projection import projected
 from discretax._stateful import samples_of
 from discretax._timeseries import Timeseries
 from discretax._types import Values, accumulation_dtype

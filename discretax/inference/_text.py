@@ -9,6 +9,7 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
+from discretax._projection import for_samples
 from discretax._timeseries import Timeseries, batch_index
 from discretax.inference._sampling import Sampling, draw_token, log_probability
 from discretax.inference._streaming import inference_state, streaming_layers
@@ -128,11 +129,12 @@ def read(
     length: Int[Array, " batch"] | None,
     caches: eqx.nn.State,
 ) -> tuple[Float[Array, "batch time vocabulary"], eqx.nn.State]:
-    if length is None:
-        return jax.vmap(live)(tokens, caches)
-    return jax.vmap(lambda x, length, caches: live(Timeseries(x, length=length), caches))(
-        tokens, length, caches
-    )
+    with for_samples(tokens.size):
+        if length is None:
+            return jax.vmap(live)(tokens, caches)
+        return jax.vmap(lambda x, length, caches: live(Timeseries(x, length=length), caches))(
+            tokens, length, caches
+        )
 
 
 def read_last(live: PyTree, texts: Text, task: Task) -> tuple[Array, eqx.nn.State]:
