@@ -108,10 +108,9 @@ def _over_time(
     state: State,
     samples: Samples,
 ):
-    if samples.q.shape[0] == 1:
-        advance, turned = _sample, lambda state: state
-    else:
-        advance, turned = _chunk, lambda state: state.mT if rule.value_first else state
+    is_one = samples.q.shape[0] == 1
+    advance = _sample if is_one else _chunk
+    turned = lambda state: state.mT if rule.value_first and not is_one else state
     # A weight of all chunks, so that its gradient is not as long as the sequence.
     constant = samples.log_decay if samples.log_decay.ndim == 1 else None
     samples = samples if constant is None else samples._replace(log_decay=None)
@@ -167,8 +166,8 @@ def _sample(rule: Rule, state: State, samples: Samples) -> tuple[State, Array]:
             w = w - read(erase[step], before if step == 0 and rule.erase_first else after)
         if beta is not None:
             w = by_group(beta[step])[..., None] * w
-        written, by = jnp.expand_dims(w, (-1, -2)[order == "kv"]), k[step][:, None]
-        after = after + written * jnp.expand_dims(by, (-2, -1)[order == "kv"])
+        written = w[..., None] * k[step][:, None, None]
+        after = after + (written if rule.value_first else written.mT)
     return after.reshape(state.shape), read(q, after).reshape(1, heads, -1)
 
 

@@ -43,10 +43,15 @@ class DiagonalSystem(eqx.Module):
         self.gamma_planes = None if gamma is None else jnp.stack(gamma, axis=-2)
 
     @property
+    def _varying_gamma(self) -> Float[Array, "time 2 state"] | None:
+        """The input factor if it changes with time; one that does not is in `B_planes`."""
+        varies = self.gamma_planes is not None and self.gamma_planes.ndim == 3
+        return self.gamma_planes if varies else None
+
+    @property
     def B_planes(self) -> Float[Array, "2 state features"]:
-        """With the input factor, unless it changes with time."""
         B_re, B_im = self.B_parts
-        if self.gamma_planes is None or self.gamma_planes.ndim == 3:
+        if self.gamma_planes is None or self._varying_gamma is not None:
             return jnp.stack([B_re, B_im])
         g_re, g_im = self.gamma_planes[..., None]
         return jnp.stack([g_re * B_re - g_im * B_im, g_re * B_im + g_im * B_re])
@@ -62,9 +67,9 @@ class DiagonalSystem(eqx.Module):
     @property
     def B_bar(self) -> Complex[Array, "*time state features"]:
         B = lax.complex(*self.B_planes)
-        if self.gamma_planes is None or self.gamma_planes.ndim == 2:
+        if self._varying_gamma is None:
             return B
-        return to_complex(self.gamma_planes)[..., None] * B[None]
+        return to_complex(self._varying_gamma)[..., None] * B[None]
 
     @property
     def C(self) -> Complex[Array, "features state"]:
@@ -81,7 +86,6 @@ class DiagonalSystem(eqx.Module):
         length: Length | None = None,
         resets: Resets | None = None,
     ) -> tuple[Values, Float[Array, "2 state"]]:
-        varying = self.gamma_planes is not None and self.gamma_planes.ndim == 3
         return diagonal_ssm(
             self.A_planes,
             self.B_planes,
@@ -89,7 +93,7 @@ class DiagonalSystem(eqx.Module):
             x,
             cache,
             D=self.D,
-            gamma=self.gamma_planes if varying else None,
+            gamma=self._varying_gamma,
             length=length,
             resets=resets,
         )
